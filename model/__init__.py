@@ -1,0 +1,1 @@
+"""Mixed-supervision segmentation networks: data, training, evaluation. Knows nothing of the search."""

@@ -1,0 +1,29 @@
+"""Where the shared reference material lies, if it does."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Golden numbers of the public implementation."""
+    return _shared("reference")
+
+
+@pytest.fixture(scope="session")
+def crackforest() -> Path:
+    return _shared("data/crackforest")
+
+
+@pytest.fixture(scope="session")
+def crackseg448() -> Path:
+    return _shared("data/crackseg448")
+
+
+def _shared(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"needs {name} in a folder 'shared' beside the checkout")
+    return SHARED / name
