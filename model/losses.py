@@ -1,0 +1,65 @@
+"""Losses and their weights. B images, H x W px; logits everywhere, computed in float32 or wider.
+
+L = lambda * L_segmentation + (1 - lambda) * delta * L_decision, [1] eq. 1 to 3 (papers: model/config.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.metrics import Array, Floats
+
+
+def segmentation_loss(
+    logits_B1HW: Tensor, target_B1HW: Tensor, segmented_B: Tensor, weight_B1HW: Tensor | None = None
+) -> Tensor:
+    """Mean over the batch of each image's mean binary cross-entropy; an image without a mask adds 0."""
+    loss_B1HW = F.binary_cross_entropy_with_logits(
+        _wide(logits_B1HW), target_B1HW.to(_wide(logits_B1HW).dtype), weight_B1HW, reduction="none"
+    )
+    return (loss_B1HW.mean(dim=(1, 2, 3)) * segmented_B).mean()
+
+
+def decision_loss(logits_B1: Tensor, labels_B1: Tensor) -> Tensor:
+    """Mean binary cross-entropy of the image label."""
+    return F.binary_cross_entropy_with_logits(_wide(logits_B1), labels_B1.to(_wide(logits_B1).dtype))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.itemsize >= 4 else logits.float()
+
+
+def balance(epoch: int, epochs: int, delta: float, dynamic: bool) -> tuple[float, float]:
+    """Weights of the segmentation and the decision loss in an epoch counted from 0, [1] eq. 3.
+
+    With `dynamic`, lambda = 1 - epoch / epochs, so the first epoch trains the segmentation alone and the last one has
+    lambda = 1 / epochs; without, both weights are constant: 1 and delta.
+    """
+    if not dynamic:
+        return 1.0, delta
+    share = 1 - epoch / epochs
+    return share, (1 - share) * delta
+
+
+def distance_weight(mask_HW: Array, p: float, maximum: float, per: str = "image") -> Floats:
+    """Loss weight of each pixel, [1] eq. 4 and 5: 1 on background, maximum * (d / d_max)^p on a defect.
+
+    d is the Euclidean distance to the defect's edge; d_max its largest value, over the image as in the paper or
+    (`per="component"`) over each 8-connected component, as the public code has it since. An empty mask weighs 1.
+    """
+    if per not in ("image", "component"):
+        raise ValueError(f"per must be 'image' or 'component', found {per!r}")
+    mask = np.asarray(mask_HW) > 0
+    distance = ndimage.distance_transform_edt(mask)
+    if per == "image":
+        largest = np.full_like(distance, distance.max(initial=0))
+    else:
+        labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+        components = np.arange(labels.max() + 1)
+        largest = np.asarray(ndimage.maximum(distance, labels, components))[labels]
+    weight = np.ones(mask.shape)
+    weight[mask] = maximum * (distance[mask] / largest[mask]) ** p
+    return weight

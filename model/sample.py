@@ -1,0 +1,51 @@
+"""What one image is to the method. B images, C channels (RGB), H x W px of the network's input."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Supervision(enum.Enum):
+    """What is known of an image in training. The image label is always known."""
+
+    PIXEL = "pixel"
+    """its mask; the empty one for a negative"""
+    IMAGE = "image"
+    """its label alone"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One image of a data set. The label is stated, never read off a mask that may be absent or shrunk."""
+
+    name: str
+    image: Path
+    mask: Path | None
+    """None where there is no file: an unlabelled positive, or a negative"""
+    positive: bool
+    supervision: Supervision
+    group: str
+    """images of one group (one photo, one item) stay on one side of a split"""
+    source: str = ""
+    split: str | None = None
+    """train, validation or test where the data set fixes it"""
+
+
+class Batch(NamedTuple):
+    """What one training step sees."""
+
+    images_BCHW: Tensor
+    """float32 in 0..1"""
+    targets_B1HW: Tensor
+    """float32, 0 or 1: the dilated masks; zeros where there is none"""
+    weights_B1HW: Tensor | None
+    """float32 loss weights, or None for 1"""
+    labels_B1: Tensor
+    """float32, 0 or 1"""
+    segmented_B: Tensor
+    """float32, 1 for pixel supervision"""

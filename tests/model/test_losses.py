@@ -1,0 +1,56 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model import losses
+
+
+def test_balance_equals_the_public_implementation(reference: Path) -> None:
+    for row in json.loads((reference / "method.json").read_text())["dynamic_balance"]:
+        found = losses.balance(row["epoch"], row["epochs"], row["delta"], dynamic=True)
+        assert found == pytest.approx((row["seg"], row["dec"]), rel=1e-12)
+
+
+def test_without_dynamic_balance_both_weights_are_constant() -> None:
+    assert {losses.balance(epoch, 9, 0.1, dynamic=False) for epoch in range(9)} == {(1.0, 0.1)}
+
+
+@pytest.mark.parametrize(("p", "maximum"), [(1, 1), (2, 1), (2, 3), (0.5, 2)])
+def test_distance_weights_equal_the_public_implementation(reference: Path, p, maximum) -> None:
+    with np.load(reference / "masks.npz", allow_pickle=False) as golden:
+        found = losses.distance_weight(golden["mask"], p, maximum, per="component")
+        np.testing.assert_allclose(found, golden[f"distance_weight_p{p}_max{maximum}"], rtol=1e-6)
+
+
+def test_distance_weights_per_image_know_one_largest_distance() -> None:
+    mask = np.zeros((20, 20))
+    mask[2:5, 2:5] = mask[8:17, 8:17] = 1
+    weight = losses.distance_weight(mask, 1, 3)
+    assert weight[12, 12] == 3
+    assert weight[3, 3] == pytest.approx(3 * 2 / 5)
+    assert (losses.distance_weight(np.zeros((4, 4)), 2, 3) == 1).all()
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=4))
+def test_an_image_without_a_mask_adds_nothing(segmented: list[bool]) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(len(segmented), 1, 8, 8, requires_grad=True)
+    target = (torch.rand_like(logits) > 0.5).float()
+    flags = torch.tensor(segmented, dtype=torch.float32)
+    loss = losses.segmentation_loss(logits, target, flags)
+    alone = [losses.segmentation_loss(logits[n : n + 1], target[n : n + 1], flags[n : n + 1]) for n in range(len(flags))]
+    torch.testing.assert_close(loss, torch.stack(alone).mean())
+    loss.backward()
+    assert [bool(gradient.any()) for gradient in logits.grad] == segmented
+
+
+def test_losses_of_half_precision_logits_are_wide() -> None:
+    logits = torch.full((1, 1, 2, 2), 30.0, dtype=torch.bfloat16)
+    loss = losses.segmentation_loss(logits, torch.zeros(1, 1, 2, 2), torch.ones(1))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(30.0)

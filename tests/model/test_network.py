@@ -1,0 +1,139 @@
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model.config import ARCHITECTURES
+from model.network import build, describe, load_public_state
+
+CASES = [
+    (architecture, height, width, batch, multiplier)
+    for architecture in ARCHITECTURES
+    for height, width, batch in ((96, 128, 2), (128, 96, 1))
+    for multiplier in (0.0, 1.0)
+]
+
+
+def golden_weights(shapes: dict[str, list[int]], salt: str) -> dict[str, torch.Tensor]:
+    state = {}
+    for name, shape in shapes.items():
+        v = np.random.default_rng(zlib.crc32(f"{salt}:{name}".encode())).standard_normal(shape).astype(np.float32)
+        if name.endswith("scale"):
+            v = 1 + np.float32(0.1) * v
+        elif name.endswith("bias"):
+            v = np.float32(0.1) * v
+        else:
+            v = v * np.float32(math.sqrt(2 / (math.prod(shape[1:]) if len(shape) > 1 else 1)))
+        state[name] = torch.from_numpy(v.astype(np.float64))
+    return state
+
+
+@pytest.mark.parametrize(("architecture", "height", "width", "batch", "multiplier"), CASES)
+def test_equals_the_public_implementation(reference: Path, architecture, height, width, batch, multiplier) -> None:
+    row = next(
+        row
+        for row in json.loads((reference / "network.json").read_text())
+        if (row["architecture"], row["height"], row["width"], row["batch"], row["gradient_multiplier"])
+        == (architecture, height, width, batch, multiplier)
+    )
+    shapes = json.loads((reference / "parameters.json").read_text())[architecture]
+    module = build(architecture).double()
+    load_public_state(module, golden_weights(shapes, row["salt"]))
+    module.gradient_multiplier = multiplier
+
+    rng = np.random.default_rng(zlib.crc32(f"{row['salt']}:input:{height}x{width}x{batch}".encode()))
+    images = torch.from_numpy(rng.random((batch, 3, height, width), dtype=np.float32).astype(np.float64))
+    truth = torch.from_numpy((rng.random((batch, 1, height, width)) > 0.9).astype(np.float64))
+    labels = torch.tensor([[float(1 - n % 2)] for n in range(batch)], dtype=torch.float64)
+
+    decision, segmentation = module(images)
+    loss_seg = F.binary_cross_entropy_with_logits(segmentation, truth)
+    loss_dec = F.binary_cross_entropy_with_logits(decision, labels)
+    (0.7 * loss_seg + 0.3 * loss_dec).backward()
+
+    with np.load(reference / row["file"], allow_pickle=False) as golden:
+        np.testing.assert_allclose(decision.detach().numpy(), golden["decision"], rtol=1e-8)
+        scale = np.abs(golden["segmentation"]).max()
+        np.testing.assert_allclose(segmentation.detach().numpy(), golden["segmentation"], atol=1e-6 * scale, rtol=1e-6)
+    assert loss_seg.item() == pytest.approx(row["loss_seg"], rel=1e-8)
+    assert loss_dec.item() == pytest.approx(row["loss_dec"], rel=1e-8)
+    norms = gradient_norms_by_public_name(module, shapes)
+    for name, norm in row["gradient_norms"].items():
+        assert norms[name] == pytest.approx(norm, rel=1e-8, abs=1e-14), name
+
+
+def gradient_norms_by_public_name(module: torch.nn.Module, shapes: dict) -> dict[str, float]:
+    """Tells which of our parameters a public name fills by loading a tagged state."""
+    own = {name: parameter.grad for name, parameter in module.named_parameters()}
+    tags = {name: torch.full(shape, float(k)) for k, (name, shape) in enumerate(shapes.items())}
+    tagged = build(module.architecture).double()
+    load_public_state(tagged, tags)
+    names = list(shapes)
+    return {
+        names[int(value.flatten()[0])]: 0.0 if own[name] is None else own[name].norm().item()
+        for name, value in tagged.named_parameters()
+    }
+
+
+def test_bgr_weights_see_flipped_channels(reference: Path) -> None:
+    shapes = json.loads((reference / "parameters.json").read_text())["segdecnet"]
+    state = {name: value.float() for name, value in golden_weights(shapes, "shared").items()}
+    plain, flipped = build("segdecnet"), build("segdecnet")
+    load_public_state(plain, state)
+    load_public_state(flipped, state, channels="bgr")
+    rgb = torch.rand(1, 3, 64, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(flipped(rgb)[0], plain(rgb.flip(1))[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shapes_and_the_width_factor(architecture: str) -> None:
+    narrow = build(architecture, width=0.25)
+    decision, segmentation = narrow(torch.rand(2, 3, 64, 136))
+    assert decision.shape == (2, 1)
+    assert segmentation.shape == (2, 1, 64, 136)
+    share = sum(p.numel() for p in narrow.parameters()) / sum(p.numel() for p in build(architecture).parameters())
+    assert 0.05 < share < 0.08
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "message"),
+    [(100, 128, "multiples of 8 px.*found 100x128; use 104x128"), (64, 64, "at least 2 positions, found 1")],
+)
+def test_an_input_that_cannot_work_is_refused(height: int, width: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build("segdecnet", width=0.25)(torch.rand(1, 3, height, width))
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be one of segdecnet, segdecnet_decoder"):
+        build("unet")
+    with pytest.raises(ValueError, match=r"not of a segdecnet: names on one side only"):
+        load_public_state(build("segdecnet", width=0.25), {"fc.weight": torch.zeros(1, 66)})
+
+
+def test_with_gradient_adjustment_the_decision_leaves_the_trunk_alone() -> None:
+    module = build("segdecnet_plusplus", width=0.25)
+    images = torch.rand(1, 3, 64, 128)
+    module(images)[0].sum().backward()
+    assert all(p.grad is None or not p.grad.any() for n, p in module.named_parameters() if not n.startswith("decision"))
+    module.gradient_multiplier = 1.0
+    module(images)[0].sum().backward()
+    assert module.trunk1[0].conv.weight.grad.any()
+
+
+def test_a_description_covers_every_parameter() -> None:
+    module = build("segdecnet_plusplus")
+    stages = describe(module, 96, 128)
+    gates_twice = sum(p.numel() for p in module.gate23.parameters())
+    assert sum(s["parameters"] for s in stages) - gates_twice == sum(p.numel() for p in module.parameters())
+    assert [s["branch"] for s in stages][0] == "trunk"
+    assert stages[0] | {"parameters": 0} == {
+        "branch": "trunk", "name": "trunk1.0", "operation": "conv 5x5, norm, ReLU",
+        "channels": 32, "height": 96, "width": 128, "parameters": 0,
+    }  # fmt: skip
