@@ -75,16 +75,12 @@ class RunConfig:
     architecture: str = _field(
         "segdecnet_decoder", str, "the network: [1], its decoder variant, or [2]", choices=ARCHITECTURES
     )
-    width: float = _field(
-        1.0, float, "factor on the channel counts; 1.0 is the published network", low=0.05, high=4
-    )
+    width: float = _field(1.0, float, "factor on the channel counts; 1.0 is the published network", low=0.05, high=4)
     input_height: int = _field(448, int, "height of the network's input, px", low=STRIDE)
     input_width: int = _field(448, int, "width of the network's input, px", low=STRIDE)
     epochs: int = _field(50, int, "length of the full loss schedule, epochs", low=1, high=10_000)
     batch_size: int = _field(1, int, "images a step; the loss is their mean", low=1, high=4096)
-    optimizer: str = _field(
-        "sgd", str, "sgd without momentum, as published, or adam", choices=("sgd", "adam")
-    )
+    optimizer: str = _field("sgd", str, "sgd without momentum, as published, or adam", choices=("sgd", "adam"))
     learning_rate: float = _field(1.0, float, "step size", low=1e-8, high=100)
     delta_cls_loss: float = _field(0.01, float, "delta: weight of the decision loss, [1] eq. 2", low=0, high=1000)
     dynamic_balance: bool = _field(
@@ -93,12 +89,8 @@ class RunConfig:
     gradient_adjustment: bool = _field(
         True, bool, "the decision loss does not reach the segmentation network, [1] section 3.3"
     )
-    frequency_sampling: bool = _field(
-        True, bool, "negatives that were used less are drawn more often, [1] section 3.3"
-    )
-    weighted_loss: bool = _field(
-        False, bool, "weight positive pixels by their distance to the edge, [1] eq. 4"
-    )
+    frequency_sampling: bool = _field(True, bool, "negatives that were used less are drawn more often, [1] section 3.3")
+    weighted_loss: bool = _field(False, bool, "weight positive pixels by their distance to the edge, [1] eq. 4")
     weight_power: float = _field(2.0, float, "p of [1] eq. 5", low=0, high=16)
     weight_maximum: float = _field(1.0, float, "largest pixel weight, w_pos of [1] eq. 4", low=0, high=1000)
     weight_per: str = _field(
@@ -121,9 +113,7 @@ class RunConfig:
     threshold_rule: str = _field(
         "pr_curve", str, "how the segmentation threshold is chosen on validation", choices=THRESHOLD_RULES
     )
-    threshold_factor: int = _field(
-        1, int, "rule pr_curve looks at every n-th pixel of the split", low=1, high=100
-    )
+    threshold_factor: int = _field(1, int, "rule pr_curve looks at every n-th pixel of the split", low=1, high=100)
     precision: str = _field(
         "auto", str, "auto is bfloat16 where the device computes in it", choices=("auto", "float32", "bfloat16")
     )

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -84,7 +84,7 @@ class PixelCounts:
             rank = np.searchsorted(-self.levels[rows], -thresholds, side="right")
             for table, source in zip(out, (self.predicted, self.hits, self.grown_hits), strict=True):
                 table[n] = np.concatenate(([0], source[rows]))[rank]
-        return Selected(*out, self.truth[:, None])
+        return Selected(out[0], out[1], out[2], self.truth[:, None])
 
     def pooled(self) -> PixelCounts:
         """The table of all images taken as one."""
@@ -95,8 +95,9 @@ class PixelCounts:
             each = np.diff(cumulative, prepend=0)
             each[starts] = cumulative[starts]
             columns.append(np.cumsum(np.bincount(inverse, each, len(levels))).astype(np.int64))
+        predicted, hits, grown_hits = columns
         return PixelCounts(
-            np.array([0, len(levels)]), -levels, *columns, truth=self.truth.sum(keepdims=True)
+            np.array([0, len(levels)]), -levels, predicted, hits, grown_hits, self.truth.sum(keepdims=True)
         )
 
     def largest(self) -> Floats:
@@ -110,7 +111,7 @@ class PixelCounts:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> PixelCounts:
         """The inverse of `arrays`."""
-        return cls(**{name: arrays[f"counts_{name}"] for name in cls.__dataclass_fields__})  # type: ignore[arg-type]
+        return cls(**{name: arrays[f"counts_{name}"] for name in cls.__dataclass_fields__})
 
 
 class Selected(NamedTuple):
@@ -180,8 +181,9 @@ class CountsBuilder:
     def build(self) -> PixelCounts:
         """The tables of all images added so far, at least one."""
         lengths = [len(levels) for levels, *_ in self._columns]
-        columns = [np.concatenate(column) for column in zip(*self._columns, strict=True)]
-        return PixelCounts(np.concatenate(([0], np.cumsum(lengths))), *columns, truth=np.array(self._truth))
+        levels, predicted, hits, grown_hits = (np.concatenate(c) for c in zip(*self._columns, strict=True))
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        return PixelCounts(offsets, levels, predicted, hits, grown_hits, np.array(self._truth))
 
 
 def count(truth_NHW: Array, scores_NHW: Array, tolerance: int = 2) -> PixelCounts:
@@ -259,9 +261,7 @@ def area_under_roc(points: Curve) -> float:
     return float(np.trapezoid(np.append(0, points.recall), np.append(0, points.false_positive_rate)))
 
 
-def bootstrap(
-    statistic: Callable[[Ints], Array | float], groups_N: Array, draws: int = 1000, seed: int = 0
-) -> Floats:
+def bootstrap(statistic: Callable[[Ints], Array | float], groups_N: Array, draws: int = 1000, seed: int = 0) -> Floats:
     """95 % percentile interval of `statistic`, stacked as (2, ...): whole groups are drawn with replacement, since
     images of one photo move together.
 

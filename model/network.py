@@ -6,6 +6,7 @@ Images are RGB in 0..1. Both outputs are logits.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ def _block(in_channels: int, out_channels: int, kernel: int = 5) -> nn.Sequentia
 
 def _blocks(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
     sizes = [in_channels] + [out_channels] * count
-    return nn.Sequential(*(_block(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)))
+    return nn.Sequential(*(_block(a, b) for a, b in itertools.pairwise(sizes)))
 
 
 class Gate(nn.Module):
@@ -301,8 +302,9 @@ def _branch(name: str) -> str:
 
 def _operation(stage: nn.Module) -> str:
     if isinstance(stage, nn.Sequential):
-        kernel = stage.conv.kernel_size[0]
-        return f"conv {kernel}x{kernel}, norm" + (", ReLU" if "relu" in stage._modules else "")
+        conv = stage[0]
+        assert isinstance(conv, nn.Conv2d)
+        return f"conv {conv.kernel_size[0]}x{conv.kernel_size[1]}, norm" + (", ReLU" if "relu" in stage._modules else "")
     if isinstance(stage, nn.ConvTranspose2d):
         return "up-convolution 5x5, stride 2"
     if isinstance(stage, nn.Conv2d):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # reading a data set needs no torch
+    from torch import Tensor
 
 
 class Supervision(enum.Enum):
@@ -34,6 +35,10 @@ class Sample:
     source: str = ""
     split: str | None = None
     """train, validation or test where the data set fixes it"""
+    digest: str
+    """SHA-256 of the image file"""
+    mask_digest: str
+    """SHA-256 of the mask file, or empty"""
 
 
 class Batch(NamedTuple):

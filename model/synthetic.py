@@ -28,8 +28,8 @@ _STRIDE_PX, _SMALLEST_PX = 8, 64
 _LARGEST_GROUP = 3
 _STEP_PX = 2.5
 """Length of one step of a crack's walk."""
-_CRACK_WIDTH_PX = (1.6, 4.4)
-_FAINTEST = 0.55
+_CRACK_WIDTH_PX = (1.8, 4.4)
+_FAINTEST = 0.6
 """Contrast of a crack where it has faded most, as a share of its full depth: still visible."""
 _GRAIN_SCALES_PX = (1, 2, 4, 8, 32)
 
@@ -56,10 +56,10 @@ class _Kind:
 
 _KINDS = (
     # asphalt, concrete, plaster, metal
-    _Kind((0.30, 0.45), (0.10, 0.15), (0.6, 1.0, 0.5, 0.3, 0.3), 1, 20, 1.0, (1.00, 1.00, 1.02)),
-    _Kind((0.50, 0.68), (0.06, 0.10), (0.6, 0.8, 0.6, 0.5, 0.7), 1, 90, 0.3, (1.02, 1.00, 0.96)),
-    _Kind((0.62, 0.78), (0.04, 0.08), (0.4, 0.7, 0.9, 0.8, 0.6), 1, 25, 0.0, (1.05, 1.00, 0.92)),
-    _Kind((0.42, 0.60), (0.05, 0.09), (0.5, 1.0, 0.7, 0.2, 0.4), 12, 15, 0.0, (0.98, 1.00, 1.04)),
+    _Kind((0.30, 0.45), (0.10, 0.14), (0.6, 1.0, 0.5, 0.3, 0.3), 1, 20, 1.0, (1.00, 1.00, 1.02)),
+    _Kind((0.50, 0.68), (0.05, 0.08), (0.6, 0.8, 0.6, 0.5, 0.7), 1, 90, 0.3, (1.02, 1.00, 0.96)),
+    _Kind((0.62, 0.78), (0.03, 0.06), (0.4, 0.7, 0.9, 0.8, 0.6), 1, 25, 0.0, (1.05, 1.00, 0.92)),
+    _Kind((0.42, 0.60), (0.04, 0.07), (0.5, 1.0, 0.7, 0.2, 0.4), 12, 15, 0.0, (0.98, 1.00, 1.04)),
 )
 
 
@@ -147,10 +147,10 @@ def _distractors(rng: np.random.Generator, shape: Fields, grain: float) -> list[
     fields += [_tyre_mark(rng, shape) for _ in range(rng.poisson(0.25))]
     fields += [_blot(rng, shape, (12, 30), (0.1, 0.3), 0.25) for _ in range(rng.poisson(0.8 * sides))]  # stains
     fields += [_blot(rng, shape, (3, 9), (0.3, 0.55), 0.1) for _ in range(rng.poisson(1.2 * sides))]  # oil
-    fields += [_joint(rng, shape, grain) for _ in range(1 + rng.poisson(1.5 * sides))]
+    fields += [_joint(rng, shape, grain) for _ in range(1 + rng.poisson(1.4 * sides))]
     fields += [_scratch(rng, shape, grain) for _ in range(rng.poisson(1.5 * sides))]
-    specks = _blobs(rng, shape, 22, radius_px=(1.5, 5))  # leaves, pebbles, tar
-    return [*fields, 1 - _depth(rng, grain, 4.5, 7.0) * specks]
+    specks = _blobs(rng, shape, 18, radius_px=(2, 6))  # leaves, pebbles, tar
+    return [*fields, 1 - _depth(rng, grain, 6.0, 9.0) * specks]
 
 
 def _shadow(rng: np.random.Generator, shape: Fields) -> np.ndarray:
@@ -173,7 +173,7 @@ def _tyre_mark(rng: np.random.Generator, shape: Fields) -> np.ndarray:
     """A worn band of rubber with the grooves of its tread."""
     angle, centre = rng.uniform(0, np.pi), _place(rng, shape)
     across = _along(shape, angle, centre) + _along(shape, angle + np.pi / 2, centre) ** 2 * rng.uniform(-1e-3, 1e-3)
-    half_px, groove_px = rng.uniform(8, 16), rng.uniform(4, 7)
+    half_px, groove_px = rng.uniform(8, 16), rng.uniform(6, 9)
     band = 1 / (1 + np.exp(np.clip((np.abs(across) - half_px) / 1.5, -30, 30)))
     tread = 0.65 + 0.35 * np.cos(2 * np.pi * across / groove_px)
     worn = (0.7 + 0.3 * _noise(rng, shape, 12)).clip(0, 1)
@@ -200,8 +200,8 @@ def _joint(rng: np.random.Generator, shape: Fields, grain: float) -> np.ndarray:
     direction, normal = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
     path = _place(rng, shape) + t[:, None] * direction + (bend * t**2)[:, None] * normal
     canvas = _canvas(shape)
-    _draw(canvas, path, np.full(len(t), rng.uniform(2, 7)))
-    return 1 - _depth(rng, grain, 4.5, 7.0) * _shrink(canvas)
+    _draw(canvas, path, np.full(len(t), rng.uniform(3, 9)))
+    return 1 - _depth(rng, grain, 6.0, 9.0) * _shrink(canvas)
 
 
 def _scratch(rng: np.random.Generator, shape: Fields, grain: float) -> np.ndarray:
@@ -216,7 +216,7 @@ def _scratch(rng: np.random.Generator, shape: Fields, grain: float) -> np.ndarra
 
 def _depth(rng: np.random.Generator, grain: float, low: float, high: float) -> float:
     """Contrast of a line, in multiples of the grain it has to stand out from, within what a camera would see."""
-    return float(np.clip(rng.uniform(low, high) * grain, 0.12, 0.8))
+    return float(np.clip(rng.uniform(low, high) * grain, 0.2, 0.8))
 
 
 def _crack(rng: np.random.Generator, shape: Fields, grain: float) -> tuple[np.ndarray, np.ndarray]:
@@ -227,11 +227,13 @@ def _crack(rng: np.random.Generator, shape: Fields, grain: float) -> tuple[np.nd
     start = np.array([shape[1], shape[0]]) * [(0.02, 0.5), (0.98, 0.5), (0.5, 0.02), (0.5, 0.98)][side]
     start = start + rng.uniform(-0.3, 0.3, 2) * np.array([shape[1] * (side > 1), shape[0] * (side < 2)])
     heading = float(np.arctan2(*(inside - start)[::-1]))
-    _grow(rng, covered, strength, start, heading, rng.uniform(0.7, 1.1) * max(shape), rng.uniform(2.4, 3.4), 0)
+    _grow(rng, covered, strength, start, heading, rng.uniform(0.7, 1.1) * max(shape), rng.uniform(2.6, 3.5), 0)
     share, dark = _shrink(covered), _shrink(strength)
-    field = 1 - _depth(rng, grain, 3.6, 5.0) * dark
-    if rng.random() < 0.4:  # a spalled edge on one side that catches the light
-        field = field + grain * (1 - share) * np.roll(share, rng.choice([-2, 2], 2), (0, 1))
+    field = 1 - _depth(rng, grain, 5.0, 6.5) * dark
+    if rng.random() < 0.85:  # spalled edges that catch the light
+        field = field + rng.uniform(1.5, 3) * grain * (cv2.GaussianBlur(share, (0, 0), 1.5) * 2).clip(0, 1) * (
+            1 - share
+        )
     return field, (share >= 0.5).astype(np.uint8)
 
 
@@ -248,7 +250,7 @@ def _grow(
     """Walks one branch, draws it, and lets it fork; `order` counts the forks behind it."""
     steps = max(4, int(length_px / _STEP_PX))
     drift = np.cumsum(rng.normal(0, 0.10, steps))  # where it tends to
-    kinks = np.repeat(rng.normal(0, 0.55, steps), rng.integers(1, 5, steps))[:steps]  # around grains
+    kinks = np.repeat(rng.normal(0, 0.65, steps), rng.integers(1, 5, steps))[:steps]  # around grains
     angles = heading + drift + kinks
     path = start + _STEP_PX * np.cumsum(np.stack([np.cos(angles), np.sin(angles)], 1), 0)
     wobble = np.convolve(rng.normal(0, 0.9, steps + 4), np.ones(5) / 5, "valid")

@@ -43,7 +43,9 @@ def test_an_image_without_a_mask_adds_nothing(segmented: list[bool]) -> None:
     target = (torch.rand_like(logits) > 0.5).float()
     flags = torch.tensor(segmented, dtype=torch.float32)
     loss = losses.segmentation_loss(logits, target, flags)
-    alone = [losses.segmentation_loss(logits[n : n + 1], target[n : n + 1], flags[n : n + 1]) for n in range(len(flags))]
+    alone = [
+        losses.segmentation_loss(logits[n : n + 1], target[n : n + 1], flags[n : n + 1]) for n in range(len(flags))
+    ]
     torch.testing.assert_close(loss, torch.stack(alone).mean())
     loss.backward()
     assert [bool(gradient.any()) for gradient in logits.grad] == segmented

@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from model import metrics
 
 
-@settings(deadline=None)
 @given(
     hnp.arrays(np.bool_, (2, 5, 6)),
     hnp.arrays(np.float16, (2, 5, 6), elements=st.floats(-20, 20, width=16)),

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -57,7 +57,6 @@ LOGITS = hnp.arrays(
 TRUTHS = hnp.arrays(np.bool_, (3, 4, 5)).filter(lambda truth: truth.any())
 
 
-@settings(deadline=None)
 @given(TRUTHS, LOGITS, st.sampled_from(["min_of_max", "pr_curve", "grid"]), st.integers(1, 3))
 def test_a_search_over_images_equals_brute_force(truth, logits, rule, factor) -> None:
     search = ThresholdSearch((factor,))

@@ -1,0 +1,93 @@
+"""Models and training states on disk. A checkpoint is whole or it is not there; nothing is read with pickle.
+
+A model folder holds `model.safetensors`, `config.json` and `thresholds.json`: weights, epoch and thresholds are one
+thing. A checkpoint folder holds such a folder `best/`, `training.pt` to go on from, `progress.json`, and a manifest
+that is written last and says what belongs to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.config import RunConfig
+from model.evaluate import Thresholds
+from model.network import SegDecNet, build
+
+_MANIFEST = "manifest.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader sees the old file or the new one, also after a power cut."""
+    building = path.with_name(f".{path.name}.part")
+    with building.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    building.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON document, atomically. NaN is refused: a figure that does not exist is None."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def save_model(
+    directory: Path, weights: dict[str, torch.Tensor], config: RunConfig, thresholds: Thresholds, epoch: int
+) -> None:
+    """A model folder; `epoch` (counted from 1) is the one that the weights and the thresholds come from."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, directory / "model.safetensors")
+    write_json(directory / "config.json", config.to_dict())
+    write_json(directory / "thresholds.json", thresholds.to_dict() | {"epoch": epoch})
+
+
+def load_model(directory: Path, device: torch.device) -> tuple[SegDecNet, RunConfig, Thresholds]:
+    """The inverse of `save_model`. ValueError if the folder is no model."""
+    try:
+        config = RunConfig.from_dict(json.loads((directory / "config.json").read_text()))
+        thresholds = Thresholds.from_dict(json.loads((directory / "thresholds.json").read_text()))
+        network = build(config.architecture, width=config.width)
+        network.load_state_dict(load_file(directory / "model.safetensors"))
+    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{directory} must hold model.safetensors, config.json and thresholds.json of one model ({error})"
+        ) from error
+    return network.to(device), config, thresholds
+
+
+def seal(directory: Path) -> None:
+    """Writes the manifest: from now on the folder is a checkpoint."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST)
+    write_json(directory / _MANIFEST, {str(p.relative_to(directory)): _check(p) for p in files})
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether every file of a checkpoint is there as it was sealed; copying it may have been cut short."""
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text())
+        return all(_check(directory / name) == tuple(check) for name, check in manifest.items())
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def _check(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    return len(data), zlib.crc32(data)
+
+
+def save_training(directory: Path, state: dict[str, Any]) -> None:
+    """Tensors and plain values that training goes on from."""
+    torch.save(state, directory / "training.pt")
+
+
+def load_training(directory: Path, device: torch.device) -> dict[str, Any]:
+    """The inverse of `save_training`; reads tensors and plain values alone."""
+    state: dict[str, Any] = torch.load(directory / "training.pt", map_location=device, weights_only=True)
+    return state

@@ -1,0 +1,229 @@
+"""From files to batches: each split is decoded once a node into memory-mapped arrays that all trials share.
+
+N images of a split, H x W px of the network's input.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+
+from model.config import RunConfig
+from model.inspection import decode_image, decode_mask
+from model.losses import distance_weight
+from model.metrics import Array, Bools, Floats, Ints
+from model.sample import Batch, Sample, Supervision
+
+_FORMAT = 1
+"""Part of a cache's name: raise it when what is stored changes."""
+
+
+def cache_root() -> Path:
+    """Where decoded splits lie: $SEGDEC_TUNER_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdec-tuner"
+    return Path(os.environ.get("SEGDEC_TUNER_CACHE") or default)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One split, decoded and resized. The label and the kind of supervision come from the samples."""
+
+    samples: list[Sample]
+    directory: Path
+    images: Array
+    """(N, H, W, 3) uint8 RGB, memory-mapped"""
+    masks: Array
+    """(N, H, W) uint8 0/1, memory-mapped: the undilated truth that every trial is scored against"""
+
+    @property
+    def positive(self) -> Bools:
+        """(N,) image labels."""
+        return np.array([sample.positive for sample in self.samples])
+
+    @property
+    def segmented(self) -> Bools:
+        """(N,) whether an image is trained with its mask (negatives: with the empty one)."""
+        return np.array([sample.supervision is Supervision.PIXEL for sample in self.samples])
+
+    def targets(self, size: int) -> Array:
+        """(N, H, W) uint8: the truth widened by a square of `size` px of the original, memory-mapped."""
+        if size == 1:
+            return self.masks
+        path = self.directory / f"dilated_{size}.npy"
+        with _locked(self.directory / "dilate.lock"):
+            if not path.exists():
+                _write_masks(path, self.samples, self.masks.shape[1:], size)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def open_cache(samples: list[Sample], height: int, width: int, root: Path | None = None) -> Cache:
+    """The cache of a split at an input size; decodes the files if this node has not yet. Safe between processes."""
+    key = hashlib.sha256(json.dumps([_FORMAT, height, width, [(s.digest, s.mask_digest) for s in samples]]).encode())
+    root = root or cache_root()
+    directory = root / key.hexdigest()[:24]
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / f"{directory.name}.lock"):
+        if not directory.exists():
+            building = Path(tempfile.mkdtemp(dir=root, prefix=f".{directory.name}-"))
+            try:
+                _write_images(building / "images.npy", samples, (height, width))
+                _write_masks(building / "masks.npy", samples, (height, width), size=1)
+                building.rename(directory)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    arrays = [np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in ("images.npy", "masks.npy")]
+    return Cache(samples, directory, *arrays)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock that the kernel frees when the process ends, however it ends."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_images(path: Path, samples: list[Sample], size: tuple[int, int]) -> None:
+    images = open_memmap(path, "w+", np.uint8, (len(samples), *size, 3))
+    for n, sample in enumerate(samples):
+        image = decode_image(sample.image)
+        shrinks = image.shape[0] > size[0] or image.shape[1] > size[1]
+        images[n] = _resize(image, size, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    images.flush()
+
+
+def _write_masks(path: Path, samples: list[Sample], shape: tuple[int, ...], size: int) -> None:
+    """Masks dilated at their original size, then resized. A finished file appears at once."""
+    building = path.with_suffix(".part")
+    masks = open_memmap(building, "w+", np.uint8, (len(samples), *shape))
+    for n, sample in enumerate(samples):
+        if sample.mask is not None:
+            masks[n] = resize_mask(dilate(decode_mask(sample.mask), size), shape)
+    masks.flush()
+    building.rename(path)
+
+
+def _resize(image: Array, size: tuple[int, ...], interpolation: int) -> Array:
+    if image.shape[:2] == tuple(size):
+        return image
+    return cv2.resize(image, (size[1], size[0]), interpolation=interpolation)
+
+
+def resize_mask(mask_HW: Array, size: tuple[int, ...]) -> Array:
+    """A 0/1 mask at another size. Thin lines survive any shrinking.
+
+    A pixel is set when at least half of what a line of one original pixel covers at most is covered. A plain cut at
+    one half would lose three quarters of such lines at a factor of 8; keeping every touched pixel would widen all.
+    """
+    if mask_HW.shape == tuple(size):
+        return mask_HW
+    scale = min(1.0, size[0] / mask_HW.shape[0], size[1] / mask_HW.shape[1])
+    coverage = cv2.resize(mask_HW.astype(np.float32), (size[1], size[0]), interpolation=cv2.INTER_AREA)
+    return (coverage >= 0.499 * scale).astype(np.uint8)
+
+
+def dilate(mask_HW: Array, size: int) -> Array:
+    """The mask widened by a `size` x `size` square of ones, METHOD's dilation; 1 leaves it as it is."""
+    return cv2.dilate(np.asarray(mask_HW, np.uint8), np.ones((size, size), np.uint8))
+
+
+def negative_probability(use_counts: Array) -> Floats:
+    """Chance of each negative to be drawn, from how often it was used: the less, the likelier ([1] section 3.3).
+
+    u = 1 - f / max(f), shifted so that its median is 1, to the power 4 ln N.
+    """
+    use = np.asarray(use_counts, np.float64)
+    u = 1 - use / max(use.max(), 1)
+    u = u - np.median(u) + 1
+    p = u ** (4 * np.log(len(u)))
+    return np.asarray(p / p.sum())
+
+
+def epoch_order(positive_N: Bools, epoch: int, seed: int, frequency_sampling: bool = True) -> Ints:
+    """The images of an epoch (counted from 0) in their order: every positive, and as many negatives if there are.
+
+    The first epoch draws negatives evenly, later ones by how often each was used. The use counts are those of the
+    epochs before, drawn again here: so the order depends on nothing but the arguments, whoever loads and resumes.
+    """
+    positives, negatives = np.flatnonzero(positive_N), np.flatnonzero(~positive_N)
+    take = min(len(positives), len(negatives))
+    use = np.zeros(len(negatives))
+    drawn = np.arange(len(negatives))
+    for past in range(epoch + 1):
+        rng = np.random.default_rng([seed, past])
+        if take < len(negatives):
+            weighted = frequency_sampling and past > 0
+            p = negative_probability(use) if weighted else None
+            drawn = rng.choice(len(negatives), take, replace=False, p=p)
+            use[drawn] += 1
+    return rng.permutation(np.concatenate([positives, negatives[drawn]]))
+
+
+def batches(cache: Cache, config: RunConfig, epoch: int, device: torch.device) -> Iterator[Batch]:
+    """The training batches of an epoch (counted from 0), in the same order and augmented alike whenever asked."""
+    targets = cache.targets(config.dilate)
+    order = epoch_order(cache.positive, epoch, config.seed, config.frequency_sampling)
+    augment = _augmentation(config)
+    for start in range(0, len(order), config.batch_size):
+        rows = order[start : start + config.batch_size]
+        pairs = [augment(cache.images[n], targets[n], (config.seed, epoch, int(n))) for n in rows]
+        segmented = cache.segmented[rows]
+        masks = np.stack([mask for _, mask in pairs]) * segmented[:, None, None].astype(np.uint8)
+        weights = None
+        if config.weighted_loss:
+            weights = np.stack(
+                [distance_weight(m, config.weight_power, config.weight_maximum, config.weight_per) for m in masks]
+            )
+        yield Batch(
+            images_BCHW=to_input(np.stack([image for image, _ in pairs]), device),
+            targets_B1HW=torch.from_numpy(masks).to(device)[:, None].float(),
+            weights_B1HW=None if weights is None else torch.from_numpy(weights).to(device)[:, None].float(),
+            labels_B1=torch.from_numpy(cache.positive[rows]).to(device)[:, None].float(),
+            segmented_B=torch.from_numpy(segmented).to(device).float(),
+        )
+
+
+def to_input(images_BHWC: Array, device: torch.device) -> torch.Tensor:
+    """uint8 RGB images as the networks take them: (B, 3, H, W) float32 in 0..1, no mean or deviation removed."""
+    images = torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(device, non_blocking=True)
+    return images.permute(0, 3, 1, 2).float().div_(255)
+
+
+Augment = Callable[[Array, Array, tuple[int, int, int]], tuple[Array, Array]]
+
+
+def _augmentation(config: RunConfig) -> Augment:
+    """A function of image, mask and the numbers that fix its random choices."""
+    if not (config.augment_flips or config.augment_quarter_turns or config.augment_brightness):
+        return lambda image, mask, _: (image, mask)
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would call home on import
+    import albumentations
+
+    steps: list[albumentations.BasicTransform] = []
+    if config.augment_flips:
+        steps += [albumentations.HorizontalFlip(p=0.5), albumentations.VerticalFlip(p=0.5)]
+    if config.augment_quarter_turns:
+        steps.append(albumentations.RandomRotate90(p=1.0))
+    if limit := config.augment_brightness:
+        steps.append(albumentations.RandomBrightnessContrast((-limit, limit), (-limit, limit), p=1.0))
+    pipeline = albumentations.Compose(steps)
+
+    def augment(image: Array, mask: Array, numbers: tuple[int, int, int]) -> tuple[Array, Array]:
+        pipeline.set_random_seed(int(np.random.default_rng(numbers).integers(2**31)))
+        changed = pipeline(image=np.asarray(image), mask=np.asarray(mask))
+        return changed["image"], changed["mask"]
+
+    return augment

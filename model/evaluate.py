@@ -1,0 +1,137 @@
+"""Applies a network to a split: one pass that leaves count tables, decision scores and nothing of the images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import metrics
+from model.config import RunConfig
+from model.data import Cache, to_input
+from model.metrics import Array, Floats, PixelCounts
+from model.network import SegDecNet
+from model.thresholds import ThresholdSearch, decision_threshold, sigmoid
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What decides pixels and images, found together with the weights that it belongs to.
+
+    A pixel is a defect when its logit in half precision is at least `segmentation_logit`, an image when its decision
+    logit is at least `decision_logit`; without negatives there is no decision, and that is None.
+    """
+
+    rule: str
+    factor: int
+    segmentation_logit: float
+    decision_logit: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the probabilities, which are for reading."""
+        decision = None if self.decision_logit is None else float(sigmoid(self.decision_logit))
+        return asdict(self) | {
+            "segmentation_probability": float(sigmoid(self.segmentation_logit)),
+            "decision_probability": decision,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Thresholds:
+        """The inverse of `to_dict`."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a network says of a split of N images."""
+
+    search: ThresholdSearch
+    counts: PixelCounts
+    labels: Array
+    """(N,) bool"""
+    decision_logits: Floats
+    """(N,)"""
+
+    def choose(self, rule: str, factor: int) -> Thresholds:
+        """Thresholds by a rule; only ever asked of the validation split."""
+        both = self.labels.any() and not self.labels.all()
+        decision = decision_threshold(self.labels, self.decision_logits)[0] if both else None
+        return Thresholds(rule, factor, self.search.choose(rule, factor), decision)
+
+    def figures(self, thresholds: Thresholds) -> dict[str, float | None]:
+        """The figures of a split at given thresholds, under the names of records and reports."""
+        return figures(self.counts, self.labels, self.decision_logits, thresholds)
+
+
+def figures(
+    counts: PixelCounts, labels: Array, decision_logits: Array, thresholds: Thresholds
+) -> dict[str, float | None]:
+    """Means over images of Dice and IoU, pooled pixel precision, recall and F1, and the decision's areas.
+
+    None for what cannot exist: the decision's figures without negatives, precision of nothing predicted.
+    """
+    selected = counts.at(thresholds.segmentation_logit)
+    dice, iou = selected.dice()[:, 0], selected.iou()[:, 0]
+    predicted, hits, _, truth = (int(table.sum()) for table in selected)
+    points = metrics.curve(labels, decision_logits)
+    values = {
+        "dice_mean": dice.mean(),
+        "dice_std": dice.std(),
+        "dice_positive_mean": dice[labels].mean() if labels.any() else None,
+        "iou_mean": iou.mean(),
+        "iou_std": iou.std(),
+        "precision": hits / predicted if predicted else None,
+        "recall": hits / truth if truth else None,
+        "f1": 2 * hits / (predicted + truth) if predicted + truth else None,
+        "two_pixel_f1": selected.two_pixel()[2].mean(),
+        "decision_ap": metrics.average_precision(points),
+        "decision_auc": metrics.area_under_roc(points),
+        "threshold": float(sigmoid(thresholds.segmentation_logit)),
+    }
+    return {name: None if value is None or np.isnan(value) else float(value) for name, value in values.items()}
+
+
+def predict(
+    network: SegDecNet, images_NHWC: Array, config: RunConfig, device: torch.device, batch_size: int = 8
+) -> Iterator[tuple[Array, Array]]:
+    """(decision logits (B,), segmentation logits (B, H, W)) of one batch after another, as float32."""
+    network.eval()
+    with torch.inference_mode(), autocast(config, device):
+        for start in range(0, len(images_NHWC), batch_size):
+            decision, segmentation = network(to_input(images_NHWC[start : start + batch_size], device))
+            yield decision[:, 0].float().cpu().numpy(), segmentation[:, 0].float().cpu().numpy()
+
+
+def score(
+    network: SegDecNet, cache: Cache, config: RunConfig, device: torch.device, factors: tuple[int, ...] = (1,)
+) -> Scores:
+    """One pass over a split. `factors` are those that rule pr_curve may be asked for.
+
+    FloatingPointError if the network returns a number that is not finite.
+    """
+    search = ThresholdSearch(factors)
+    decisions = []
+    row = 0
+    for decision, segmentation in predict(network, cache.images, config, device):
+        if not (np.isfinite(decision).all() and np.isfinite(segmentation).all()):
+            raise FloatingPointError("the network returned a number that is not finite")
+        for logits_HW in segmentation:
+            search.add(cache.masks[row], logits_HW)
+            row += 1
+        decisions.append(decision)
+    return Scores(search, search.counts(), cache.positive, np.concatenate(decisions).astype(np.float64))
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """bfloat16 where asked for, or where the device computes in it; FeatureNorm and losses stay wide."""
+    enabled = config.precision == "bfloat16" or (config.precision == "auto" and _has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,129 @@
+"""What a page is made of, and where its pictures go. HTML and Markdown are two renderings of the same blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from model.metrics import Array
+from tuner.report import style
+
+Size = Literal["full", "half", "third"]
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    kind: str = "text"
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+    kind: str = "code"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are plain text; `numeric` columns are aligned to the right, `strong` rows stand out."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    numeric: frozenset[int] = frozenset()
+    strong: frozenset[int] = frozenset()
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Picture:
+    file: str
+    """relative to the report"""
+    caption: str
+    size: Size
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Side by side where there is room."""
+
+    pictures: Sequence[Picture]
+    kind: str = "pictures"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline figure."""
+
+    label: str
+    value: str
+    interval: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Cards:
+    cards: Sequence[Card]
+    kind: str = "cards"
+
+
+Block = Text | Code | Table | Pictures | Cards
+
+
+@dataclass(frozen=True)
+class Section:
+    anchor: str
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+    """the first one has no heading: it is the head of the page"""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Saves pictures below the folder of a report."""
+
+    folder: Path
+    _names: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for name in ("figures", "dices"):
+            (self.folder / name).mkdir()
+
+    def figure(self, figure: Any, name: str, caption: str, size: Size = "half") -> Picture:
+        """Saves a matplotlib figure as figures/NAME.png."""
+        file = self._path(name)
+        figure.savefig(self.folder / file, dpi=style.DPI, metadata={"Software": None})
+        width, height = (round(side * style.DPI) for side in figure.get_size_inches())
+        return Picture(file, caption, size, width, height)
+
+    def image(self, pixels_HWC: Array, name: str, caption: str, size: Size = "full") -> Picture:
+        """Saves an RGB image as figures/NAME.png."""
+        file = self._path(name)
+        save(self.folder / file, pixels_HWC)
+        return Picture(file, caption, size, pixels_HWC.shape[1], pixels_HWC.shape[0])
+
+    def _path(self, name: str) -> str:
+        assert name not in self._names, name
+        self._names.add(name)
+        return f"figures/{name}.png"
+
+
+def save(path: Path, pixels_HWC: Array) -> None:
+    """An RGB uint8 image as PNG; fast rather than small."""
+    ok, data = cv2.imencode(".png", np.ascontiguousarray(pixels_HWC[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 4])
+    assert ok
+    path.write_bytes(data.tobytes())

@@ -1,0 +1,74 @@
+"""A page as HTML that needs nothing beside it, and as Markdown with its pictures beside it."""
+
+from __future__ import annotations
+
+import base64
+import html as html_text
+import re
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from tuner.report.gallery import Block, Cards, Code, Page, Picture, Pictures, Table, Text
+
+
+def html(page: Page, folder: Path) -> str:
+    """Pictures are taken from `folder` and put into the page. Everything from outside is escaped."""
+
+    def data_uri(picture: Picture) -> str:
+        return "data:image/png;base64," + base64.b64encode((folder / picture.file).read_bytes()).decode()
+
+    return _environment().get_template("page.html.j2").render(page=page, data_uri=data_uri)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def markdown(page: Page) -> str:
+    """The same blocks; links are relative to the report."""
+    parts = [f"# {escape(page.title)}", escape(page.subtitle)]
+    for section in page.sections:
+        parts += [f"## {escape(section.title)}"] if section.title else []
+        parts += [_block(block) for block in section.blocks]
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is, on one line. Underlines inside a word mean nothing there."""
+    text = html_text.escape(" ".join(text.split()), quote=False)
+    text = re.sub(r"([\\`*\[\]|#~])", r"\\\1", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Text():
+            return escape(block.text)
+        case Code():
+            return "\n".join("    " + line for line in block.text.splitlines())
+        case Pictures():
+            return "\n\n".join(f"![{escape(p.caption)}]({p.file})\n\n{escape(p.caption)}" for p in block.pictures)
+        case Cards():
+            rows = [[card.label, card.value, card.interval, card.note] for card in block.cards]
+            return _block(Table(["figure", "winner", "95 % interval", ""], rows, numeric=frozenset({1})))
+        case Table():
+            return _table(block)
+
+
+def _table(table: Table) -> str:
+    rules = ["---:" if column in table.numeric else "---" for column in range(len(table.header))]
+    lines = [f"**{escape(table.caption)}**", ""] if table.caption else []
+    lines += ["| " + " | ".join(map(escape, table.header)) + " |", "| " + " | ".join(rules) + " |"]
+    for k, row in enumerate(table.rows):
+        cells = [f"**{escape(cell)}**" if k in table.strong and cell else escape(cell) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""Figures of how the search went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from tuner.report import style, words
+from tuner.report.inputs import Json, Run
+from tuner.report.style import FULL, HALF, THIRD
+from tuner.report.tables import STATUSES, ended, objective
+
+_DAY, _HOUR, _MINUTE = 86_400, 3600, 60
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """A unit in which a time of this size has one to three digits."""
+    for size, name in ((2 * _DAY, "days"), (2 * _HOUR, "hours"), (2 * _MINUTE, "minutes")):
+        if seconds >= size:
+            return size / 2, name
+    return 1, "seconds"
+
+
+def progress(run: Run, against: str) -> Any:
+    """Value of each trial, and the best of the completed ones so far, against "number" or "time"."""
+    figure, axes = style.panel(HALF, 3.5)
+    unit, unit_name = time_unit(max([ended(record) or 0 for record in run.records], default=0))
+
+    def place(record: Json) -> float | None:
+        if against == "number":
+            return None if record["number"] is None else float(record["number"])
+        end = ended(record)
+        return None if end is None else end / unit
+
+    placed = sorted(
+        ((x, record) for record in run.records if (x := place(record)) is not None), key=lambda pair: pair[0]
+    )
+    for status in STATUSES:
+        _status_points(axes, placed, status)
+    _best_so_far(axes, placed, run.objectives[0].get("mode", "max"))
+    _baseline_line(axes, run)
+    axes.set_xlabel("number of the trial" if against == "number" else f"time since the search began ({unit_name})")
+    axes.set_ylabel(words.metric(run.objectives[0]["metric"]) + ", validation")
+    if against == "number":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    style.legend(axes, handles=_legend_handles(run))
+    return figure
+
+
+def _status_points(axes: Any, placed: Sequence[tuple[float, Json]], status: str) -> None:
+    """Trials without a value stand on the lower edge."""
+    mine = [(x, objective(record)) for x, record in placed if record["status"] == status]
+    valued = [(x, y) for x, y in mine if y is not None]
+    if valued:
+        axes.plot(*zip(*valued, strict=True), zorder=3, **_marker(status))
+    without = [x for x, y in mine if y is None]
+    transform = axes.get_xaxis_transform()
+    axes.plot(without, [0.0] * len(without), transform=transform, clip_on=False, zorder=4, **_marker(status))
+
+
+def _marker(status: str) -> dict[str, Any]:
+    colour = style.STATUS[status]
+    if status in ("diverged", "failed"):
+        return {
+            "linestyle": "",
+            "marker": "x" if status == "diverged" else "+",
+            "color": colour,
+            "markeredgewidth": 1.6,
+            "markersize": 6,
+        }
+    return {
+        "linestyle": "",
+        "marker": "o",
+        "color": colour,
+        "markerfacecolor": colour if status == "completed" else "white",
+        "markeredgewidth": 1.2,
+    }
+
+
+def _best_so_far(axes: Any, placed: Sequence[tuple[float, Json]], mode: str) -> None:
+    done = [(x, y) for x, record in placed if record["status"] == "completed" and (y := objective(record)) is not None]
+    if not done:
+        return
+    x, y = zip(*done, strict=True)
+    best = np.maximum.accumulate(y) if mode == "max" else np.minimum.accumulate(y)
+    end = max(place for place, _ in placed)
+    axes.step([*x, end], [*best, best[-1]], where="post", color=style.INK, linewidth=1.2, zorder=2)
+
+
+def _baseline_line(axes: Any, run: Run) -> None:
+    for record in run.records:
+        value = objective(record)
+        if record["baseline"] and value is not None:
+            axes.axhline(value, color=style.BASELINE, linewidth=1.2, linestyle="--", zorder=1)
+
+
+def _legend_handles(run: Run) -> list[Any]:
+    present = {record["status"] for record in run.records}
+    handles = [Line2D([], [], color=style.INK, linewidth=1.2, label="best so far")]
+    if any(record["baseline"] and objective(record) is not None for record in run.records):
+        handles.append(Line2D([], [], color=style.BASELINE, linewidth=1.2, linestyle="--", label="baseline"))
+    return handles + [
+        Line2D([], [], label=words.STATUS_NAMES[status], **_marker(status)) for status in STATUSES if status in present
+    ]
+
+
+def parameter_slice(run: Run, name: str) -> Any | None:
+    """Value of each trial against one searched parameter; None where no trial with a value has it."""
+    parameter = run.searched[name]
+    trials = [r for r in run.records if objective(r) is not None and r["params"].get(name) is not None]
+    if not trials:
+        return None
+    figure, axes = style.panel(THIRD, 2.9)
+    categories = _categories(parameter, trials, name)
+    for status in ("stopped_early", "completed"):
+        mine = [r for r in trials if r["status"] == status]
+        x = [_position(r["params"][name], categories, r["number"] or 0) for r in mine]
+        axes.plot(x, [objective(r) for r in mine], zorder=3, alpha=0.85, **_marker(status))
+    best = run.history_record()[0]
+    if best in trials:
+        x = _position(best["params"][name], categories, best["number"] or 0)
+        axes.plot([x], [objective(best)], "o", markersize=9, markerfacecolor="none", color=style.INK, zorder=4)
+    if categories:
+        axes.set_xticks(range(len(categories)), [_broken(words.setting(c)) for c in categories])
+        axes.set_xlim(-0.5, len(categories) - 0.5)
+        axes.grid(False, axis="x")
+    elif parameter.get("log"):
+        axes.set_xscale("log")
+        if parameter["high"] / parameter["low"] >= 100:
+            axes.xaxis.set_minor_formatter(NullFormatter())
+    elif parameter.get("type") == "int":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel(name)
+    axes.set_ylabel(words.metric(run.objectives[0]["metric"]))
+    return figure
+
+
+def _categories(parameter: Json, trials: Sequence[Json], name: str) -> list[Any]:
+    if "choices" not in parameter:
+        return []
+    choices = list(parameter["choices"])
+    return choices + [v for v in dict.fromkeys(r["params"][name] for r in trials) if v not in choices]
+
+
+def _position(value: Any, categories: list[Any], number: int) -> float:
+    """Where a value stands; categories are spread a little, by the golden ratio, so that points stay apart."""
+    if not categories:
+        return float(value)
+    return categories.index(value) + 0.36 * ((number * 0.618) % 1 - 0.5)
+
+
+def _broken(label: str) -> str:
+    return label.replace("_", "_\n") if len(label) > 9 else label
+
+
+def timeline(run: Run) -> Any | None:
+    """When each trial ran; None where no trial says."""
+    timed = sorted((r for r in run.records if ended(r) is not None), key=lambda r: (r["started"], r["trial"]))
+    if not timed:
+        return None
+    unit, unit_name = time_unit(max(ended(r) or 0 for r in timed))
+    height = min(1.1 + 0.12 * len(timed), 6)
+    figure, axes = style.panel(FULL, height)
+    axes.barh(
+        range(len(timed)),
+        [r["seconds"] / unit for r in timed],
+        left=[r["started"] / unit for r in timed],
+        color=[style.STATUS[r["status"]] for r in timed],
+        height=0.75,
+    )
+    axes.set(
+        ylim=(len(timed) - 0.4, -0.6), ylabel="trials, by start", xlabel=f"time since the search began ({unit_name})"
+    )
+    axes.set_yticks([])
+    axes.grid(False, axis="y")
+    axes.set_xlim(0, None)
+    present = {record["status"] for record in timed}
+    patches = [Patch(color=style.STATUS[s], label=words.STATUS_NAMES[s]) for s in STATUSES if s in present]
+    style.legend(axes, columns=4, handles=patches)
+    return figure

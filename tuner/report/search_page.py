@@ -1,0 +1,151 @@
+"""The parts of the page on the search itself: how it went, and where everything comes from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from tuner.report import search_charts, words
+from tuner.report.gallery import Block, Code, Gallery, Picture, Pictures, Section, Table, Text
+from tuner.report.inputs import Json, Run
+from tuner.report.tables import STATUSES, best_first, objective
+
+TOP = 10
+
+DEFINITIONS = (
+    ("Dice", "2 |P and T| / (|P| + |T|) of one image, P the predicted and T the true pixels; empty on empty is 1."),
+    ("IoU", "|P and T| / |P or T| of one image; empty on empty is 1."),
+    ("mean, ±", "Mean and population standard deviation over the images of a split."),
+    ("pixel precision, recall, F1", "Over all pixels of the split taken as one picture."),
+    ("2-pixel F1", "Mean over images; hits count within 2 px of the truth; an empty answer scores 0."),
+    ("decision AP", "Area under precision and recall of images, by trapezoids, from precision 1 at recall 0."),
+    ("decision AUC", "Area under the ROC curve of images, ties counted half."),
+    ("95 % interval", "Percentiles of 1,000 bootstrap draws of whole groups, for images of a group move together."),
+    ("threshold", "A pixel or an image is a defect when its score is at least the threshold."),
+    ("truth", "The masks as drawn, never dilated, at the network's input size."),
+)
+
+
+def search(run: Run, metrics: Json, gallery: Gallery) -> Section:
+    """Progress, states, best trials, parameters, time."""
+    if not run.records:
+        return Section("search", "Search", [Text("The run directory holds no records of trials.")])
+    blocks: list[Block] = []
+    if len(run.objectives) > 1:
+        names = " and ".join(words.metric(objective["metric"]) for objective in run.objectives)
+        blocks.append(Text(f"The search had two objectives, {names}; the charts show the first."))
+    blocks.append(Pictures([_progress(run, gallery, against) for against in ("number", "time")]))
+    blocks += [_top(run), _states(run, metrics)]
+    if (reasons := _reasons(run)) is not None:
+        blocks.append(reasons)
+    if slices := _slices(run, gallery):
+        blocks.append(Pictures(slices))
+    blocks += _time(run, metrics, gallery)
+    return Section("search", "Search", blocks)
+
+
+def _progress(run: Run, gallery: Gallery, against: str) -> Picture:
+    caption = f"Trials against {against}; those without a value stand on the lower edge."
+    return gallery.figure(search_charts.progress(run, against), f"progress-by-{against}", caption)
+
+
+def _top(run: Run) -> Table:
+    names = list(run.searched)
+    header = ["", "trial", "status", words.metric(run.objectives[0]["metric"]), "best epoch", "time", *names]
+    rows, strong = [], set()
+    for place, record in enumerate(best_first(run)[:TOP], start=1):
+        if record["trial"] == run.winner.trial:
+            strong.add(len(rows))
+        trial = record["trial"] + (" (baseline)" if record["baseline"] else "")
+        status = words.STATUS_NAMES[record["status"]] + (", replayed" if record["replayed_from"] else "")
+        epochs = f"{words.figure(record['best_epoch'])} of {words.figure(record['epochs'])}"
+        settings = [words.setting(record["params"].get(name, record["config"].get(name))) for name in names]
+        value = words.figure(objective(record), 4)
+        rows.append([str(place), trial, status, value, epochs, words.duration(record["seconds"]), *settings])
+    caption = (
+        "The best trials on validation, completed ones first. Their order is that of single trainings: luck included"
+    )
+    return Table(header, rows, caption, frozenset({0, 3, 4, 5}), frozenset(strong))
+
+
+def _states(run: Run, metrics: Json) -> Table:
+    replayed = sum(record["replayed_from"] is not None for record in run.records)
+    rows = [[words.STATUS_NAMES[status], f"{metrics['search'][status]:,}"] for status in STATUSES]
+    rows += [["all", f"{len(run.records):,}"], ["of these replayed without training", f"{replayed:,}"]]
+    return Table(["trials", ""], rows, "What became of the trials", frozenset({1}), frozenset({len(STATUSES)}))
+
+
+def _reasons(run: Run) -> Table | None:
+    """Why trials did not complete, the same reasons together."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for record in run.records:
+        if record["status"] != "completed":
+            groups[record["status"], record["reason"] or "no reason was recorded"].append(record["trial"])
+    if not groups:
+        return None
+    order = sorted(groups, key=lambda key: (-STATUSES.index(key[0]), key[1]))
+    rows = []
+    for status, reason in order:
+        trials = groups[status, reason]
+        more = f" and {len(trials) - 5} more" if len(trials) > 5 else ""
+        rows.append([words.STATUS_NAMES[status], reason, f"{len(trials):,}", ", ".join(trials[:5]) + more])
+    return Table(["status", "reason", "trials", "which"], rows, "Why trials did not complete", frozenset({2}))
+
+
+def _slices(run: Run, gallery: Gallery) -> list[Picture]:
+    pictures = []
+    for name in run.searched:
+        figure = search_charts.parameter_slice(run, name)
+        if figure is not None:
+            caption = f"{name}: hollow points were stopped early, the ring is the winner's configuration."
+            pictures.append(gallery.figure(figure, f"slice-{words.file_name(name)}", caption, "third"))
+    return pictures
+
+
+def _time(run: Run, metrics: Json, gallery: Gallery) -> list[Block]:
+    rows = [
+        ["from start to end", words.duration(metrics["search"]["wall_seconds"])],
+        ["on devices", words.duration(metrics["search"]["device_seconds"])],
+    ]
+    for status in STATUSES:
+        spent = sum(r["device_seconds"] or 0 for r in run.records if r["status"] == status)
+        if metrics["search"][status]:
+            rows.append([f"on devices, {words.STATUS_NAMES[status]}", words.duration(spent)])
+    blocks: list[Block] = [Table(["time", ""], rows, "Time spent", frozenset({1}))]
+    figure = search_charts.timeline(run)
+    if figure is not None:
+        blocks.append(Pictures([gallery.figure(figure, "timeline", "When each trial ran.", "full")]))
+    return blocks
+
+
+def provenance(run: Run) -> Section:
+    """Command, data, versions, hardware, seeds, openings of the test split, definitions."""
+    facts, hardware = run.facts, run.facts["hardware"]
+    rows = [
+        ["run", f"{facts['name']} ({facts['id']})"],
+        ["created", facts["created"]],
+        ["data", facts["data_path"]],
+        ["data fingerprint", run.data["fingerprint"]],
+        ["search-space fingerprint", facts["space_fingerprint"]],
+        [
+            "seed",
+            f"{words.setting(run.space.get('seed'))} of the search, {words.setting(run.winner.config.get('seed'))} of the winner",
+        ],
+        ["objective", "; ".join(f"{words.metric(o['metric'])}, {o.get('mode', 'max')}" for o in run.objectives)],
+        [
+            "processor",
+            f"{hardware['cpu']}, {words.plural(hardware['cores'], 'core')}, {hardware['memory_gib']:.0f} GiB",
+        ],
+        ["GPUs", ", ".join(hardware["gpus"]) or "none"],
+        ["versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)],
+    ]
+    blocks: list[Block] = [Code(facts["command"]), Table(["", ""], rows), *_openings(run)]
+    definitions = Table(["figure", "definition"], DEFINITIONS, "What the figures mean")
+    return Section("provenance", "Where it comes from", [*blocks, definitions])
+
+
+def _openings(run: Run) -> list[Block]:
+    if not run.openings:
+        return [Text("No opening of the test split was recorded.")]
+    rows = [[opening["time"], opening["why"], ", ".join(map(str, opening["trials"]))] for opening in run.openings]
+    count = "once" if len(rows) == 1 else f"{len(rows)} times"
+    return [Table(["time", "why", "trials"], rows, f"The test split was opened {count}")]

@@ -1,0 +1,226 @@
+"""What a search is: frozen, plain objects. tuner/space_file.py reads and validates them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from model.config import RunConfig
+
+SAMPLERS = ("tpe", "random")
+SCHEDULERS = ("asha", "none")
+SEGMENTATION_METRICS = (
+    "dice_mean", "dice_positive_mean", "iou_mean", "precision", "recall", "f1", "two_pixel_f1",
+)  # fmt: skip
+DECISION_METRICS = ("decision_ap", "decision_auc")
+METRICS = SEGMENTATION_METRICS + DECISION_METRICS
+
+BASELINE = {
+    "architecture": "segdecnet_decoder", "optimizer": "sgd", "learning_rate": 1.0, "delta_cls_loss": 0.01,
+    "dilate": 1, "dynamic_balance": True, "gradient_adjustment": True, "frequency_sampling": True,
+    "weighted_loss": False, "num_segmented": "all", "augment_flips": False, "augment_quarter_turns": False,
+    "augment_brightness": 0.0, "threshold_rule": "pr_curve", "threshold_factor": 1,
+}  # fmt: skip
+"""The method of the results page. A search adds its own data, input size, width, epochs, batch and precision."""
+
+
+class SpaceError(ValueError):
+    """A search space that cannot be used: one line a problem, with key, rule, value found and way out."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n  ".join([f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}:", *problems]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatParam:
+    """A number from `low` to `high`, both inclusive; on a log scale, or in steps from `low`."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def contains(self, value: object) -> bool:
+        return is_number(value) and self.low <= float(value) <= self.high and on_grid(value, self.low, self.step)  # type: ignore[arg-type]
+
+    def samples(self) -> tuple[Any, ...]:
+        """Values that show whether a field accepts the whole range."""
+        return (self.low, self.high) if self.step is None else (self.low, self.low + self.step, self.high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntParam:
+    """A whole number from `low` to `high`, both inclusive; on a log scale, or in steps from `low`."""
+
+    low: int
+    high: int
+    log: bool = False
+    step: int = 1
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def contains(self, value: object) -> bool:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and self.low <= value <= self.high and (value - self.low) % self.step == 0  # type: ignore[operator]
+
+    def samples(self) -> tuple[Any, ...]:
+        """Values that show whether a field accepts the whole range."""
+        return (self.low, min(self.low + self.step, self.high), self.high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceParam:
+    """One of some plain values."""
+
+    choices: tuple[Any, ...]
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def contains(self, value: object) -> bool:
+        return any(value == choice and type(value) is type(choice) for choice in self.choices)
+
+    def samples(self) -> tuple[Any, ...]:
+        """Values that show whether a field accepts all choices."""
+        return self.choices
+
+
+Param = FloatParam | IntParam | ChoiceParam
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions:
+    """What the trials see of a data set; its path comes from the command line."""
+
+    layout: str = "auto"
+    height: int = 448
+    """px of the network's input"""
+    width: int = 448
+    """px of the network's input"""
+    validation_share: float = 0.15
+    test_share: float = 0.15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """The validation figure that is searched for; all offered ones are better when larger."""
+
+    metric: str = "dice_mean"
+    mode: str = "max"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduler:
+    """`asha` stops a trial at epochs min_epochs * reduction^k unless it is in the best 1/reduction there."""
+
+    name: str = "none"
+    min_epochs: int = 1
+    reduction: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a search may spend; it ends at the first limit reached. None is no limit."""
+
+    trials: int | None = None
+    hours: float | None = None
+    device_hours: float | None = None
+    money: float | None = None
+    price_per_device_hour: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """A search space. `search` is ordered: a parameter stands after those that its `when` names."""
+
+    name: str
+    data: DataOptions
+    train: Mapping[str, Any]
+    search: Mapping[str, Param]
+    objective: Objective
+    sampler: str
+    scheduler: Scheduler
+    budget: Budget
+    start_from: tuple[Mapping[str, Any], ...]
+    seed: int
+
+    def active(self, params: Mapping[str, Any]) -> list[str]:
+        """The parameters whose conditions `params` meets."""
+        names: list[str] = []
+        for name, param in self.search.items():
+            if all(parent in names and params.get(parent) in values for parent, values in param.when.items()):
+                names.append(name)
+        return names
+
+    def contains(self, params: Mapping[str, Any]) -> bool:
+        """Whether `params` is a whole point of the space: each active parameter in range, and no other."""
+        active = self.active(params)
+        return set(active) == set(params) and all(self.search[name].contains(params[name]) for name in active)
+
+    def config(self, params: Mapping[str, Any], seed: int) -> RunConfig:
+        """The one binding of names to fields: fixed values, searched values, input size and seed."""
+        size = {"input_height": self.data.height, "input_width": self.data.width}
+        return RunConfig(**{**self.train, **params, **size, "seed": seed})
+
+    def baseline_config(self, seed: int) -> RunConfig:
+        """The results page's method on this space's data, size, width, epochs, batch and precision."""
+        own = {name: value for name, value in self.train.items() if name not in BASELINE}
+        size = {"input_height": self.data.height, "input_width": self.data.width}
+        return RunConfig(**{**own, **BASELINE, **size, "seed": seed})
+
+    def baseline_params(self) -> dict[str, Any] | None:
+        """The baseline as a point of the space, or None where it lies outside."""
+        baseline = self.baseline_config(self.seed)
+        params = {name: getattr(baseline, name) for name in self.search}
+        params = {name: params[name] for name in self.active(params)}
+        if not self.contains(params):
+            return None
+        return params if self.config(params, baseline.seed) == baseline else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in its YAML file, with every default written out; `parse` takes it back."""
+        return {
+            "name": self.name,
+            "data": fields_of(self.data),
+            "train": dict(self.train),
+            "search": {name: _param_dict(param) for name, param in self.search.items()},
+            "objective": fields_of(self.objective),
+            "sampler": self.sampler,
+            "scheduler": fields_of(self.scheduler) if self.scheduler.name != "none" else "none",
+            "budget": {key: value for key, value in fields_of(self.budget).items() if value is not None},
+            "start_from": [dict(point) for point in self.start_from],
+            "seed": self.seed,
+        }
+
+    def fingerprint(self) -> str:
+        """Names what is searched: equal spaces may share a study, whatever they are allowed to spend."""
+        described = {k: v for k, v in self.to_dict().items() if k in ("data", "train", "search", "objective", "seed")}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def is_number(value: object) -> bool:
+    """A finite int or float; a bool is no number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def on_grid(value: Any, low: float, step: float | None) -> bool:
+    """Whether whole steps lead from `low` to `value`, within rounding."""
+    return step is None or abs((value - low) / step - round((value - low) / step)) < 1e-6
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """A value object's fields, one level deep."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
+def _param_dict(param: Param) -> dict[str, Any]:
+    kind = {FloatParam: "float", IntParam: "int", ChoiceParam: "categorical"}[type(param)]
+    values = {key: value for key, value in fields_of(param).items() if value not in (None, False, {})}
+    if "choices" in values:
+        values["choices"] = list(values["choices"])
+    if "when" in values:
+        values["when"] = {k: list(v) for k, v in values["when"].items()}
+    return {"type": kind, **values}

@@ -1,0 +1,478 @@
+"""Reads search spaces: YAML files -> tuner.space objects. Every problem of a file comes in one error.
+
+The format is in docs/search-spaces.md and, for editors and other programs, in `tuner schema`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from model.config import DEFAULTS, RULES, input_size_problem
+from model.layouts import LAYOUTS
+from tuner.space import (
+    DECISION_METRICS,
+    METRICS,
+    SAMPLERS,
+    SCHEDULERS,
+    Budget,
+    ChoiceParam,
+    DataOptions,
+    FloatParam,
+    IntParam,
+    Objective,
+    Param,
+    Scheduler,
+    Space,
+    SpaceError,
+    fields_of,
+    is_number,
+    on_grid,
+)  # fmt: skip
+
+_ELSEWHERE = {"seed": "seed, at the top level", "input_height": "data.height", "input_width": "data.width"}
+"""Fields of RunConfig that a search space sets in another place."""
+TUNABLE = tuple(name for name in RULES if name not in _ELSEWHERE)
+
+_TOP_KEYS = (
+    "name", "data", "train", "search", "objective", "sampler", "scheduler", "budget", "start_from", "seed",
+)  # fmt: skip
+_REQUIRED_KEYS = ("name", "data", "search", "budget")
+_BUDGET_KEYS = ("trials", "hours", "device_hours", "money", "price_per_device_hour")
+
+
+def load(source: str | Path) -> Space:
+    """Reads a search-space file, or a shipped one by its name. SpaceError with every problem."""
+    path = _find(source)
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise SpaceError(str(source), [f"is not valid YAML: {error}"]) from error
+    return parse(document, str(source))
+
+
+def shipped() -> dict[str, Path]:
+    """The search spaces that come with the package, by name."""
+    packaged = Path(str(resources.files("tuner"))) / "search_spaces"
+    folder = packaged if packaged.is_dir() else packaged.parents[1] / "search_spaces"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.stem in shipped() and str(source) in (path.stem, f"search_spaces/{path.stem}.yaml"):
+        return shipped()[path.stem]
+    near = difflib.get_close_matches(path.stem, shipped(), n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"the shipped ones are {', '.join(shipped())}"
+    raise SpaceError(str(source), [f"there is no such file, and no shipped search space of this name; {hint}"])
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+        return dict(super().construct_mapping(node, deep))
+
+
+def parse(document: Any, source: str = "search space") -> Space:
+    """Validates a document. SpaceError with every problem."""
+    reader = _Reader()
+    space = reader.space(document)
+    if reader.problems:
+        raise SpaceError(source, reader.problems)
+    assert space is not None
+    return space
+
+
+_MISSING: Any = object()
+
+
+class _Reader:
+    """Takes a document apart and collects what is wrong with it."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def space(self, document: Any) -> Space | None:
+        if not self.mapping("the file", document, _TOP_KEYS, required=_REQUIRED_KEYS):
+            return None
+        name = self.value(
+            document, "name", str, "must be a word for file names: letters, digits, - and _", check=_is_name
+        )
+        seed = self.value(document, "seed", int, "must be a whole number of at least 0", 0, check=lambda v: v >= 0)
+        data = self.data(document.get("data", {}))
+        train = self.train(document.get("train", {}))
+        search = self.search(document.get("search", {}), train)
+        objective = self.objective(document.get("objective", {}))
+        sampler = self.value(
+            document, "sampler", str, f"must be one of {', '.join(SAMPLERS)}", "tpe", SAMPLERS.__contains__
+        )
+        scheduler = self.scheduler(document.get("scheduler", "none"), train.get("epochs", DEFAULTS["epochs"]))
+        budget = self.budget(document.get("budget", {}))
+        start_from = document.get("start_from", [])
+        if self.problems:  # what follows needs the parts to be right
+            return None
+        space = Space(
+            name=name, data=data, train=train, search=search, objective=objective, sampler=sampler,
+            scheduler=scheduler, budget=budget, start_from=(), seed=seed,
+        )  # fmt: skip
+        return self.whole(space, start_from)
+
+    def problem(self, key: str, rule: str, found: Any = _MISSING, way_out: str = "") -> None:
+        shown = "" if found is _MISSING else f", found {_shown(found)}"
+        self.problems.append(f"{key}: {rule}{shown}{'; ' + way_out if way_out else ''}")
+
+    def mapping(self, key: str, value: Any, known: tuple[str, ...], required: tuple[str, ...] = ()) -> bool:
+        if not isinstance(value, dict):
+            self.problem(key, "must be a mapping of keys to values", value)
+            return False
+        prefix = "" if key == "the file" else f"{key}."
+        for name in value:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                self.problem(
+                    f"{prefix}{name}", "is not a known key",
+                    way_out=f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(known)}",
+                )  # fmt: skip
+        for name in required:
+            if name not in value:
+                self.problem(f"{prefix}{name}", "is missing", way_out="add it")
+        return True
+
+    def value(
+        self,
+        mapping: dict[str, Any],
+        key: str,
+        kind: type,
+        rule: str,
+        default: Any = None,
+        check: Any = None,
+        at: str = "",
+    ) -> Any:
+        """One value of a type, or `default`; a problem if it breaks the rule."""
+        if key not in mapping:
+            return default
+        value = mapping[key]
+        right = is_number(value) if kind is float else type(value) is kind
+        if not right or (check is not None and not check(value)):
+            self.problem(f"{at}{key}", rule, value, _text_hint(value))
+            return default
+        return float(value) if kind is float else value
+
+    def data(self, value: Any) -> DataOptions:
+        if not self.mapping("data", value, tuple(DataOptions.__dataclass_fields__)):
+            return DataOptions()
+        layout = self.value(
+            value, "layout", str, f"must be one of {', '.join(LAYOUTS)}", "auto", LAYOUTS.__contains__, "data."
+        )
+        sizes = [
+            self.value(value, side, int, "must be a whole number of px above 0", 448, lambda v: v > 0, "data.")
+            for side in ("height", "width")
+        ]
+        if problem := input_size_problem(*sizes):
+            self.problem("data", problem)
+        shares = [
+            self.value(
+                value, f"{split}_share", float, "must be a share between 0 and 1", 0.15, lambda v: 0 < v < 1, "data."
+            )
+            for split in ("validation", "test")
+        ]
+        if sum(shares) >= 0.9:
+            self.problem("data", "validation_share and test_share must leave at least 0.1 to training", sum(shares))
+        return DataOptions(
+            layout=layout, height=sizes[0], width=sizes[1], validation_share=shares[0], test_share=shares[1]
+        )
+
+    def train(self, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.problem("train", "must be a mapping of keys to values", value)
+            return {}
+        return {
+            name: fixed
+            for name, fixed in value.items()
+            if self.tunable("train", name) and self.fits("train", name, fixed)
+        }
+
+    def tunable(self, section: str, name: str) -> bool:
+        if name in _ELSEWHERE:
+            self.problem(f"{section}.{name}", f"is set as {_ELSEWHERE[name]}", way_out="move it there")
+        elif name not in TUNABLE:
+            near = difflib.get_close_matches(str(name), TUNABLE, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"the fields are {', '.join(TUNABLE)}"
+            self.problem(f"{section}.{name}", "is not a field of a run", way_out=hint)
+        return name in TUNABLE
+
+    def fits(self, section: str, name: str, value: Any) -> bool:
+        if problem := RULES[name].problem(value):
+            self.problem(f"{section}.{name}", problem, value, _text_hint(value))
+        return problem is None
+
+    def search(self, value: Any, train: dict[str, Any]) -> dict[str, Param]:
+        if not isinstance(value, dict):
+            self.problem("search", "must be a mapping of parameters", value)
+            return {}
+        params: dict[str, Param] = {}
+        for name, described in value.items():
+            if not self.tunable("search", name):
+                continue
+            if name in train:
+                self.problem(f"search.{name}", "is fixed under train as well", way_out="remove one of the two")
+            if param := self.param(f"search.{name}", described):
+                for sample in param.samples():
+                    if not self.fits("search", name, sample):
+                        break
+                params[name] = param
+        return self.in_order_of_conditions(params)
+
+    def param(self, key: str, value: Any) -> Param | None:
+        kinds = {"float": FloatParam, "int": IntParam, "categorical": ChoiceParam}
+        if not isinstance(value, dict):
+            self.problem(key, "must be a mapping such as {type: float, low: 0.1, high: 1.0}", value)
+            return None
+        if value.get("type") not in kinds:
+            self.problem(f"{key}.type", f"must be one of {', '.join(kinds)}", value.get("type", "nothing"))
+            return None
+        when = self.when(key, value.get("when", {}))
+        kind = kinds[value["type"]]
+        before = len(self.problems)
+        if kind is ChoiceParam:
+            self.mapping(key, value, ("type", "choices", "when"), required=("choices",))
+            choices = value.get("choices", [0])
+            if not isinstance(choices, list) or not choices or any(isinstance(c, list | dict) for c in choices):
+                self.problem(f"{key}.choices", "must be a list of plain values, at least one", choices)
+            elif len({(type(c), c) for c in choices}) < len(choices):
+                self.problem(f"{key}.choices", "must differ from each other", choices)
+            return ChoiceParam(choices=tuple(choices), when=when) if len(self.problems) == before else None
+        self.mapping(key, value, ("type", "low", "high", "log", "step", "when"), required=("low", "high"))
+        return self.number(key, value, kind, when) if len(self.problems) == before else None
+
+    def number(self, key: str, value: dict[str, Any], kind: type, when: dict[str, tuple[Any, ...]]) -> Param | None:
+        number, word = (float, "a number") if kind is FloatParam else (int, "a whole number")
+        before = len(self.problems)
+        low, high = (self.value(value, bound, number, f"must be {word}", at=f"{key}.") for bound in ("low", "high"))
+        log = self.value(value, "log", bool, "must be true or false", False, at=f"{key}.")
+        step = self.value(value, "step", number, f"must be {word} above 0", None, lambda v: v > 0, f"{key}.")
+        if len(self.problems) > before:
+            return None
+        if low > high:
+            self.problem(key, "low must not be above high", f"low {low:g}, high {high:g}", "swap them")
+        if log and low <= 0:
+            self.problem(f"{key}.low", "must be above 0 on a log scale", low)
+        if log and step is not None:
+            self.problem(key, "cannot have both log and step", way_out="remove one")
+        elif step is not None and low <= high and not on_grid(high, low, step):
+            below = low + math.floor((high - low) / step + 1e-9) * step
+            self.problem(
+                f"{key}.step", "must divide the range from low to high",
+                f"step {step:g} in {low:g} to {high:g}", f"let high be {below:g} or {below + step:g}",
+            )  # fmt: skip
+        if kind is FloatParam:
+            return FloatParam(low=low, high=high, log=log, step=step, when=when)
+        return IntParam(low=low, high=high, log=log, step=step or 1, when=when)
+
+    def when(self, key: str, value: Any) -> dict[str, tuple[Any, ...]]:
+        if not isinstance(value, dict):
+            self.problem(f"{key}.when", "must be a mapping of parameters to values", value)
+            return {}
+        return {parent: tuple(v) if isinstance(v, list) else (v,) for parent, v in value.items()}
+
+    def in_order_of_conditions(self, params: dict[str, Param]) -> dict[str, Param]:
+        for name, param in params.items():
+            for parent, values in param.when.items():
+                key = f"search.{name}.when.{parent}"
+                if not isinstance(params.get(parent), ChoiceParam):
+                    self.problem(
+                        key, "must name a categorical parameter of this search", way_out=f"search {parent} too"
+                    )
+                elif wrong := [v for v in values if not params[parent].contains(v)]:
+                    self.problem(key, f"must be among the choices of {parent}", wrong[0])
+        ordered: dict[str, Param] = {}
+        while len(ordered) < len(params):
+            free = {
+                n: p
+                for n, p in params.items()
+                if n not in ordered and not (p.when.keys() & params.keys()) - ordered.keys()
+            }
+            if not free:
+                waiting = [name for name in params if name not in ordered]
+                self.problem(
+                    "search", f"the conditions of {', '.join(waiting)} wait for each other", way_out="break the circle"
+                )
+                break
+            ordered.update(free)
+        return ordered
+
+    def objective(self, value: Any) -> Objective:
+        if isinstance(value, list):
+            self.problem("objective", "must be one metric in this version", f"a list of {len(value)}", "keep one")
+            return Objective()
+        if not self.mapping("objective", value, ("metric", "mode")):
+            return Objective()
+        metric = value.get("metric", "dice_mean")
+        if metric not in METRICS:
+            near = difflib.get_close_matches(str(metric), METRICS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else ""
+            self.problem("objective.metric", f"must be one of {', '.join(METRICS)}", metric, hint)
+        if value.get("mode", "max") != "max":
+            self.problem("objective.mode", "must be max: every offered metric is better when larger", value["mode"])
+        return Objective(metric=str(metric))
+
+    def scheduler(self, value: Any, epochs: int) -> Scheduler:
+        value = {"name": value} if isinstance(value, str) else value
+        if not self.mapping("scheduler", value, ("name", "min_epochs", "reduction"), required=("name",)):
+            return Scheduler()
+        rule = f"must be one of {', '.join(SCHEDULERS)}"
+        name = self.value(value, "name", str, rule, "none", SCHEDULERS.__contains__, "scheduler.")
+        rule = f"must be a whole number from 1 to train.epochs, {epochs}"
+        min_epochs = self.value(value, "min_epochs", int, rule, 1, lambda v: 1 <= v <= epochs, "scheduler.")
+        rule = "must be a whole number of at least 2"
+        reduction = self.value(value, "reduction", int, rule, 3, lambda v: v >= 2, "scheduler.")
+        return Scheduler(name=name, min_epochs=min_epochs, reduction=reduction)
+
+    def budget(self, value: Any) -> Budget:
+        if not self.mapping("budget", value, _BUDGET_KEYS):
+            return Budget()
+        rule = "must be a whole number of at least 1 (the baseline is the first trial)"
+        trials = self.value(value, "trials", int, rule, None, lambda v: v >= 1, "budget.")
+        limits = {
+            key: self.value(value, key, float, "must be a number above 0", None, lambda v: v > 0, "budget.")
+            for key in _BUDGET_KEYS[1:]
+        }
+        if not any(key in value for key in _BUDGET_KEYS[:4]):
+            self.problem("budget", f"needs at least one of {', '.join(_BUDGET_KEYS[:4])}", value, "say trials: 20")
+        if ("money" in value) != ("price_per_device_hour" in value):
+            self.problem("budget", "money and price_per_device_hour go together", list(value), "add the other one")
+        return Budget(trials=trials, **limits)
+
+    def whole(self, space: Space, start_from: Any) -> Space | None:
+        """Rules that look at several parts at once."""
+        late = space.train.get("dynamic_balance", DEFAULTS["dynamic_balance"]) or "dynamic_balance" in space.search
+        if space.objective.metric in DECISION_METRICS and space.scheduler.name != "none" and late:
+            self.problem(
+                    "scheduler", "must be none for a decision metric with dynamic_balance: the decision learns late, "
+                    "so early epochs say nothing of it", space.scheduler.name, "or set train.dynamic_balance: false",
+                )  # fmt: skip
+        for corner in (0, -1):
+            params: dict[str, Any] = {name: param.samples()[corner] for name, param in space.search.items()}
+            try:
+                space.config({name: params[name] for name in space.active(params)}, space.seed)
+            except ValueError as error:
+                self.problem("train", str(error))
+                break
+        if not isinstance(start_from, list) or not all(isinstance(point, dict) for point in start_from):
+            self.problem("start_from", "must be a list of configurations, each a mapping of parameters", start_from)
+            return None
+        for n, point in enumerate(start_from):
+            if not space.contains(point):
+                active = ", ".join(space.active(point)) or "nothing"
+                self.problem(
+                    f"start_from[{n}]",
+                    "must give each searched parameter a value in its range (here: " + active + ")",
+                    point,
+                )
+        return Space(**{**fields_of(space), "start_from": tuple(start_from)}) if not self.problems else None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a search-space file. Rules between keys are checked by `load` alone."""
+
+    def bounds(kind: str) -> dict[str, Any]:
+        number = {"type": kind}
+        return {"low": number, "high": number, "log": {"type": "boolean"}, "step": number | {"exclusiveMinimum": 0}}
+
+    when = {"when": {"type": "object", "description": "searched only where these parameters have these values"}}
+
+    def parameter(kind: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+        properties = {"type": {"const": kind}, **properties, **when}
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": ["type", *required],
+            "additionalProperties": False,
+        }
+
+    param = {
+        "oneOf": [
+            parameter("float", bounds("number"), ["low", "high"]),
+            parameter("int", bounds("integer"), ["low", "high"]),
+            parameter("categorical", {"choices": {"type": "array", "minItems": 1, "uniqueItems": True}}, ["choices"]),
+        ]
+    }  # fmt: skip
+    positive = {"type": "number", "exclusiveMinimum": 0}
+    side = {"type": "integer", "minimum": 8, "multipleOf": 8, "description": "px"}
+    share = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+
+    def mapping(properties: dict[str, Any], required: tuple[str, ...] = ()) -> dict[str, Any]:
+        return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+    scheduler = {
+        "name": {"enum": list(SCHEDULERS)},
+        "min_epochs": {"type": "integer", "minimum": 1},
+        "reduction": {"type": "integer", "minimum": 2},
+    }
+    properties = {
+        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
+        "data": mapping(
+            {"layout": {"enum": list(LAYOUTS)}, "height": side, "width": side}
+            | {"validation_share": share, "test_share": share}
+        ),
+        "train": mapping({name: _field_schema(name) for name in TUNABLE}),
+        "search": mapping({name: param | {"description": RULES[name].doc} for name in TUNABLE}),
+        "objective": mapping({"metric": {"enum": list(METRICS)}, "mode": {"const": "max"}}),
+        "sampler": {"enum": list(SAMPLERS)},
+        "scheduler": {"anyOf": [{"enum": list(SCHEDULERS)}, mapping(scheduler, ("name",))]},
+        "budget": mapping({"trials": {"type": "integer", "minimum": 1}, **dict.fromkeys(_BUDGET_KEYS[1:], positive)}),
+        "start_from": {"type": "array", "items": {"type": "object"}},
+        "seed": {"type": "integer", "minimum": 0},
+    }  # fmt: skip
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "segdec-tuner search space"} | mapping(
+        properties, _REQUIRED_KEYS
+    )
+
+
+def _field_schema(name: str) -> dict[str, Any]:
+    rule = RULES[name]
+    if rule.choices:
+        described: dict[str, Any] = {"enum": list(rule.choices)}
+    elif rule.kind is bool:
+        described = {"type": "boolean"}
+    else:
+        described = {"type": "number" if rule.kind is float else "integer"}
+        if rule.low is not None:
+            described["minimum"] = rule.low
+        if rule.high is not None:
+            described["maximum"] = rule.high
+        if rule.or_word:
+            described = {"anyOf": [described, {"const": rule.or_word}]}
+    return described | {"description": rule.doc, "default": DEFAULTS[name]}
+
+
+def _is_name(value: str) -> bool:
+    return bool(value) and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
+
+
+def _text_hint(value: object) -> str:
+    """YAML reads 1e-3 as text."""
+    try:
+        number = isinstance(value, str) and float(value)
+    except ValueError:
+        return ""
+    return f"YAML takes this for text; write {number!r} " if number else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, str) or " " not in value else value
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,23 @@
+"""What watches a search: W&B and the terminal. Off is a no-op, and a tracker that fails never stops a search."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rich.console import Console
+
+from tuner.tracking.base import RunInfo, Tracker, Trackers
+from tuner.tracking.terminal import TerminalTracker
+from tuner.tracking.wandb_runs import WandbTracker, check_online
+
+__all__ = ["RunInfo", "TerminalTracker", "Tracker", "Trackers", "WandbTracker", "build", "check_online"]
+
+
+def build(wandb: Literal["off", "offline", "online"], terminal: bool, console: Console | None = None) -> Trackers:
+    """The trackers of a search. Give `console` to have log messages and display share one (see TerminalTracker)."""
+    trackers: list[Tracker] = []
+    if wandb != "off":
+        trackers.append(WandbTracker(wandb))
+    if terminal:
+        trackers.append(TerminalTracker(console))
+    return Trackers(trackers)

@@ -1,0 +1,105 @@
+"""What watches a search: the events, and the fan-out that keeps a failing watcher from stopping the search.
+
+Trackers decide nothing. The driver process calls them, from one thread, with plain values.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A search as its trackers see it."""
+
+    name: str
+    id: str
+    """Six characters; every trial id begins with them."""
+    directory: Path
+    space: dict[str, Any]
+    baseline: dict[str, Any] | None
+    """The baseline's configuration, whole or only the fields that tell it apart; None without a baseline."""
+    trials_asked: int
+    hours: float | None
+    metric: str
+    mode: Literal["max", "min"]
+
+    def is_baseline(self, config: dict[str, Any]) -> bool:
+        """Whether a trial with this configuration is the baseline (only a hint: its record says so for certain)."""
+        return bool(self.baseline) and all(
+            name in config and config[name] == value for name, value in (self.baseline or {}).items()
+        )
+
+
+class Tracker:
+    """Watches a search and does nothing; the others override what they need."""
+
+    def search_started(self, run: RunInfo) -> None:
+        """First event, also of a resumed search."""
+
+    def trial_started(self, trial: str, params: dict[str, Any], config: dict[str, Any], resumed_epoch: int) -> None:
+        """A trial begins, or goes on after `resumed_epoch` epochs. `config` is the whole RunConfig."""
+
+    def epoch_ended(self, trial: str, figures: dict[str, float | None], previews: dict[str, bytes]) -> None:
+        """`figures`: a row of a record's history and `value`, the objective. `previews`: name -> PNG, often empty."""
+
+    def trial_ended(self, record: dict[str, Any]) -> None:
+        """`record`: a line of records.jsonl. A trial that was read off another one was never started."""
+
+    def search_ended(self, state: str) -> None:
+        """Last event; `state` is finished, stopped or failed. Trials may still be running when it is not finished."""
+
+    def close(self) -> None:
+        """Lets go of terminal and processes without waiting. Called instead of further events after an error."""
+
+
+class Trackers(Tracker):
+    """Hands each event to every tracker. One that raises is reported once, closed and told nothing further."""
+
+    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
+        self._live = list(trackers)
+
+    def search_started(self, run: RunInfo) -> None:
+        self._tell("search_started", run)
+
+    def trial_started(self, trial: str, params: dict[str, Any], config: dict[str, Any], resumed_epoch: int) -> None:
+        self._tell("trial_started", trial, params, config, resumed_epoch)
+
+    def epoch_ended(self, trial: str, figures: dict[str, float | None], previews: dict[str, bytes]) -> None:
+        self._tell("epoch_ended", trial, figures, previews)
+
+    def trial_ended(self, record: dict[str, Any]) -> None:
+        self._tell("trial_ended", record)
+
+    def search_ended(self, state: str) -> None:
+        self._tell("search_ended", state)
+
+    def close(self) -> None:
+        self._tell("close")
+
+    def _tell(self, event: str, *values: Any) -> None:
+        for tracker in tuple(self._live):
+            try:
+                getattr(tracker, event)(*values)
+            except Exception as error:
+                self._live.remove(tracker)
+                self._switch_off(tracker, event, error)
+
+    def _switch_off(self, tracker: Tracker, event: str, error: Exception) -> None:
+        name = type(tracker).__name__
+        try:
+            tracker.close()
+        except Exception:
+            logger.debug("closing %s failed as well", name, exc_info=True)
+        # After close, so that the message does not land in the middle of a live display.
+        logger.warning(
+            "%s failed in %s and is switched off; the search goes on. %s: %s",
+            name, event, type(error).__name__, error,
+        )  # fmt: skip
+        logger.debug("%s failed in %s", name, event, exc_info=error)
