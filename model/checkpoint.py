@@ -8,8 +8,8 @@ that is written last and says what belongs to it.
 from __future__ import annotations
 
 import json
-import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from model.config import RunConfig
 from model.evaluate import Thresholds
+from model.files import write_json
 from model.network import SegDecNet, build
 
 _MANIFEST = "manifest.json"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the new one, also after a power cut."""
-    building = path.with_name(f".{path.name}.part")
-    with building.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    building.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """One JSON document, atomically. NaN is refused: a figure that does not exist is None."""
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def save_model(
@@ -91,3 +77,15 @@ def load_training(directory: Path, device: torch.device) -> dict[str, Any]:
     """The inverse of `save_training`; reads tensors and plain values alone."""
     state: dict[str, Any] = torch.load(directory / "training.pt", map_location=device, weights_only=True)
     return state
+
+
+def load_progress(directory: Path) -> dict[str, Any]:
+    """What a checkpoint's trial had reached."""
+    progress: dict[str, Any] = json.loads((directory / "progress.json").read_text())
+    return progress
+
+
+def newest(folders: Iterable[Path]) -> Path | None:
+    """The whole checkpoint among some that has come furthest."""
+    whole = [folder for folder in folders if is_whole(folder)]
+    return max(whole, key=lambda folder: load_progress(folder)["epochs"], default=None)

@@ -155,6 +155,11 @@ RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RunConfig)}
 
 
+def rule_name(rule: str, factor: int) -> str:
+    """A threshold rule and its factor under the one name that records use."""
+    return f"{rule}/{factor}" if rule == "pr_curve" else rule
+
+
 def unknown_field(name: str) -> str:
     """A message for a key that is no field of RunConfig, with the nearest one if there is any."""
     near = difflib.get_close_matches(name, RULES, n=1)

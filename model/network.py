@@ -304,7 +304,9 @@ def _operation(stage: nn.Module) -> str:
     if isinstance(stage, nn.Sequential):
         conv = stage[0]
         assert isinstance(conv, nn.Conv2d)
-        return f"conv {conv.kernel_size[0]}x{conv.kernel_size[1]}, norm" + (", ReLU" if "relu" in stage._modules else "")
+        return f"conv {conv.kernel_size[0]}x{conv.kernel_size[1]}, norm" + (
+            ", ReLU" if "relu" in stage._modules else ""
+        )
     if isinstance(stage, nn.ConvTranspose2d):
         return "up-convolution 5x5, stride 2"
     if isinstance(stage, nn.Conv2d):

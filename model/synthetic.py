@@ -2,11 +2,13 @@
 
 An image is a product of fields over (H, W), each near 1: texture, light, whatever lies on the surface, and,
 on a positive, the crack. Everything but the crack is drawn before it and from generators of its own, so a
-positive and the negative of the same seed differ by the crack alone, and distractors cannot give the label away.
+positive and the negative of the same seed differ by the crack alone, and distractors cannot give the label
+away.
 
-The set is hard on purpose for a threshold on local darkness: joints and specks are at least as dark as cracks,
-and a crack's depth follows the roughness of its surface, so that no one level suits all images. What tells a
-crack is its shape: a jagged path that forks, of changing width, where joints are smooth and of one width.
+The set is hard on purpose for a threshold on local darkness: joints and specks are at least as dark as
+cracks, and a crack's depth follows the roughness of its surface, so that no one level suits all images. What
+tells a crack is its shape, a jagged path that forks and changes its width, where joints are smooth and of one
+width, and often a bright edge.
 """
 
 import csv
@@ -28,8 +30,8 @@ _STRIDE_PX, _SMALLEST_PX = 8, 64
 _LARGEST_GROUP = 3
 _STEP_PX = 2.5
 """Length of one step of a crack's walk."""
-_CRACK_WIDTH_PX = (1.8, 4.4)
-_FAINTEST = 0.6
+_CRACK_WIDTH_PX = (2.0, 4.8)
+_FAINTEST = 0.65
 """Contrast of a crack where it has faded most, as a share of its full depth: still visible."""
 _GRAIN_SCALES_PX = (1, 2, 4, 8, 32)
 
@@ -73,13 +75,23 @@ class _Surface:
     tint: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class _Blot:
+    """A sort of stain; ranges are (low, high)."""
+
+    radius_px: tuple[float, float]
+    depth: tuple[float, float]
+    soft: float
+    """Width of the edge as a share of the radius."""
+
+
 def scene(
     seed: int, positive: bool, height: int, width: int, surface_seed: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Image uint8 (H, W, 3) RGB and mask uint8 (H, W) of 0/1, which is empty for a negative.
 
-    A pure function of its arguments. Scenes with one `surface_seed` (default: the seed) look like crops of one
-    photo: same material, tone and roughness, another place.
+    A pure function of its arguments. Scenes with one `surface_seed` (default: the seed) look like crops of
+    one photo: same material, tone and roughness, another place.
     """
     shape = (height, width)
     surface = _surface(np.random.default_rng([0, seed if surface_seed is None else surface_seed]))
@@ -105,9 +117,10 @@ def _surface(rng: np.random.Generator) -> _Surface:
 
 def _noise(rng: np.random.Generator, shape: Fields, scale_px: float, stretch: float = 1) -> np.ndarray:
     """Smooth noise of mean 0 and standard deviation 1 with features of about `scale_px`."""
-    rows, columns = (int(np.ceil(n / s)) + 3 for n, s in zip(shape, (scale_px, scale_px * stretch), strict=True))
+    length_px = scale_px * stretch
+    rows, columns = int(np.ceil(shape[0] / scale_px)) + 3, int(np.ceil(shape[1] / length_px)) + 3
     coarse = rng.standard_normal((rows, columns))
-    size = (round(columns * scale_px * stretch), round(rows * scale_px))
+    size = (round(columns * length_px), round(rows * scale_px))
     fine = cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC)[: shape[0], : shape[1]]
     return (fine - coarse.mean()) / (fine.std() + 1e-6)
 
@@ -115,8 +128,8 @@ def _noise(rng: np.random.Generator, shape: Fields, scale_px: float, stretch: fl
 def _texture(rng: np.random.Generator, shape: Fields, surface: _Surface) -> np.ndarray:
     """Grain at several scales, aggregate and pin holes."""
     kind = surface.kind
-    grain = sum(w * _noise(rng, shape, s, kind.stretch) for w, s in zip(kind.weights, _GRAIN_SCALES_PX, strict=True))
-    grain = grain / np.linalg.norm(kind.weights)
+    octaves = np.stack([_noise(rng, shape, scale, kind.stretch) for scale in _GRAIN_SCALES_PX], axis=-1)
+    grain = octaves @ np.array(kind.weights) / np.linalg.norm(kind.weights)
     stones = np.tanh(2 * _noise(rng, shape, 3.5)) * _noise(rng, shape, 3)
     field = 1 + surface.grain * (grain + kind.stones * stones)
     pores = _blobs(rng, shape, kind.pores, radius_px=(0.6, 1.5))
@@ -143,10 +156,11 @@ def _place(rng: np.random.Generator, shape: Fields) -> tuple[float, float]:
 def _distractors(rng: np.random.Generator, shape: Fields, grain: float) -> list[np.ndarray]:
     """What lies on, or was cut into, the surface of positives and negatives alike."""
     sides = (shape[0] * shape[1]) ** 0.5 / _REFERENCE_SIDE_PX
+    stain, oil = _Blot((12, 30), (0.1, 0.3), 0.25), _Blot((3, 9), (0.3, 0.55), 0.1)
     fields = [_shadow(rng, shape) for _ in range(rng.integers(2))]
     fields += [_tyre_mark(rng, shape) for _ in range(rng.poisson(0.25))]
-    fields += [_blot(rng, shape, (12, 30), (0.1, 0.3), 0.25) for _ in range(rng.poisson(0.8 * sides))]  # stains
-    fields += [_blot(rng, shape, (3, 9), (0.3, 0.55), 0.1) for _ in range(rng.poisson(1.2 * sides))]  # oil
+    fields += [_blot(rng, shape, stain) for _ in range(rng.poisson(0.8 * sides))]
+    fields += [_blot(rng, shape, oil) for _ in range(rng.poisson(1.2 * sides))]
     fields += [_joint(rng, shape, grain) for _ in range(1 + rng.poisson(1.4 * sides))]
     fields += [_scratch(rng, shape, grain) for _ in range(rng.poisson(1.5 * sides))]
     specks = _blobs(rng, shape, 18, radius_px=(2, 6))  # leaves, pebbles, tar
@@ -156,23 +170,22 @@ def _distractors(rng: np.random.Generator, shape: Fields, grain: float) -> list[
 def _shadow(rng: np.random.Generator, shape: Fields) -> np.ndarray:
     """The edge of a shadow that falls across the image, sharp or soft."""
     edge = _along(shape, rng.uniform(0, 2 * np.pi), _place(rng, shape)) + 4 * _noise(rng, shape, 40)
-    return 1 - rng.uniform(0.2, 0.5) / (1 + np.exp(-np.clip(edge / rng.uniform(0.8, 5), -30, 30)))
+    return 1 - rng.uniform(0.2, 0.4) / (1 + np.exp(-np.clip(edge / rng.uniform(0.8, 5), -30, 30)))
 
 
-def _blot(
-    rng: np.random.Generator, shape: Fields, radius_px: tuple[float, float], depth: tuple[float, float], soft: float
-) -> np.ndarray:
-    """A stain or spot of irregular outline; `soft` is the width of its edge as a share of the radius."""
-    centre, radius = _place(rng, shape), rng.uniform(*radius_px)
+def _blot(rng: np.random.Generator, shape: Fields, blot: _Blot) -> np.ndarray:
+    """A stain or spot of irregular outline."""
+    centre, radius = _place(rng, shape), rng.uniform(*blot.radius_px)
     distance = np.hypot(_along(shape, 0, centre), _along(shape, np.pi / 2, centre)) / radius
     outline = distance + 0.25 * _noise(rng, shape, radius * 0.8) - 1
-    return 1 - rng.uniform(*depth) / (1 + np.exp(np.clip(outline / soft * 2, -30, 30)))
+    return 1 - rng.uniform(*blot.depth) / (1 + np.exp(np.clip(outline / blot.soft * 2, -30, 30)))
 
 
 def _tyre_mark(rng: np.random.Generator, shape: Fields) -> np.ndarray:
     """A worn band of rubber with the grooves of its tread."""
     angle, centre = rng.uniform(0, np.pi), _place(rng, shape)
-    across = _along(shape, angle, centre) + _along(shape, angle + np.pi / 2, centre) ** 2 * rng.uniform(-1e-3, 1e-3)
+    bend = rng.uniform(-1e-3, 1e-3) * _along(shape, angle + np.pi / 2, centre) ** 2
+    across = _along(shape, angle, centre) + bend
     half_px, groove_px = rng.uniform(8, 16), rng.uniform(6, 9)
     band = 1 / (1 + np.exp(np.clip((np.abs(across) - half_px) / 1.5, -30, 30)))
     tread = 0.65 + 0.35 * np.cos(2 * np.pi * across / groove_px)
@@ -180,10 +193,10 @@ def _tyre_mark(rng: np.random.Generator, shape: Fields) -> np.ndarray:
     return 1 - rng.uniform(0.2, 0.4) * band * tread * worn
 
 
-def _blobs(rng: np.random.Generator, shape: Fields, count: float, radius_px: tuple[float, float]) -> np.ndarray:
-    """Coverage, 0 to 1, by a random number of small ragged discs; `count` is the mean for the reference side."""
+def _blobs(rng: np.random.Generator, shape: Fields, mean: float, radius_px: tuple[float, float]) -> np.ndarray:
+    """Coverage, 0 to 1, by small ragged discs; `mean` is how many there are on the reference square."""
     canvas = _canvas(shape)
-    for _ in range(rng.poisson(count * shape[0] * shape[1] / _REFERENCE_SIDE_PX**2)):
+    for _ in range(rng.poisson(mean * shape[0] * shape[1] / _REFERENCE_SIDE_PX**2)):
         angles = np.linspace(0, 2 * np.pi, 9)[:-1] + rng.uniform(0, 2 * np.pi)
         radii = rng.uniform(*radius_px) * rng.uniform(0.6, 1.2, 8)
         squash = np.array([1, rng.uniform(0.5, 1)])
@@ -200,7 +213,7 @@ def _joint(rng: np.random.Generator, shape: Fields, grain: float) -> np.ndarray:
     direction, normal = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
     path = _place(rng, shape) + t[:, None] * direction + (bend * t**2)[:, None] * normal
     canvas = _canvas(shape)
-    _draw(canvas, path, np.full(len(t), rng.uniform(3, 9)))
+    _draw(canvas, path, np.full(len(t), rng.uniform(4, 10)))
     return 1 - _depth(rng, grain, 6.0, 9.0) * _shrink(canvas)
 
 
@@ -215,7 +228,7 @@ def _scratch(rng: np.random.Generator, shape: Fields, grain: float) -> np.ndarra
 
 
 def _depth(rng: np.random.Generator, grain: float, low: float, high: float) -> float:
-    """Contrast of a line, in multiples of the grain it has to stand out from, within what a camera would see."""
+    """Contrast in multiples of the grain that it has to stand out from, kept visible and above black."""
     return float(np.clip(rng.uniform(low, high) * grain, 0.2, 0.8))
 
 
@@ -227,13 +240,13 @@ def _crack(rng: np.random.Generator, shape: Fields, grain: float) -> tuple[np.nd
     start = np.array([shape[1], shape[0]]) * [(0.02, 0.5), (0.98, 0.5), (0.5, 0.02), (0.5, 0.98)][side]
     start = start + rng.uniform(-0.3, 0.3, 2) * np.array([shape[1] * (side > 1), shape[0] * (side < 2)])
     heading = float(np.arctan2(*(inside - start)[::-1]))
-    _grow(rng, covered, strength, start, heading, rng.uniform(0.7, 1.1) * max(shape), rng.uniform(2.6, 3.5), 0)
+    length_px, width_px = rng.uniform(0.7, 1.1) * max(shape), rng.uniform(2.9, 3.7)
+    _grow(rng, covered, strength, start, heading, length_px, width_px, 0)
     share, dark = _shrink(covered), _shrink(strength)
     field = 1 - _depth(rng, grain, 5.0, 6.5) * dark
     if rng.random() < 0.85:  # spalled edges that catch the light
-        field = field + rng.uniform(1.5, 3) * grain * (cv2.GaussianBlur(share, (0, 0), 1.5) * 2).clip(0, 1) * (
-            1 - share
-        )
+        edge = (2 * cv2.GaussianBlur(share, (0, 0), 1.5)).clip(0, 1) * (1 - share)
+        field = field + rng.uniform(1.5, 3) * grain * edge
     return field, (share >= 0.5).astype(np.uint8)
 
 
@@ -250,7 +263,7 @@ def _grow(
     """Walks one branch, draws it, and lets it fork; `order` counts the forks behind it."""
     steps = max(4, int(length_px / _STEP_PX))
     drift = np.cumsum(rng.normal(0, 0.10, steps))  # where it tends to
-    kinks = np.repeat(rng.normal(0, 0.65, steps), rng.integers(1, 5, steps))[:steps]  # around grains
+    kinks = np.repeat(rng.normal(0, 0.7, steps), rng.integers(1, 5, steps))[:steps]  # around grains
     angles = heading + drift + kinks
     path = start + _STEP_PX * np.cumsum(np.stack([np.cos(angles), np.sin(angles)], 1), 0)
     wobble = np.convolve(rng.normal(0, 0.9, steps + 4), np.ones(5) / 5, "valid")
@@ -261,8 +274,8 @@ def _grow(
     _draw(strength, path, widths, np.clip(fade, _FAINTEST, 1))
     for fork in np.flatnonzero(rng.random(steps) < 0.035) if order < 2 else ():
         turn = rng.choice([-1, 1]) * rng.uniform(0.5, 1.2)
-        rest = length_px * rng.uniform(0.15, 0.45)
-        _grow(rng, covered, strength, path[fork], heading + drift[fork] + turn, rest, width_px * 0.85, order + 1)
+        away, rest_px = heading + drift[fork] + turn, length_px * rng.uniform(0.15, 0.45)
+        _grow(rng, covered, strength, path[fork], away, rest_px, width_px * 0.85, order + 1)
 
 
 def _canvas(shape: Fields) -> np.ndarray:
@@ -320,13 +333,13 @@ def write(
 
 def _refuse(target: Path, count: int, positive_share: float, height: int, width: int) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"the synthetic set needs a new or empty directory, but {target} is in use; name another one")
+        raise ValueError(f"a synthetic set needs a new or empty directory, but {target} is in use; name another")
     for name, value in (("height", height), ("width", width)):
         if value < _SMALLEST_PX or value % _STRIDE_PX:
             better = max(_SMALLEST_PX, -(-value // _STRIDE_PX) * _STRIDE_PX)
             raise ValueError(
-                f"image {name} must be a multiple of {_STRIDE_PX} px (network stride) and at least {_SMALLEST_PX} px, "
-                f"but is {value} px; use {better}"
+                f"image {name} must be a multiple of {_STRIDE_PX} px (network stride) and at least "
+                f"{_SMALLEST_PX} px, but is {value} px; use {better}"
             )
     if count < 1:
         raise ValueError(f"count must be at least 1 image, but is {count}; leave it out for the default")

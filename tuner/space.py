@@ -180,6 +180,17 @@ class Space:
             return None
         return params if self.config(params, baseline.seed) == baseline else None
 
+    def threshold_rules(self) -> tuple[tuple[str, int], ...]:
+        """Every threshold rule with the factors that a trial of this space may use, and the three plain ones."""
+        factor = self.search.get("threshold_factor")
+        if isinstance(factor, IntParam):
+            factors = set(range(factor.low, factor.high + 1, factor.step))
+        elif isinstance(factor, ChoiceParam):
+            factors = set(factor.choices)
+        else:
+            factors = {self.train.get("threshold_factor", 1)}
+        return (("min_of_max", 1), *(("pr_curve", f) for f in sorted(factors | {1})), ("grid", 1))
+
     def to_dict(self) -> dict[str, Any]:
         """As in its YAML file, with every default written out; `parse` takes it back."""
         return {
@@ -218,7 +229,11 @@ def fields_of(value: Any) -> dict[str, Any]:
 
 def _param_dict(param: Param) -> dict[str, Any]:
     kind = {FloatParam: "float", IntParam: "int", ChoiceParam: "categorical"}[type(param)]
-    values = {key: value for key, value in fields_of(param).items() if value not in (None, False, {})}
+    values = {
+        key: value
+        for key, value in fields_of(param).items()
+        if value is not None and value is not False and value != {}
+    }
     if "choices" in values:
         values["choices"] = list(values["choices"])
     if "when" in values:

@@ -1,4 +1,4 @@
-"""The synthetic set: a function of its seed, fair between labels, and beyond a threshold on local darkness."""
+"""The synthetic set: a function of its seed, fair between labels, beyond a threshold on darkness."""
 
 import csv
 from pathlib import Path
@@ -16,8 +16,9 @@ HIGHEST_BASELINE_DICE = 0.30
 def read(directory: Path) -> tuple[list[dict[str, str]], np.ndarray, np.ndarray]:
     with (directory / "index.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    images = [cv2.imread(str(directory / "images" / f"{row['name']}.png"), cv2.IMREAD_COLOR_RGB) for row in rows]
-    masks = [cv2.imread(str(directory / "masks" / f"{row['name']}.png"), cv2.IMREAD_UNCHANGED) for row in rows]
+    files = [f"{row['name']}.png" for row in rows]
+    images = [cv2.imread(str(directory / "images" / file), cv2.IMREAD_COLOR_RGB) for file in files]
+    masks = [cv2.imread(str(directory / "masks" / file), cv2.IMREAD_UNCHANGED) for file in files]
     return rows, np.stack(images), np.stack(masks)
 
 
@@ -73,9 +74,9 @@ def test_negatives_have_spots_as_dark_as_cracks(default_set, sigma_px: float) ->
 
 
 def test_same_arguments_same_scene() -> None:
-    np.random.seed(0)  # noqa: NPY002 - the global state must not matter
+    np.random.seed(0)  # the global state must not matter
     first = synthetic.scene(7, True, 64, 96)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     for a, b in zip(first, synthetic.scene(7, True, 64, 96), strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(first, synthetic.scene(8, True, 64, 96), strict=True):
@@ -127,7 +128,7 @@ def test_written_set(default_set) -> None:
 
 
 def test_groups_share_a_surface(default_set) -> None:
-    rows, images, masks = default_set
+    rows, images, _ = default_set
     groups = [row["group"] for row in rows]
     assert {groups.count(group) for group in groups} == {1, 2, 3}
     colours = np.array([image.reshape(-1, 3).mean(0) / image.mean() for image in images])
@@ -175,7 +176,7 @@ def test_bad_options_are_refused(tmp_path: Path, options: dict[str, float], mess
 def test_directory_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for target in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(ValueError, match=r"new or empty directory, but .* is in use; name another one"):
+        with pytest.raises(ValueError, match=r"new or empty directory, but .* is in use; name another"):
             synthetic.write(target, count=1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

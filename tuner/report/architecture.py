@@ -83,7 +83,7 @@ def _draw_frame(
     top = _TOP
     for size in sizes:
         axes.plot([0.1, style.FULL - 0.1], [top - _GAP / 2] * 2, color=style.RULE, linewidth=0.8)
-        axes.text(0.12, top + _BAR / 2, f"{size[0]} × {size[1]}", fontsize=8, color=style.MUTED, va="center")
+        axes.text(0.12, top + _BAR / 2, f"{size[0]} x {size[1]}", fontsize=8, color=style.MUTED, va="center")
         top += rows[size] * _STEP + _GAP
 
 

@@ -162,8 +162,8 @@ def _text_bar(
     axes.set_axis_off()
     for x, text, colour, weight in texts:
         axes.text(x + 2, height / 2, text, fontsize=size, color=colour, fontweight=weight, va="center")
-    x = legend_from
-    for name, colour in LEGEND if x is not None else ():
+    x = legend_from or 0
+    for name, colour in LEGEND if legend_from is not None else ():
         axes.add_patch(Rectangle((x + 2, height / 2 - size / 2), size, size, color=colour, linewidth=0))
         axes.text(x + size * 1.45 + 2, height / 2, name, fontsize=size, color=style.MUTED, va="center")
         x += round(size * (2.6 + 0.62 * len(name)))

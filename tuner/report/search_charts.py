@@ -86,10 +86,12 @@ def _best_so_far(axes: Any, placed: Sequence[tuple[float, Json]], mode: str) -> 
     done = [(x, y) for x, record in placed if record["status"] == "completed" and (y := objective(record)) is not None]
     if not done:
         return
-    x, y = zip(*done, strict=True)
-    best = np.maximum.accumulate(y) if mode == "max" else np.minimum.accumulate(y)
+    values = np.array([value for _, value in done])
+    best = np.maximum.accumulate(values) if mode == "max" else np.minimum.accumulate(values)
     end = max(place for place, _ in placed)
-    axes.step([*x, end], [*best, best[-1]], where="post", color=style.INK, linewidth=1.2, zorder=2)
+    axes.step(
+        [*(place for place, _ in done), end], [*best, best[-1]], where="post", color=style.INK, linewidth=1.2, zorder=2
+    )
 
 
 def _baseline_line(axes: Any, run: Run) -> None:
@@ -123,8 +125,8 @@ def parameter_slice(run: Run, name: str) -> Any | None:
         axes.plot(x, [objective(r) for r in mine], zorder=3, alpha=0.85, **_marker(status))
     best = run.history_record()[0]
     if best in trials:
-        x = _position(best["params"][name], categories, best["number"] or 0)
-        axes.plot([x], [objective(best)], "o", markersize=9, markerfacecolor="none", color=style.INK, zorder=4)
+        place = _position(best["params"][name], categories, best["number"] or 0)
+        axes.plot([place], [objective(best)], "o", markersize=9, markerfacecolor="none", color=style.INK, zorder=4)
     if categories:
         axes.set_xticks(range(len(categories)), [_broken(words.setting(c)) for c in categories])
         axes.set_xlim(-0.5, len(categories) - 0.5)

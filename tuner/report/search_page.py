@@ -51,7 +51,8 @@ def _progress(run: Run, gallery: Gallery, against: str) -> Picture:
 def _top(run: Run) -> Table:
     names = list(run.searched)
     header = ["", "trial", "status", words.metric(run.objectives[0]["metric"]), "best epoch", "time", *names]
-    rows, strong = [], set()
+    rows: list[list[str]] = []
+    strong: set[int] = set()
     for place, record in enumerate(best_first(run)[:TOP], start=1):
         if record["trial"] == run.winner.trial:
             strong.add(len(rows))
@@ -120,16 +121,14 @@ def _time(run: Run, metrics: Json, gallery: Gallery) -> list[Block]:
 def provenance(run: Run) -> Section:
     """Command, data, versions, hardware, seeds, openings of the test split, definitions."""
     facts, hardware = run.facts, run.facts["hardware"]
+    seeds = (words.setting(run.space.get("seed")), words.setting(run.winner.config.get("seed")))
     rows = [
         ["run", f"{facts['name']} ({facts['id']})"],
         ["created", facts["created"]],
         ["data", facts["data_path"]],
         ["data fingerprint", run.data["fingerprint"]],
         ["search-space fingerprint", facts["space_fingerprint"]],
-        [
-            "seed",
-            f"{words.setting(run.space.get('seed'))} of the search, {words.setting(run.winner.config.get('seed'))} of the winner",
-        ],
+        ["seed", f"{seeds[0]} of the search, {seeds[1]} of the winner"],
         ["objective", "; ".join(f"{words.metric(o['metric'])}, {o.get('mode', 'max')}" for o in run.objectives)],
         [
             "processor",

@@ -173,7 +173,8 @@ def results(run: Run) -> Results:
         return Judged(getattr(candidate, name), candidate.thresholds, run.has_negatives)
 
     validation, test = judge(run.winner, "validation"), judge(run.winner, "test")
-    assert validation is not None and test is not None
+    assert validation is not None
+    assert test is not None
     if run.is_baseline:
         return Results(validation, test, validation, test)
     return Results(validation, test, judge(run.baseline, "validation"), judge(run.baseline, "test"))

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import Any
 
-NONE = "–"
+NONE = "–"  # noqa: RUF001
 
 METRIC_NAMES = {
     "dice_mean": "Dice, all images",
@@ -108,6 +108,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def file_name(text: str, length: int = 60) -> str:
-    """ASCII letters, digits, dots and dashes: safe on every file system and in a link."""
+    """ASCII letters, digits, dots and dashes, without a suffix: safe on every file system and in a link."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    plain = re.sub(r"\.[A-Za-z]{3,4}$", "", plain)
     return re.sub(r"[^A-Za-z0-9.-]+", "_", plain).strip("._")[:length] or "image"

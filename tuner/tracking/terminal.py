@@ -23,9 +23,13 @@ from tuner.tracking.progress import Progress, Running, duration, number, paramet
 
 REFRESH_PER_SECOND = 2
 FINISHED_SHOWN = 5
-OTHER_ROWS = 9 + FINISHED_SHOWN
+OTHER_ROWS = 12 + FINISHED_SHOWN
 """Lines of the display besides the running trials; a display higher than the terminal could not be redrawn."""
 MOST_RUNNING_SHOWN = 32
+
+_FIXED_WIDTH = 44
+_PARAMETER_WIDTH = 9
+"""Columns that trial and figures take, and a searched parameter at least."""
 
 STATUSES = ("completed", "stopped_early", "diverged", "failed")
 _STYLES = {"completed": "green", "stopped_early": "cyan", "diverged": "yellow", "failed": "red"}
@@ -108,8 +112,8 @@ class TerminalTracker(Tracker):
                 _header(progress, self._clock() - self._start),
                 _counts(progress),
                 _best(progress),
-                *_running_table(progress, rows),
-                *_finished_table(progress),
+                *_running_table(progress, rows, self.console.width),
+                *_finished_table(progress, self.console.width),
             )
 
 
@@ -142,46 +146,53 @@ def _best(progress: Progress) -> Text:
     mark = " (running)" if trial in progress.running else ""
     if _is_baseline(trial, progress):
         mark += " (baseline)"
-    text = Text("best: ", no_wrap=True, overflow="ellipsis").append(number(value), style="bold")
+    text = Text("best: ").append(number(value), style="bold")
     return text.append(f"  {trial}{mark}  {parameters(params)}")
 
 
-def _running_table(progress: Progress, rows: int) -> list[RenderableType]:
+def _running_table(progress: Progress, rows: int, room: int) -> list[RenderableType]:
     if not progress.running:
         return []
-    table = _table("running", "epoch", "value", "best")
     shown = list(progress.running.items())[:rows]
+    table = _Trials("running", "epoch", "value", "best", params=[r.params for _, r in shown], room=room)
     for trial, running in shown:
-        table.add_row(
-            _marked(trial, running.baseline), str(running.epoch), number(running.value), number(running.best),
-            Text(parameters(running.params)),
-        )  # fmt: skip
+        figures = (str(running.epoch), number(running.value), number(running.best))
+        table.add(_marked(trial, running.baseline), figures, running.params)
     hidden = len(progress.running) - len(shown)
-    return [table, Text(f"and {hidden} more", style="dim")] if hidden else [table]
+    return [table.table, Text(f"and {hidden} more", style="dim")] if hidden else [table.table]
 
 
-def _finished_table(progress: Progress) -> list[RenderableType]:
+def _finished_table(progress: Progress, room: int) -> list[RenderableType]:
     if not progress.finished:
         return []
-    table = _table("finished", "epochs", "value", "status")
-    for record in list(progress.finished.values())[-FINISHED_SHOWN:]:
-        status = record["status"]
-        table.add_row(
-            _marked(record["trial"], bool(record.get("baseline"))), str(record.get("epochs") or "-"),
-            number(record.get("value")), Text(words(status), style=_STYLES.get(status, "")),
-            Text(parameters(record.get("params") or {})),
-        )  # fmt: skip
-    return [table]
+    shown = list(progress.finished.values())[-FINISHED_SHOWN:]
+    params = [record.get("params") or {} for record in shown]
+    table = _Trials("finished", "epochs", "value", "status", params=params, room=room)
+    for record, searched in zip(shown, params, strict=True):
+        status = Text(words(record["status"]), style=_STYLES.get(record["status"], ""))
+        figures = (str(record.get("epochs") or "-"), number(record.get("value")), status)
+        table.add(_marked(record["trial"], bool(record.get("baseline"))), figures, searched)
+    return [table.table]
 
 
-def _table(first: str, *figures: str) -> Table:
-    """Trial, figures and parameters, a line a trial; only the parameters are cut off when there is no room."""
-    table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-    table.add_column(first, no_wrap=True)
-    for name in figures:
-        table.add_column(name, no_wrap=True, justify="left" if name == "status" else "right")
-    table.add_column("parameters", no_wrap=True, overflow="ellipsis", ratio=1)
-    return table
+class _Trials:
+    """A table with a line a trial: id, figures, and as many searched parameters as there is room for."""
+
+    def __init__(self, first: str, *figures: str, params: list[dict[str, Any]], room: int) -> None:
+        names = list(dict.fromkeys(name for each in params for name in each))
+        self._names = names[: max(1, (room - _FIXED_WIDTH) // _PARAMETER_WIDTH)]
+        self.table = Table(box=None, pad_edge=False, header_style="dim")
+        self.table.add_column(first, no_wrap=True)
+        for name in figures:
+            self.table.add_column(name, no_wrap=True, justify="left" if name == "status" else "right")
+        for name in self._names:  # spaces, so that a long name takes two or three short lines
+            self.table.add_column(Text(name.replace("_", " ")), max_width=2 * _PARAMETER_WIDTH)
+        if len(names) > len(self._names):
+            self.table.add_column(f"+{len(names) - len(self._names)}", no_wrap=True)
+
+    def add(self, trial: Text, figures: tuple[str | Text, ...], params: dict[str, Any]) -> None:
+        cells = [number(params[name]) if name in params else "-" for name in self._names]
+        self.table.add_row(trial, *figures, *(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
 
 
 def _marked(trial: str, baseline: bool) -> Text:

@@ -1,0 +1,196 @@
+"""Chooses the winner, and evaluates winner and baseline on validation and, once, on test.
+
+The only reader of the test split. It runs on a worker with a trial's resources.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import checkpoint
+from model.config import RunConfig
+from model.data import Cache, open_cache
+from model.evaluate import Scores, Thresholds, predict, score
+from model.files import write_atomically, write_json
+from model.metrics import Array, to_half
+from model.network import build, describe
+from model.sample import Sample
+from model.splits import Splits
+from model.thresholds import sigmoid
+from tuner import records
+from tuner.search import Resources, SearchFailed, newest_checkpoint, run_on_worker
+from tuner.trial import take_device
+
+SHOWN_EXAMPLES = 24
+"""Test images whose maps are kept for the report, from the worst to the best by Dice."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A trained configuration that is to be evaluated."""
+
+    trial: str
+    model: str
+    """folder of its weights"""
+    config: RunConfig
+    thresholds: Thresholds
+    epoch: int
+    value: float
+
+    def describe(self) -> dict[str, Any]:
+        """Its entry in selection.json."""
+        return {
+            "config": self.config.to_dict(),
+            "epoch": self.epoch,
+            "thresholds": self.thresholds.to_dict(),
+            "value": self.value,
+        }
+
+
+def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resources, open_test: bool = False) -> None:
+    """Writes evaluation/ and best/. ValueError if the test split was opened before, unless `open_test` says so."""
+    evaluation = run_directory / "evaluation"
+    check_test_is_sealed(run_directory, open_test)
+    found = records.read(run_directory)
+    winner = _finalist(run_directory, records.best(found))
+    if winner is None:
+        raise SearchFailed("no trial has completed, so there is no best one; see the reasons in records.jsonl")
+    baseline = _finalist(run_directory, records.baseline(found))
+    finalists = {"winner": winner} | ({"baseline": baseline} if baseline and baseline.trial != winner.trial else {})
+
+    evaluation.mkdir(exist_ok=True)
+    _note_opening(evaluation, [finalist.trial for finalist in finalists.values()], again=open_test)
+    files = run_on_worker(_evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources)
+    for name, arrays in files.items():
+        _write_arrays(evaluation / name, arrays)
+    write_json(evaluation / "architecture.json", _architectures(winner.config))
+    write_json(
+        evaluation / "selection.json",
+        {
+            "winner": winner.trial,
+            "baseline": baseline.trial if baseline else None,
+            "metric": metric,
+            "mode": "max",
+            "trials": {f.trial: f.describe() for f in (winner, baseline) if f},
+        },
+    )
+    _write_best(run_directory / "best", winner)
+
+
+def check_test_is_sealed(run_directory: Path, open_test: bool) -> None:
+    """ValueError if the test split was opened before and nobody asks to open it again."""
+    if (log := run_directory / "evaluation" / "openings.jsonl").exists() and not open_test:
+        when = json.loads(log.read_text().splitlines()[0])["time"]
+        raise ValueError(
+            f"the test split is opened once a run, and it was at {when}; every further look makes its figures less "
+            "honest. `tuner report` draws the report again; --open-test opens the split again and logs it"
+        )
+
+
+def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | None:
+    if record is None or record["status"] != records.Status.COMPLETED:
+        return None
+    folder = newest_checkpoint(run_directory / "trials", record["replayed_from"] or record["trial"])
+    if folder is None:
+        raise SearchFailed(f"the checkpoint of trial {record['trial']} is gone from {run_directory / 'trials'}")
+    return Finalist(
+        record["trial"],
+        str(folder / "best"),
+        RunConfig.from_dict(record["config"]),
+        Thresholds.from_dict(record["thresholds"]),
+        record["best_epoch"],
+        record["value"],
+    )
+
+
+def _note_opening(evaluation: Path, trials: list[str], again: bool) -> None:
+    path = evaluation / "openings.jsonl"
+    before = path.read_text() if path.exists() else ""
+    why = "asked for with --open-test" if again else "the final evaluation of winner and baseline"
+    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "trials": trials, "why": why}
+    write_atomically(path, (before + json.dumps(line) + "\n").encode())
+
+
+def _evaluate_on_worker(
+    finalists: dict[str, Finalist], validation: list[Sample], test: list[Sample], resources: Resources
+) -> dict[str, dict[str, Array]]:
+    """Arrays by the name of their file; nothing is written here, for a worker may have another disk."""
+    device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
+    files: dict[str, dict[str, Array]] = {}
+    for role, finalist in finalists.items():
+        network, _, _ = checkpoint.load_model(Path(finalist.model), device)
+        config = finalist.config
+        for split, samples in (("validation", validation), ("test", test)):
+            cache = open_cache(samples, config.input_height, config.input_width)
+            scores = score(network, cache, config, device)
+            files[f"{role}-{split}.npz"] = _split_arrays(cache, scores)
+            if (role, split) == ("winner", "test"):
+                rows = _example_rows(scores, finalist.thresholds)
+                logits = np.concatenate([maps for _, maps in predict(network, cache.images[rows], config, device)])
+                files["examples.npz"] = _example_arrays(cache, rows, logits, finalist.thresholds)
+    return files
+
+
+def _split_arrays(cache: Cache, scores: Scores) -> dict[str, Array]:
+    return {
+        "names": np.array([sample.name for sample in cache.samples]),
+        "groups": np.array([sample.group for sample in cache.samples]),
+        "sources": np.array([sample.source for sample in cache.samples]),
+        "labels": scores.labels,
+        "decision_logits": scores.decision_logits.astype(np.float32),
+        **scores.counts.arrays(),
+    }
+
+
+def _example_rows(scores: Scores, thresholds: Thresholds) -> list[int]:
+    """Rows from the worst Dice to the best; a third are the worst failures, the rest spread over all ranks."""
+    dice = scores.counts.at(thresholds.segmentation_logit).dice()[:, 0]
+    ranked = np.argsort(dice, kind="stable")
+    if len(ranked) <= SHOWN_EXAMPLES:
+        return [int(n) for n in ranked]
+    worst = SHOWN_EXAMPLES // 3
+    spread = np.linspace(worst, len(ranked) - 1, SHOWN_EXAMPLES - worst).round().astype(int)
+    return [int(n) for n in ranked[[*range(worst), *spread]]]
+
+
+def _example_arrays(cache: Cache, rows: list[int], logits: Array, thresholds: Thresholds) -> dict[str, Array]:
+    return {
+        "names": np.array([cache.samples[n].name for n in rows]),
+        "image": np.asarray(cache.images[rows]),
+        "truth": np.asarray(cache.masks[rows]).astype(bool),
+        "probability": sigmoid(logits).astype(np.float16),
+        "mask": to_half(logits) >= thresholds.segmentation_logit,
+    }
+
+
+def _architectures(config: RunConfig) -> dict[str, Any]:
+    """The stages of the original network and of the one used, read off the modules without computing anything."""
+    with torch.device("meta"):
+        original, used = build("segdecnet"), build(config.architecture, width=config.width)
+    size = config.input_height, config.input_width
+    return {"original": describe(original, *size), "used": describe(used, *size)}
+
+
+def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
+    building = path.with_name(f".{path.stem}.part.npz")
+    np.savez_compressed(building, allow_pickle=False, **arrays)
+    building.replace(path)
+
+
+def _write_best(best: Path, winner: Finalist) -> None:
+    building = best.with_name(".best.part")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    shutil.copy2(Path(winner.model) / "model.safetensors", building)
+    write_json(building / "config.json", winner.config.to_dict())
+    write_json(building / "thresholds.json", winner.thresholds.to_dict() | {"epoch": winner.epoch})
+    shutil.rmtree(best, ignore_errors=True)
+    building.rename(best)

@@ -1,0 +1,93 @@
+"""The main job as a story: search, then finals, then the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from tuner import finals, report, tracking
+from tuner.run import Options, Run, create, load
+from tuner.sampler import SearchStudy
+from tuner.search import cluster, default_resources, run_trials
+from tuner.space import Space
+from tuner.space_file import load as load_space
+from tuner.trial import TrialTask
+
+logger = logging.getLogger(__name__)
+
+
+def run_search(
+    space: Space | str | Path,
+    data: str | Path,
+    *,
+    name: str | None = None,
+    runs: str | Path = "runs",
+    with_report: bool = True,
+    terminal: bool = False,
+    **options: Any,
+) -> Run:
+    """Searches a space on a data set, evaluates the best configuration and writes its report.
+
+    `space` is a Space, a file or the name of a shipped one; `data` a folder or "synthetic"; `options` are those of
+    `tuner search` (fields of tuner.run.Options). ValueError for anything that cannot work.
+    """
+    space = space if isinstance(space, Space) else load_space(space)
+    return go_on(create(space, data, Path(runs), name, Options(**options)), with_report, terminal)
+
+
+def go_on(run: Run, with_report: bool = True, terminal: bool = False) -> Run:
+    """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
+    with run.locked(), cluster(run.options.address):
+        finished = _search(run, terminal) == "finished"
+        if finished and with_report:
+            if not (run.directory / "evaluation" / "selection.json").exists():
+                evaluate(run)
+            report.write(run.directory)
+    return run
+
+
+def evaluate(run: Run, open_test: bool = False) -> None:
+    """Evaluates winner and baseline; needs a cluster and the lock."""
+    options = run.options
+    resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
+    finals.evaluate(run.directory, run.splits(), run.space.objective.metric, resources, open_test)
+
+
+def _search(run: Run, terminal: bool) -> str:
+    """Runs the trials that are left; how it ended: finished or stopped."""
+    space, options, info = run.space, run.options, run.info
+    found = run.splits()
+    task = TrialTask(found.train, found.validation, space.objective.metric, space.threshold_rules())
+    resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
+    study = SearchStudy(space, info["id"], run.directory / "study.journal")
+    trackers = tracking.build(options.wandb, terminal)
+    trackers.search_started(_watched(run, study))
+    session = {"started": time.time(), "ended": None}
+    run.note(state="running", sessions=[*info["sessions"], session])
+    state = "failed"
+    try:
+        state = run_trials(study, task, run.directory, space.budget, resources, trackers)
+    finally:
+        trackers.search_ended(state)
+        run.note(state=state, sessions=[*info["sessions"], session | {"ended": time.time()}])
+    return state
+
+
+def _watched(run: Run, study: SearchStudy) -> tracking.RunInfo:
+    space = run.space
+    return tracking.RunInfo(
+        name=run.name,
+        id=run.info["id"],
+        directory=run.directory,
+        space=space.to_dict(),
+        baseline=space.baseline_config(space.seed).to_dict(),
+        trials_asked=space.budget.trials,
+        hours=space.budget.hours,
+        metric=space.objective.metric,
+        mode="max",
+    )
+
+
+__all__ = ["evaluate", "go_on", "load", "run_search"]

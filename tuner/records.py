@@ -1,0 +1,60 @@
+"""What a search leaves for others: one record a finished trial, in records.jsonl. The keys are in
+docs/run-directory.md. The study holds the same records; this file is written from them.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from model.files import write_atomically
+
+FILE = "records.jsonl"
+
+
+class Status(enum.StrEnum):
+    """How a trial ended."""
+
+    COMPLETED = "completed"
+    STOPPED_EARLY = "stopped_early"
+    DIVERGED = "diverged"
+    FAILED = "failed"
+
+
+def write(run_directory: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Replaces records.jsonl at once."""
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    write_atomically(run_directory / FILE, lines.encode())
+
+
+def read(run_directory: Path) -> list[dict[str, Any]]:
+    """All records, in the order of the study; none if nothing has finished yet."""
+    path = run_directory / FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def best(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The completed trial with the largest value; the earlier one of equals. Stopped ones have not seen the end of
+    the loss schedule, so their values are no match."""
+    completed = [r for r in records if r["status"] == Status.COMPLETED and r["value"] is not None]
+    return max(completed, key=lambda record: record["value"], default=None)
+
+
+def baseline(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The baseline's record, if it has finished."""
+    return next((record for record in records if record["baseline"]), None)
+
+
+def charged(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records that count against a budget: those whose network was trained for them."""
+    return [record for record in records if record["replayed_from"] is None]
+
+
+def count(records: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """How many ended in each way."""
+    found = Counter(record["status"] for record in records)
+    return {status.value: found[status.value] for status in Status}

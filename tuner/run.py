@@ -1,0 +1,226 @@
+"""A run and its directory (docs/run-directory.md): how it is made, opened again, and driven from search to report."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import secrets
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from model import layouts, splits, synthetic
+from model.config import DEFAULTS
+from model.data import cache_root
+from model.files import write_json
+from model.splits import Splits
+from tuner import records, space_file
+from tuner.space import DECISION_METRICS, IntParam, Space
+
+SYNTHETIC = "synthetic"
+_PACKAGES = ("segdec-tuner", "torch", "ray", "optuna", "wandb", "numpy", "opencv-python-headless", "albumentations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a command line may say beside the space; None leaves the choice to the space or to the machine."""
+
+    trials: int | None = None
+    hours: float | None = None
+    concurrent: int | None = None
+    cpus_per_trial: float | None = None
+    gpus_per_trial: float | None = None
+    address: str | None = None
+    wandb: str = "offline"
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A search, wherever it stands. Files are read when asked for, so that it is never out of date."""
+
+    directory: Path
+    space: Space
+    data: str
+    """the data set's path, or the word synthetic"""
+    options: Options = field(default_factory=Options)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """run.json"""
+        found: dict[str, Any] = json.loads((self.directory / "run.json").read_text())
+        return found
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """One for each finished trial."""
+        return records.read(self.directory)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The record of the best completed trial."""
+        return records.best(self.records)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """report/metrics.json"""
+        found: dict[str, Any] = json.loads((self.directory / "report" / "metrics.json").read_text())
+        return found
+
+    def splits(self) -> Splits:
+        """The data, read again. ValueError if it is no longer what the run began with."""
+        found = _read_data(self.space, self.data)
+        if (now := splits.fingerprint(found)) != (then := self.info["data"]["fingerprint"]):
+            raise ValueError(
+                f"the data in {self.data} must be what the run began with (fingerprint {then}), found {now}; "
+                "restore them, or start a new run"
+            )
+        return found
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The one writer of the directory; the kernel frees the lock when the process ends, however it ends."""
+        with (self.directory / "run.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.directory} is written by another process; wait for it, or stop it") from None
+            yield
+
+    def is_running(self) -> bool:
+        """Whether some process holds the lock."""
+        with (self.directory / "run.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+    def note(self, **values: Any) -> None:
+        """Changes keys of run.json."""
+        write_json(self.directory / "run.json", self.info | values)
+
+
+def create(space: Space, data: str | Path, runs: Path, name: str | None = None, options: Options | None = None) -> Run:
+    """Looks at all the data, and makes the directory of a new run. ValueError for anything that cannot work."""
+    options = options or Options()
+    space = _with_options(space, options)
+    directory = runs / (name or space.name)
+    if directory.exists():
+        raise ValueError(
+            f"a run's name must be new, found {directory}; choose another with --name, "
+            f"or go on with `tuner resume {directory}`"
+        )
+    found = _read_data(space, str(data))
+    _check_data_fits(space, found, str(data))
+    building = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
+    building.mkdir(parents=True)
+    write_json(
+        building / "run.json",
+        {
+            "schema": 1,
+            "name": directory.name,
+            "id": secrets.token_hex(3),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["tuner", *sys.argv[1:]]) if sys.argv[0].endswith("tuner") else "tuner.run_search",
+            "space": space.to_dict(),
+            "space_fingerprint": space.fingerprint(),
+            "data_path": str(data),
+            "options": asdict(options),
+            "versions": {"python": platform.python_version(), **_versions()},
+            "hardware": _hardware(),
+            "data": _data_facts(space, found),
+            "state": "stopped",
+            "sessions": [],
+        },
+    )
+    building.rename(directory)
+    return Run(directory=directory, space=space, data=str(data), options=options)
+
+
+def load(directory: str | Path) -> Run:
+    """An existing run. ValueError if the folder holds none."""
+    path = Path(directory)
+    try:
+        info = json.loads((path / "run.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} must be the folder of a run, with a run.json ({error})") from error
+    space = space_file.parse(info["space"], str(path / "run.json"))
+    return Run(directory=path, space=space, data=info["data_path"], options=Options(**info["options"]))
+
+
+def _with_options(space: Space, options: Options) -> Space:
+    budget = replace(
+        space.budget, trials=options.trials or space.budget.trials, hours=options.hours or space.budget.hours
+    )
+    return replace(space, budget=budget, seed=space.seed if options.seed is None else options.seed)
+
+
+def _read_data(space: Space, data: str) -> Splits:
+    path = Path(data)
+    if data == SYNTHETIC:
+        height, width = space.data.height, space.data.width
+        path = cache_root() / f"synthetic-{height}x{width}"
+        if not path.exists():
+            synthetic.write(path, height=height, width=width)
+    samples = layouts.read(path, space.data.layout)
+    return splits.assign(samples, path, space.data.validation_share, space.data.test_share, space.seed)
+
+
+def _check_data_fits(space: Space, found: Splits, data: str) -> None:
+    if not found.has_negatives and space.objective.metric in DECISION_METRICS:
+        raise ValueError(
+            f"objective {space.objective.metric} needs images without a defect, found none in {data}; "
+            "use a segmentation metric such as dice_mean"
+        )
+    searched = space.search.get("num_segmented")
+    largest = (
+        searched.high if isinstance(searched, IntParam) else space.train.get("num_segmented", DEFAULTS["num_segmented"])
+    )
+    splits.keep_masks(found.train, largest)
+
+
+def _data_facts(space: Space, found: Splits) -> dict[str, Any]:
+    named = dict(zip(layouts.SPLITS, found, strict=True))
+    return {
+        "fingerprint": splits.fingerprint(found),
+        "layout": space.data.layout,
+        "height": space.data.height,
+        "width": space.data.width,
+        "channels": 3,
+        **{name: splits.counts(split) for name, split in named.items()},
+        "groups": {name: len({sample.group for sample in split}) for name, split in named.items()},
+        "has_negatives": found.has_negatives,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gib": round(memory / 2**30), "gpus": gpus}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

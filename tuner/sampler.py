@@ -1,0 +1,265 @@
+"""The Optuna study: the record of a search. What is asked of it, told to it and read off it.
+
+Every proposal, every epoch's value and every end is in the study before anything else happens, so that a search can
+be killed at any moment and go on from the study alone. States are exact:
+
+- WAITING: proposed, and not running: enqueued, or put back when the search was stopped; asked for again first
+- RUNNING: on a worker now
+- COMPLETE: trained to its last epoch; the value is the objective at the best epoch
+- PRUNED: stopped early, with all its intermediate values
+- FAIL: diverged, crashed or out of memory; the record says why
+
+The whole record of a trial (see tuner/records.py) is its user attribute `record`. A baseline that lies outside the
+space is no point of the study: its record is the study's user attribute `baseline`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.trial import TrialState
+
+from model.config import RunConfig, rule_name
+from tuner.space import FloatParam, IntParam, Param, Space
+
+MAX_REPLAYS_IN_A_ROW = 20
+"""So many proposals in a row that need no training mean that there is nothing new to find."""
+
+_STATES = {
+    "completed": TrialState.COMPLETE,
+    "stopped_early": TrialState.PRUNED,
+    "diverged": TrialState.FAIL,
+    "failed": TrialState.FAIL,
+}
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial that is to run, or to go on."""
+
+    trial: str
+    number: int | None
+    """in the study; None for a baseline outside the space"""
+    params: dict[str, Any]
+    config: RunConfig
+    is_baseline: bool
+
+
+class SearchStudy:
+    """One search's study in a journal file. One process writes to it."""
+
+    def __init__(self, space: Space, run_id: str, journal: Path) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        _mend(journal)
+        self.space = space
+        self.run_id = run_id
+        self._baseline_asked = False
+        storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
+        self._storage = storage
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=f"{space.name}-{space.fingerprint()}",
+            direction="maximize",
+            pruner=optuna.pruners.NopPruner(),
+            load_if_exists=True,
+        )
+        # A sampler does not remember what it drew before a stop; the count keeps it from drawing the same again.
+        self._study.sampler = _sampler(space, seed=space.seed + len(self._study.get_trials(deepcopy=False)))
+        if "queued" not in self._study.user_attrs:
+            self._queue_first_trials()
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.put_back(trial.number)
+
+    def _queue_first_trials(self) -> None:
+        baseline = self.space.baseline_params()
+        if baseline is not None:
+            self._study.enqueue_trial(baseline, skip_if_exists=True)
+        for point in self.space.start_from:
+            if dict(point) != baseline:
+                self._study.enqueue_trial(dict(point), skip_if_exists=True)
+        self._study.set_user_attr("baseline_in_space", baseline is not None)
+        self._study.set_user_attr("queued", True)
+
+    # Asking
+
+    def ask(self) -> Proposal | None:
+        """The next trial that needs training; the baseline before any other. None when nothing new is left.
+
+        Proposals whose network is trained already are told from its replay on the way.
+        """
+        if not (self._attr("baseline_in_space") or self._attr("baseline") or self._baseline_asked):
+            self._baseline_asked = True
+            config = self.space.baseline_config(self.space.seed)
+            return Proposal(self.trial_id(None), None, self._outside_params(config), config, True)
+        for _ in range(MAX_REPLAYS_IN_A_ROW):
+            trial = self._study.ask()
+            params = self._suggest(trial)
+            proposal = self._proposal(trial.number, params)
+            source = self._trained_twin(proposal)
+            if source is None:
+                return proposal
+            self._tell_from_replay(proposal, source)
+        return None
+
+    def _suggest(self, trial: optuna.trial.Trial) -> dict[str, Any]:
+        """Every parameter whose conditions hold, in the order of the space."""
+        params: dict[str, Any] = {}
+        for name, param in self.space.search.items():
+            if all(params.get(parent) in values for parent, values in param.when.items()):
+                params[name] = _suggest(trial, name, param)
+        return params
+
+    def _proposal(self, number: int, params: dict[str, Any]) -> Proposal:
+        seed = self.space.seed  # one seed for all trials: they differ by their configuration alone
+        config = self.space.config(params, seed)
+        is_baseline = number == 0 and self._attr("baseline_in_space")
+        return Proposal(self.trial_id(number), number, params, config, is_baseline)
+
+    def _trained_twin(self, proposal: Proposal) -> dict[str, Any] | None:
+        """The record of a finished trial that trained the same network and replayed the proposed threshold rule."""
+        wanted = proposal.config.training_fields()
+        rule = rule_name(proposal.config.threshold_rule, proposal.config.threshold_factor)
+        for record in self.records():
+            usable = record["status"] == "completed" and not record["replayed_from"] and rule in record["rules"]
+            if usable and RunConfig.from_dict(record["config"]).training_fields() == wanted:
+                return record
+        return None
+
+    def _tell_from_replay(self, proposal: Proposal, source: dict[str, Any]) -> None:
+        rule = rule_name(proposal.config.threshold_rule, proposal.config.threshold_factor)
+        self.finish(
+            proposal,
+            source
+            | {
+                "trial": proposal.trial,
+                "number": proposal.number,
+                "baseline": False,
+                "params": proposal.params,
+                "config": proposal.config.to_dict(),
+                "value": source["rules"][rule],
+                "thresholds": source["rule_thresholds"][rule],
+                "replayed_from": source["trial"],
+                "seconds": 0.0,
+                "device_seconds": 0.0,
+            },
+        )
+
+    # Telling
+
+    def report(self, number: int | None, epoch: int, value: float) -> None:
+        """An epoch's objective. Telling it twice, after a resume, changes nothing."""
+        if number is not None:
+            self._storage.set_trial_intermediate_value(self._storage_id(number), epoch, value)
+
+    def finish(self, proposal: Proposal, record: dict[str, Any]) -> None:
+        """The end of a trial: its record, then its state."""
+        if proposal.number is None:
+            self._study.set_user_attr("baseline", record)
+            return
+        self._storage.set_trial_user_attr(self._storage_id(proposal.number), "record", record)
+        state = _STATES[record["status"]]
+        self._study.tell(proposal.number, record["value"] if state is TrialState.COMPLETE else None, state=state)
+
+    def put_back(self, number: int | None) -> None:
+        """A running trial that was not finished: it is asked for again, with its parameters."""
+        if number is not None:
+            self._storage.set_trial_state_values(self._storage_id(number), TrialState.WAITING)
+
+    def add_wall_seconds(self, seconds: float) -> None:
+        """Time that the search has used, over all sessions."""
+        self._study.set_user_attr("wall_seconds", self.wall_seconds() + seconds)
+
+    # Reading
+
+    def values_at(self, epoch: int) -> dict[int, float]:
+        """The objective at an epoch of every trial that reported it, by number; without the baseline."""
+        first = 1 if self._attr("baseline_in_space") else 0
+        return {
+            trial.number: trial.intermediate_values[epoch]
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.number >= first and epoch in trial.intermediate_values
+        }
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all finished trials, a baseline outside the space first."""
+        finished = self._study.get_trials(deepcopy=False, states=tuple(set(_STATES.values())))
+        outside = [self._attr("baseline")] if self._attr("baseline") else []
+        return outside + [trial.user_attrs["record"] for trial in finished if "record" in trial.user_attrs]
+
+    def wall_seconds(self) -> float:
+        """Time that the search has used, over all sessions."""
+        return float(self._attr("wall_seconds") or 0.0)
+
+    def trial_id(self, number: int | None) -> str:
+        """The name of a trial everywhere: in records, folders and W&B."""
+        return f"{self.run_id}-{'baseline' if number is None else format(number, '04d')}"
+
+    def _attr(self, name: str) -> Any:
+        return self._study.user_attrs.get(name)
+
+    def _storage_id(self, number: int) -> int:
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+
+    def _outside_params(self, baseline: RunConfig) -> dict[str, Any]:
+        """Fields in which a baseline outside the space differs from what the space fixes."""
+        fixed = RunConfig(**{**self.space.train, "seed": self.space.seed}).to_dict()
+        skip = ("input_height", "input_width")
+        return {k: v for k, v in baseline.to_dict().items() if k not in skip and v != fixed[k]}
+
+
+def _suggest(trial: optuna.trial.Trial, name: str, param: Param) -> Any:
+    """A value of a parameter; bounds are inclusive on both sides."""
+    if isinstance(param, FloatParam):
+        return trial.suggest_float(name, param.low, param.high, log=param.log, step=param.step)
+    if isinstance(param, IntParam):
+        return trial.suggest_int(name, param.low, param.high, log=param.log, step=param.step)
+    return trial.suggest_categorical(name, param.choices)
+
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # group, constant_liar
+
+
+def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
+    if space.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, group=True, constant_liar=True)
+
+
+class _KernelLock(BaseJournalFileLock):
+    """A lock that the kernel frees when the process ends; a leftover of Optuna's own costs half a minute."""
+
+    def __init__(self, journal: Path) -> None:
+        self._path = journal.with_name(journal.name + ".lock")
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        self._file = self._path.open("a")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+
+
+def _mend(journal: Path) -> None:
+    """Cuts a torn last line off: Optuna would glue the next one to it and lose both."""
+    if not journal.exists():
+        return
+    with journal.open("rb+") as file:
+        data = file.read()
+        if data and not data.endswith(b"\n"):
+            file.truncate(data.rfind(b"\n") + 1)
+            file.flush()
+            os.fsync(file.fileno())

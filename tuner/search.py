@@ -1,0 +1,425 @@
+"""The Ray Tune run of a search: who may start, who is stopped, what happened, and what is left to do.
+
+Ray schedules; the study (tuner/sampler.py) decides and remembers. Nothing that Ray saves is read back: a search goes
+on as a new Tune experiment that is fed from the study.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import Checkpoint, CheckpointConfig, FailureConfig, Stopper, TuneConfig
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from model import checkpoint
+from tuner import records
+from tuner.records import Status
+from tuner.sampler import Proposal, SearchStudy
+from tuner.space import Budget, Scheduler
+from tuner.tracking import Trackers
+from tuner.trial import TrialTask, take_device
+
+_FAILURES_IN_A_ROW = 3
+"""So many trials that crashed one after another are a bug or a broken machine, not bad luck."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a trial holds, and how many run at once. None: as many as fit."""
+
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float = 0.0
+    concurrent: int | None = None
+
+    @property
+    def devices(self) -> float:
+        """What a trial is charged for: GPUs, or CPUs where it has none."""
+        return self.gpus_per_trial or self.cpus_per_trial
+
+
+class SearchFailed(RuntimeError):
+    """The search could not go on; the message says why."""
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """A Ray that this process is connected to: one that runs already, one at `address`, or a local one of its own."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        address=address,
+        include_dashboard=None if address else False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None) -> Resources:
+    """What was asked for; else a whole GPU a trial where the cluster has some, or one CPU."""
+    there = ray.cluster_resources()
+    gpus = gpus if gpus is not None else (1.0 if there.get("GPU") else 0.0)
+    per_gpu_cpus = max(1, int(there["CPU"] // max(there.get("GPU", 0), 1))) if gpus >= 1 else 1
+    found = Resources(cpus if cpus is not None else float(per_gpu_cpus), gpus, concurrent)
+    for name, wanted in (("CPU", found.cpus_per_trial), ("GPU", found.gpus_per_trial)):
+        if wanted > there.get(name, 0):
+            raise ValueError(
+                f"a trial must fit the cluster: it asks for {wanted:g} {name}, found {there.get(name, 0):g}; "
+                f"lower --{name.lower()}s-per-trial"
+            )
+    return found
+
+
+def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
+    """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU."""
+    remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)
+    return ray.get(remote(function).remote(*arguments))
+
+
+def run_trials(
+    study: SearchStudy, task: TrialTask, run_directory: Path, budget: Budget, resources: Resources, trackers: Trackers
+) -> str:
+    """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped").
+
+    SearchFailed when trials crash one after another.
+    """
+    trials = run_directory / "trials"
+    session = _Session(study, trials, budget, resources, trackers)
+    if session.nothing_left():
+        return "finished"
+    attempt = sum(1 for _ in trials.glob("attempt-*")) + 1
+    os.environ |= {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal sets our flag; Ray's handler would drop what runs
+        "TUNE_MAX_PENDING_TRIALS_PG": str(session.slots),
+        "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's own record is never read back
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }
+    on_cpu = resources.gpus_per_trial == 0
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial_on_worker, task=task, resources=resources),
+        {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
+    )
+    experiment = tune.Tuner(
+        trainable,
+        tune_config=TuneConfig(
+            search_alg=_StudySearcher(session),
+            scheduler=_StudyScheduler(session),
+            num_samples=-1,  # the searcher says when it is over
+            reuse_actors=on_cpu,  # a new process a trial costs a second; on a GPU it returns the memory
+            trial_name_creator=lambda trial: trial.config["trial"],
+            trial_dirname_creator=lambda trial: trial.config["trial"],
+        ),
+        run_config=tune.RunConfig(
+            name=f"attempt-{attempt}",
+            storage_path=str(trials.resolve()),
+            stop=_Stop(session),
+            failure_config=FailureConfig(max_failures=0),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),  # the newest may have been cut short
+            verbose=0,
+        ),
+    )
+    with _signals_set(session):
+        experiment.fit()
+    return session.close()
+
+
+def newest_checkpoint(trials: Path, trial: str) -> Path | None:
+    """The whole checkpoint folder of a trial that has come furthest, over all attempts."""
+    return checkpoint.newest(trials.glob(f"attempt-*/{trial}/checkpoint_*"))
+
+
+def _previews(trials: Path, trial: str) -> dict[str, bytes]:
+    """Pictures of the newest checkpoint, if it lies on a disk that the driver sees."""
+    folders = sorted(trials.glob(f"attempt-*/{trial}/checkpoint_*/previews"), key=lambda f: f.stat().st_mtime)
+    return {file.stem: file.read_bytes() for file in sorted(folders[-1].glob("*.png"))} if folders else {}
+
+
+def asha_stops(value: float, others: list[float], reduction: int) -> bool:
+    """Asynchronous successive halving (Li et al., MLSys 2020) at one rung: whether a value is outside the best
+    1/reduction of those that reached the rung so far. The first to arrive go on."""
+    better = sum(other > value for other in others)
+    return better >= max(1, (len(others) + 1) // reduction) if others else False
+
+
+def rungs(scheduler: Scheduler, epochs: int) -> list[int]:
+    """Epochs (counted from 1) at which trials are compared."""
+    if scheduler.name == "none":
+        return []
+    found = [scheduler.min_epochs]
+    while found[-1] * scheduler.reduction < epochs:
+        found.append(found[-1] * scheduler.reduction)
+    return [epoch for epoch in found if epoch < epochs]
+
+
+class _Session:
+    """What the searcher, the scheduler and the stopper share: the trials that run, and what is to happen to them."""
+
+    def __init__(
+        self, study: SearchStudy, trials: Path, budget: Budget, resources: Resources, trackers: Trackers
+    ) -> None:
+        self.study, self.trials, self.budget, self.resources, self.trackers = study, trials, budget, resources, trackers
+        self.live: dict[str, Proposal] = {}
+        self.progress: dict[str, dict[str, Any]] = {}
+        self.started: dict[str, float] = {}
+        self.reason_stopped: dict[str, str] = {}
+        self.stop_asked = False
+        self.failure: str | None = None
+        self._failures_in_a_row = 0
+        self._before = study.wall_seconds()
+        self._clock = self._saved = time.monotonic()
+        there = ray.cluster_resources()
+        fits = [
+            there.get(name, 0) // wanted
+            for name, wanted in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial))
+            if wanted
+        ]
+        self.slots = int(resources.concurrent or max(1, min(fits)))
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Ray pickles what it is handed, for a restore that never happens: it gets None."""
+        return type(None), ()
+
+    # What the searcher asks
+
+    def next(self, key: str) -> dict[str, Any] | str | None:
+        """The configuration of the next trial, None to wait, or FINISHED."""
+        if self.nothing_left():
+            return Searcher.FINISHED
+        if len(self.live) >= self.slots:
+            return None
+        proposal = self.study.ask()
+        records.write(self.trials.parent, self.study.records())  # asking may have replayed some
+        if proposal is None:
+            # Nothing new now; a trial that is running may still change the sampler's mind.
+            return None if self.live else Searcher.FINISHED
+        checkpoint_folder = newest_checkpoint(self.trials, proposal.trial)
+        epoch = checkpoint.load_progress(checkpoint_folder)["epochs"] if checkpoint_folder else 0
+        self.live[key] = proposal
+        self.started[key] = self.elapsed()
+        self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), epoch)
+        return {
+            "trial": proposal.trial,
+            "config": proposal.config.to_dict(),
+            "checkpoint": str(checkpoint_folder) if checkpoint_folder else None,
+        }
+
+    def nothing_left(self) -> bool:
+        """Whether no further trial may start."""
+        used = records.charged(self.study.records())
+        limits = self.budget
+        device_hours = sum(record["device_seconds"] for record in used) / 3600
+        baseline_is_done = records.baseline(used) is not None
+        return (
+            self.stop_asked
+            or self.failure is not None
+            or (limits.trials is not None and len(used) + len(self.live) >= limits.trials)
+            or (baseline_is_done and self.time_is_up())
+            or (limits.device_hours is not None and device_hours >= limits.device_hours)
+            or (limits.money is not None and device_hours * (limits.price_per_device_hour or 0) >= limits.money)
+        )
+
+    # What happens
+
+    def reported(self, key: str, progress: dict[str, Any]) -> bool:
+        """Takes in a trial's progress; False when it is to stop."""
+        proposal = self.live[key]
+        self.progress[key] = progress
+        if progress["status"] in (Status.DIVERGED, Status.FAILED) or not progress["history"]:
+            return True
+        row = progress["history"][-1]
+        self.study.report(proposal.number, row["epoch"], row["value"])
+        is_best = row["epoch"] == progress["best_epoch"]
+        previews = _previews(self.trials, proposal.trial) if is_best else {}
+        self.trackers.epoch_ended(proposal.trial, row, previews)
+        if progress["status"] == Status.COMPLETED or proposal.is_baseline:
+            return True
+        if row["epoch"] in rungs(self.study.space.scheduler, proposal.config.epochs):
+            others = self.study.values_at(row["epoch"])
+            others.pop(proposal.number or 0, None)
+            if asha_stops(row["value"], list(others.values()), self.study.space.scheduler.reduction):
+                self.reason_stopped[key] = f"not among the best at epoch {row['epoch']}"
+                return False
+        return True
+
+    def ended(self, key: str, crashed: bool) -> None:
+        """A trial has left its worker."""
+        if key not in self.live:
+            return
+        proposal = self.live.pop(key)
+        progress = self.progress.pop(key, None) or dict(_NOTHING)
+        status, reason = progress["status"], progress["reason"]
+        if key in self.reason_stopped:
+            status, reason = Status.STOPPED_EARLY, self.reason_stopped.pop(key)
+        elif crashed:
+            status, reason = Status.FAILED, "its worker process died; the system may have run out of memory"
+        elif status == "running" and self.time_is_up() and not self.stop_asked and not proposal.is_baseline:
+            status, reason = Status.STOPPED_EARLY, "the hours of the budget were used up"
+        elif status == "running":
+            self.study.put_back(proposal.number)
+            return
+        self._finish(proposal, progress | {"status": str(status), "reason": reason}, self.started.pop(key))
+
+    def _finish(self, proposal: Proposal, progress: dict[str, Any], started: float) -> None:
+        record = {
+            "trial": proposal.trial,
+            "number": proposal.number,
+            "baseline": proposal.is_baseline,
+            "seed": proposal.config.seed,
+            "params": proposal.params,
+            "config": proposal.config.to_dict(),
+            "started": started,
+            "device_seconds": progress["seconds"] * self.resources.devices,
+            "replayed_from": None,
+            **progress,
+        }
+        self.study.finish(proposal, record)
+        self._save_clock()
+        records.write(self.trials.parent, self.study.records())
+        self.trackers.trial_ended(record)
+        failed = progress["status"] == Status.FAILED
+        self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
+        if self._failures_in_a_row >= _FAILURES_IN_A_ROW:
+            self.failure = f"{_FAILURES_IN_A_ROW} trials in a row failed, the last one so: {progress['reason']}"
+
+    def close(self) -> str:
+        """Takes in what Ray stopped without a word; how the search ended."""
+        for key in list(self.live):
+            self.ended(key, crashed=False)
+        self._save_clock()
+        records.write(self.trials.parent, self.study.records())
+        if self.failure:
+            raise SearchFailed(self.failure)
+        return "stopped" if self.stop_asked else "finished"
+
+    def must_stop(self) -> bool:
+        """Whether all running trials are to end now. The baseline always runs to its end."""
+        if self.stop_asked or self.failure is not None:
+            return True
+        return self.time_is_up() and not any(proposal.is_baseline for proposal in self.live.values())
+
+    def time_is_up(self) -> bool:
+        return self.budget.hours is not None and self.elapsed() >= self.budget.hours * 3600
+
+    def elapsed(self) -> float:
+        """Seconds that the search has run, over all sessions."""
+        return self._before + time.monotonic() - self._clock
+
+    def _save_clock(self) -> None:
+        now = time.monotonic()
+        self.study.add_wall_seconds(now - self._saved)
+        self._saved = now
+
+
+_NOTHING: dict[str, Any] = {
+    "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,
+    "thresholds": None, "rules": {}, "rule_thresholds": {}, "seconds": 0.0,
+}  # fmt: skip
+
+
+class _StudySearcher(Searcher):
+    """Lets Ray Tune ask the study, and tells it what became of a trial."""
+
+    def __init__(self, session: _Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        return self._session.next(trial_id)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """The scheduler took it in already: Ray does not pass the last result on to a searcher."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._session.ended(trial_id, crashed=error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the record."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, for the same reason."""
+
+
+class _StudyScheduler(FIFOScheduler):
+    """Stops trials by the values that the study holds; keeps nothing of its own."""
+
+    def __init__(self, session: _Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        goes_on = self._session.reported(trial.trial_id, json.loads(result["progress"]))
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
+class _Stop(Stopper):
+    """Ends the whole experiment when the user or the clock says so."""
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._session.must_stop()
+
+
+def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resources) -> None:
+    """What Ray runs: one trial, whose end is always reported, however it comes."""
+    from model.config import RunConfig
+
+    def report(progress: dict[str, Any], folder: Path | None) -> None:
+        kept = Checkpoint.from_directory(str(folder)) if folder else None
+        tune.report({"progress": json.dumps(progress)}, checkpoint=kept)
+
+    device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
+    resume = Path(config["checkpoint"]) if config["checkpoint"] else None
+    try:
+        task.run(RunConfig.from_dict(config["config"]), device, resume, report)
+    except Exception as error:  # a trial that crashes is a result, with its reason
+        logger.exception("trial %s failed", config["trial"])
+        report(_NOTHING | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}, None)
+
+
+@contextmanager
+def _signals_set(session: _Session) -> Iterator[None]:
+    """Ctrl-C or SIGTERM asks for a clean stop; a second one does not wait for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        if session.stop_asked:
+            raise KeyboardInterrupt
+        session.stop_asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
