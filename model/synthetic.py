@@ -58,7 +58,7 @@ class _Kind:
 
 _KINDS = (
     # asphalt, concrete, plaster, metal
-    _Kind((0.30, 0.45), (0.10, 0.14), (0.6, 1.0, 0.5, 0.3, 0.3), 1, 20, 1.0, (1.00, 1.00, 1.02)),
+    _Kind((0.34, 0.50), (0.09, 0.12), (0.6, 1.0, 0.5, 0.3, 0.3), 1, 20, 1.0, (1.00, 1.00, 1.02)),
     _Kind((0.50, 0.68), (0.05, 0.08), (0.6, 0.8, 0.6, 0.5, 0.7), 1, 90, 0.3, (1.02, 1.00, 0.96)),
     _Kind((0.62, 0.78), (0.03, 0.06), (0.4, 0.7, 0.9, 0.8, 0.6), 1, 25, 0.0, (1.05, 1.00, 0.92)),
     _Kind((0.42, 0.60), (0.04, 0.07), (0.5, 1.0, 0.7, 0.2, 0.4), 12, 15, 0.0, (0.98, 1.00, 1.04)),
@@ -164,7 +164,7 @@ def _distractors(rng: np.random.Generator, shape: Fields, grain: float) -> list[
     fields += [_joint(rng, shape, grain) for _ in range(1 + rng.poisson(1.4 * sides))]
     fields += [_scratch(rng, shape, grain) for _ in range(rng.poisson(1.5 * sides))]
     specks = _blobs(rng, shape, 18, radius_px=(2, 6))  # leaves, pebbles, tar
-    return [*fields, 1 - _depth(rng, grain, 6.0, 9.0) * specks]
+    return [*fields, 1 - _depth(rng, grain, 6.5, 10.0) * specks]
 
 
 def _shadow(rng: np.random.Generator, shape: Fields) -> np.ndarray:
@@ -214,7 +214,7 @@ def _joint(rng: np.random.Generator, shape: Fields, grain: float) -> np.ndarray:
     path = _place(rng, shape) + t[:, None] * direction + (bend * t**2)[:, None] * normal
     canvas = _canvas(shape)
     _draw(canvas, path, np.full(len(t), rng.uniform(4, 10)))
-    return 1 - _depth(rng, grain, 6.0, 9.0) * _shrink(canvas)
+    return 1 - _depth(rng, grain, 6.5, 10.0) * _shrink(canvas)
 
 
 def _scratch(rng: np.random.Generator, shape: Fields, grain: float) -> np.ndarray:
@@ -229,7 +229,7 @@ def _scratch(rng: np.random.Generator, shape: Fields, grain: float) -> np.ndarra
 
 def _depth(rng: np.random.Generator, grain: float, low: float, high: float) -> float:
     """Contrast in multiples of the grain that it has to stand out from, kept visible and above black."""
-    return float(np.clip(rng.uniform(low, high) * grain, 0.2, 0.8))
+    return float(np.clip(rng.uniform(low, high) * grain, 0.25, 0.75))
 
 
 def _crack(rng: np.random.Generator, shape: Fields, grain: float) -> tuple[np.ndarray, np.ndarray]:
@@ -243,10 +243,10 @@ def _crack(rng: np.random.Generator, shape: Fields, grain: float) -> tuple[np.nd
     length_px, width_px = rng.uniform(0.7, 1.1) * max(shape), rng.uniform(2.9, 3.7)
     _grow(rng, covered, strength, start, heading, length_px, width_px, 0)
     share, dark = _shrink(covered), _shrink(strength)
-    field = 1 - _depth(rng, grain, 5.0, 6.5) * dark
-    if rng.random() < 0.85:  # spalled edges that catch the light
+    field = 1 - _depth(rng, grain, 5.5, 7.0) * dark
+    if rng.random() < 0.9:  # spalled edges that catch the light
         edge = (2 * cv2.GaussianBlur(share, (0, 0), 1.5)).clip(0, 1) * (1 - share)
-        field = field + rng.uniform(1.5, 3) * grain * edge
+        field = field + rng.uniform(2, 3.5) * grain * edge
     return field, (share >= 0.5).astype(np.uint8)
 
 

@@ -26,7 +26,8 @@ from model.sample import Sample
 from model.splits import Splits
 from model.thresholds import sigmoid
 from tuner import records
-from tuner.search import Resources, SearchFailed, newest_checkpoint, run_on_worker
+from tuner.records import SearchFailed
+from tuner.search import Resources, newest_checkpoint, run_on_worker
 from tuner.trial import take_device
 
 SHOWN_EXAMPLES = 24

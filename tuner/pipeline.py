@@ -63,7 +63,7 @@ def _search(run: Run, terminal: bool) -> str:
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     study = SearchStudy(space, info["id"], run.directory / "study.journal")
     trackers = tracking.build(options.wandb, terminal)
-    trackers.search_started(_watched(run, study))
+    trackers.search_started(_watched(run))
     session = {"started": time.time(), "ended": None}
     run.note(state="running", sessions=[*info["sessions"], session])
     state = "failed"
@@ -75,7 +75,7 @@ def _search(run: Run, terminal: bool) -> str:
     return state
 
 
-def _watched(run: Run, study: SearchStudy) -> tracking.RunInfo:
+def _watched(run: Run) -> tracking.RunInfo:
     space = run.space
     return tracking.RunInfo(
         name=run.name,

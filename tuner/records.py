@@ -25,6 +25,10 @@ class Status(enum.StrEnum):
     FAILED = "failed"
 
 
+class SearchFailed(RuntimeError):
+    """A search that cannot go on, or that has nothing to show; the message says why."""
+
+
 def write(run_directory: Path, records: Iterable[dict[str, Any]]) -> None:
     """Replaces records.jsonl at once."""
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)

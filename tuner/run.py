@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from model import layouts, splits, synthetic
 from model.config import DEFAULTS
@@ -39,7 +39,7 @@ class Options:
     cpus_per_trial: float | None = None
     gpus_per_trial: float | None = None
     address: str | None = None
-    wandb: str = "offline"
+    wandb: Literal["off", "offline", "online"] = "offline"
     seed: int | None = None
 
 

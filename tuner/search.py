@@ -27,7 +27,7 @@ from ray.tune.search import Searcher
 
 from model import checkpoint
 from tuner import records
-from tuner.records import Status
+from tuner.records import SearchFailed, Status
 from tuner.sampler import Proposal, SearchStudy
 from tuner.space import Budget, Scheduler
 from tuner.tracking import Trackers
@@ -53,10 +53,6 @@ class Resources:
         return self.gpus_per_trial or self.cpus_per_trial
 
 
-class SearchFailed(RuntimeError):
-    """The search could not go on; the message says why."""
-
-
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
     """A Ray that this process is connected to: one that runs already, one at `address`, or a local one of its own."""
@@ -64,7 +60,8 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray speaks of things that this search does not use: its own results, its snapshots, its token.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     ray.init(
         address=address,
         include_dashboard=None if address else False,
@@ -116,6 +113,7 @@ def run_trials(
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal sets our flag; Ray's handler would drop what runs
         "TUNE_MAX_PENDING_TRIALS_PG": str(session.slots),
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's own record is never read back
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
     on_cpu = resources.gpus_per_trial == 0

@@ -78,7 +78,8 @@ def image_precision_recall(judged: Judged, baseline: Judged | None) -> Any:
         )
     x, _ = _operating_point(judged, points, "recall")
     _mark(axes, x, _operating_point(judged, points, "precision")[0], "decision threshold")
-    axes.set(xlim=_SHARE, ylim=(None, 1.02), xlabel="recall", ylabel="precision")
+    axes.set(xlim=_SHARE, xlabel="recall", ylabel="precision")
+    _shares_up_to_one(axes)
     style.legend(axes, columns=1)
     return figure
 
@@ -104,6 +105,15 @@ def _mark(axes: Any, x: float, y: float, label: str) -> None:
         clip_on=False,
         zorder=5,
     )
+
+
+def _shares_up_to_one(axes: Any) -> None:
+    """Ends the axis of a share a little beyond 0 or 1, without a tick there."""
+    low, high = axes.get_ylim()
+    if high > 1:
+        high = 1 + 0.04 * (1 - low)
+    axes.set_ylim(max(0, low), high)
+    axes.set_yticks([tick for tick in axes.get_yticks() if max(0, low) <= tick <= 1.0 + 1e-9])
 
 
 def logit_grid(splits: Sequence[Judged]) -> Floats:
@@ -223,7 +233,9 @@ def by_epoch(
     axes.set(xlabel="epoch", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if bounded:
-        axes.set_ylim(max(0, axes.get_ylim()[0]), min(1.02, axes.get_ylim()[1]))
+        _shares_up_to_one(axes)
+    else:
+        axes.set_ylim(0, None)
     if len(drawn) > 1:
         style.legend(axes, columns=2 if width < HALF else 5, handles=drawn)
     return figure

@@ -20,8 +20,11 @@ from tuner.report.inputs import Examples
 PANELS = ("input", "truth", "probability", "mask", "overlap")
 LEGEND = (("hit", style.HIT), ("miss", style.MISS), ("false alarm", style.FALSE_ALARM))
 
-_LEAST, _MOST, _GAP, _BAR = 256, 640, 6, 30
-"""px: sides between which a panel is left as it is, between panels, height of a line of text"""
+_LEAST, _MOST, _GAP = 256, 640, 6
+"""px: widths between which a panel is left as it is; between panels"""
+
+_LETTER = 0.0125
+"""size of letters as a share of a picture's width: readable where the picture is as wide as the page"""
 
 
 def dice(examples: Examples) -> Floats:
@@ -57,7 +60,7 @@ def strip(examples: Examples, k: int, rank: int, value: float) -> Array:
     width = panels[0].shape[1]
     row = _beside(panels)
     title = f"{rank} of {len(examples.names)}    Dice {value:.3f}    {words.shorten(examples.names[k], 90)}"
-    head = _text_bar(row.shape[1], ((0, style.drawable(title), style.INK, "bold"),))
+    head = _text_bar(row.shape[1], ((0, style.drawable(title), style.INK, "bold"),), row.shape[1] * _LETTER)
     foot = _panel_titles(row.shape[1], width)
     return np.concatenate([head, row, foot])
 
@@ -84,7 +87,7 @@ def contact_sheet(examples: Examples, columns: int = 6, cell: int = 236) -> Arra
         picture = _resize(overlap(examples.image[k], examples.truth[k], examples.mask[k]), cell)
         name = words.shorten(examples.names[k], 17)
         text = style.drawable(f"{rank}  {values[k]:.3f}  {name}")
-        tiles.append(np.concatenate([picture, _text_bar(cell, ((0, text, style.INK, "normal"),), 28, 13)]))
+        tiles.append(np.concatenate([picture, _text_bar(cell, ((0, text, style.INK, "normal"),), 14)]))
     columns = min(columns, len(tiles))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     rows = [_beside(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
@@ -93,14 +96,17 @@ def contact_sheet(examples: Examples, columns: int = 6, cell: int = 236) -> Arra
 
 
 def headline_strip(examples: Examples, rows: Sequence[int], cell: int = 400) -> Array:
-    """A few examples: inputs above, overlaps below, Dice at the foot."""
+    """A few examples: inputs, overlaps below or beside them, Dice at the foot."""
     values = dice(examples)
+    tall = examples.image.shape[1] > 1.3 * examples.image.shape[2]
     columns = []
     for k in rows:
-        image = _resize(examples.image[k], cell)
-        below = _resize(overlap(examples.image[k], examples.truth[k], examples.mask[k]), cell)
-        foot = _text_bar(cell, ((0, f"Dice {values[k]:.3f}", style.INK, "normal"),), 32, 14)
-        columns.append(np.concatenate([image, np.full((_GAP, cell, 3), 255, np.uint8), below, foot]))
+        pictures = (examples.image[k], overlap(examples.image[k], examples.truth[k], examples.mask[k]))
+        image, answer = (_resize(picture, cell // 2 if tall else cell) for picture in pictures)
+        gap = np.full((_GAP, image.shape[1], 3), 255, np.uint8)
+        both = _beside([image, answer]) if tall else np.concatenate([image, gap, answer])
+        foot = _text_bar(both.shape[1], ((0, f"Dice {values[k]:.3f}", style.INK, "normal"),), 20)
+        columns.append(np.concatenate([both, foot]))
     sheet = _beside(columns)
     return np.concatenate([sheet, _legend_bar(sheet.shape[1])])
 
@@ -139,22 +145,21 @@ def _beside(pictures: Sequence[Array]) -> Array:
 def _panel_titles(width: int, panel: int) -> Array:
     lefts = [k * (panel + _GAP) for k in range(len(PANELS))]
     titles = tuple((x, name, style.MUTED, "normal") for x, name in zip(lefts, PANELS[:-1], strict=False))
-    return _text_bar(width, titles, legend_from=lefts[-1])
+    return _text_bar(width, titles, width * _LETTER, legend_from=lefts[-1])
 
 
 @cache
 def _legend_bar(width: int) -> Array:
-    return _text_bar(width, (), 34, 13, legend_from=0)
+    return _text_bar(width, (), width * _LETTER, legend_from=0)
 
 
 Words = tuple[int, str, str, str]
 """left edge in px, text, colour, weight"""
 
 
-def _text_bar(
-    width: int, texts: tuple[Words, ...], height: int = _BAR, size: float = 12, legend_from: int | None = None
-) -> Array:
-    """A white line of text `width` x `height` px; `size` in px. Optionally with the legend of the colours."""
+def _text_bar(width: int, texts: tuple[Words, ...], size: float, legend_from: int | None = None) -> Array:
+    """A white line of text; `size` of its letters in px. Optionally with the legend of the colours."""
+    height = round(2.1 * size)
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))

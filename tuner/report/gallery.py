@@ -41,6 +41,14 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Tables:
+    """Side by side where there is room."""
+
+    tables: Sequence[Table]
+    kind: str = "tables"
+
+
+@dataclass(frozen=True)
 class Picture:
     file: str
     """relative to the report"""
@@ -74,7 +82,7 @@ class Cards:
     kind: str = "cards"
 
 
-Block = Text | Code | Table | Pictures | Cards
+Block = Text | Code | Table | Tables | Pictures | Cards
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 from model.config import RULES
 from tuner.report import architecture, examples, tables, winner_page, words
-from tuner.report.gallery import Block, Card, Cards, Gallery, Page, Picture, Pictures, Section, Table, Text
+from tuner.report.gallery import Block, Card, Cards, Gallery, Page, Picture, Pictures, Section, Table, Tables, Text
 from tuner.report.inputs import Json, Run
 from tuner.report.search_page import provenance, search
 from tuner.report.tables import Results
@@ -44,7 +44,7 @@ def _head(run: Run, results: Results, metrics: Json, gallery: Gallery) -> Sectio
     strip = gallery.image(
         examples.headline_strip(run.examples, rows),
         "best-examples",
-        "Test images with a defect that the winner segments best: input above, its answer against the truth below.",
+        "Test images with a defect that the winner segments best: input, and the answer laid over it.",
     )
     blocks: list[Block] = [Cards(_cards(run, metrics)), Text(verdict(run, results)), Pictures([strip])]
     if run.searched:
@@ -135,7 +135,7 @@ def _network(run: Run, gallery: Gallery) -> Section:
     original, used = run.architecture["original"], run.architecture["used"]
     caption = (
         "{} {} weights. A bar is a stage, the coloured part grows with the logarithm of its channels; a row is a size "
-        "of map in px; dotted lines join maps of one size."
+        "of map in px; dotted lines are skips."
     )
 
     def draw(stages: list[Json], name: str, title: str) -> Picture:
@@ -161,13 +161,8 @@ def _data(run: Run) -> Section:
         rows.append(
             [split, *(f"{n:,}" for n in (total, counts["positive"], counts["negative"], counts["segmented"], groups))]
         )
-    facts = [
-        ["data set", data_name(run)],
-        ["layout", str(data["layout"])],
-        ["channels", str(data["channels"])],
-        ["height", f"{data['height']} px"],
-        ["width", f"{data['width']} px"],
-    ]
+    names = ["data set", "layout", "channels", "height", "width"]
+    facts = [data_name(run), str(data["layout"]), str(data["channels"]), f"{data['height']} px", f"{data['width']} px"]
     kept = run.winner.config["num_segmented"]
     text = (
         "Every positive training image that has a mask keeps it."
@@ -176,7 +171,8 @@ def _data(run: Run) -> Section:
     )
     columns = ["split", "images", "positive", "negative", "masks used", "groups"]
     split_table = Table(columns, rows, "Samples; images of one group never lie in two splits", frozenset(range(1, 6)))
-    return Section("data", "Data", [Table(["input", ""], facts), split_table, Text(text)])
+    input_table = Table(names, [facts], "What the network sees")
+    return Section("data", "Data", [Tables([input_table, split_table]), Text(text)])
 
 
 def _parameters(run: Run) -> Section:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tuner.report.gallery import Block, Cards, Code, Page, Picture, Pictures, Table, Text
+from tuner.report.gallery import Block, Cards, Code, Page, Picture, Pictures, Table, Tables, Text
 
 
 def html(page: Page, folder: Path) -> str:
@@ -60,6 +60,8 @@ def _block(block: Block) -> str:
         case Cards():
             rows = [[card.label, card.value, card.interval, card.note] for card in block.cards]
             return _block(Table(["figure", "winner", "95 % interval", ""], rows, numeric=frozenset({1})))
+        case Tables():
+            return "\n\n".join(map(_table, block.tables))
         case Table():
             return _table(block)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from tuner.report import style, words
 from tuner.report.inputs import Json, Run
@@ -133,8 +134,10 @@ def parameter_slice(run: Run, name: str) -> Any | None:
         axes.grid(False, axis="x")
     elif parameter.get("log"):
         axes.set_xscale("log")
-        if parameter["high"] / parameter["low"] >= 100:
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if parameter["high"] / parameter["low"] < 100:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     elif parameter.get("type") == "int":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel(name)
@@ -157,7 +160,7 @@ def _position(value: Any, categories: list[Any], number: int) -> float:
 
 
 def _broken(label: str) -> str:
-    return label.replace("_", "_\n") if len(label) > 9 else label
+    return "\n".join(textwrap.wrap(label.replace("_", "_ "), 12)).replace("_ ", "_") if len(label) > 9 else label
 
 
 def timeline(run: Run) -> Any | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from tuner.report import search_charts, words
-from tuner.report.gallery import Block, Code, Gallery, Picture, Pictures, Section, Table, Text
+from tuner.report.gallery import Block, Code, Gallery, Picture, Pictures, Section, Table, Tables, Text
 from tuner.report.inputs import Json, Run
 from tuner.report.tables import STATUSES, best_first, objective
 
@@ -34,12 +34,13 @@ def search(run: Run, metrics: Json, gallery: Gallery) -> Section:
         names = " and ".join(words.metric(objective["metric"]) for objective in run.objectives)
         blocks.append(Text(f"The search had two objectives, {names}; the charts show the first."))
     blocks.append(Pictures([_progress(run, gallery, against) for against in ("number", "time")]))
-    blocks += [_top(run), _states(run, metrics)]
+    blocks += [_top(run), Tables([_states(run, metrics), _time(run, metrics)])]
     if (reasons := _reasons(run)) is not None:
         blocks.append(reasons)
     if slices := _slices(run, gallery):
         blocks.append(Pictures(slices))
-    blocks += _time(run, metrics, gallery)
+    if (figure := search_charts.timeline(run)) is not None:
+        blocks.append(Pictures([gallery.figure(figure, "timeline", "When each trial ran.", "full")]))
     return Section("search", "Search", blocks)
 
 
@@ -72,7 +73,7 @@ def _states(run: Run, metrics: Json) -> Table:
     replayed = sum(record["replayed_from"] is not None for record in run.records)
     rows = [[words.STATUS_NAMES[status], f"{metrics['search'][status]:,}"] for status in STATUSES]
     rows += [["all", f"{len(run.records):,}"], ["of these replayed without training", f"{replayed:,}"]]
-    return Table(["trials", ""], rows, "What became of the trials", frozenset({1}), frozenset({len(STATUSES)}))
+    return Table(["", ""], rows, "What became of the trials", frozenset({1}), frozenset({len(STATUSES)}))
 
 
 def _reasons(run: Run) -> Table | None:
@@ -102,7 +103,7 @@ def _slices(run: Run, gallery: Gallery) -> list[Picture]:
     return pictures
 
 
-def _time(run: Run, metrics: Json, gallery: Gallery) -> list[Block]:
+def _time(run: Run, metrics: Json) -> Table:
     rows = [
         ["from start to end", words.duration(metrics["search"]["wall_seconds"])],
         ["on devices", words.duration(metrics["search"]["device_seconds"])],
@@ -111,11 +112,7 @@ def _time(run: Run, metrics: Json, gallery: Gallery) -> list[Block]:
         spent = sum(r["device_seconds"] or 0 for r in run.records if r["status"] == status)
         if metrics["search"][status]:
             rows.append([f"on devices, {words.STATUS_NAMES[status]}", words.duration(spent)])
-    blocks: list[Block] = [Table(["time", ""], rows, "Time spent", frozenset({1}))]
-    figure = search_charts.timeline(run)
-    if figure is not None:
-        blocks.append(Pictures([gallery.figure(figure, "timeline", "When each trial ran.", "full")]))
-    return blocks
+    return Table(["", ""], rows, "Time spent", frozenset({1}))
 
 
 def provenance(run: Run) -> Section:

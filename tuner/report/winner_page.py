@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tuner.report import charts, examples, style, tables, words
-from tuner.report.gallery import Block, Gallery, Picture, Pictures, Section, Table, Text, save
+from tuner.report.gallery import Block, Gallery, Picture, Pictures, Section, Table, Tables, Text, save
 from tuner.report.inputs import Json, Run
 from tuner.report.tables import Judged, Results
 
@@ -219,13 +219,13 @@ def thresholds(run: Run, results: Results) -> Section:
     ]
     if run.has_negatives:
         rows.insert(2, ["decision threshold", _threshold(chosen, "decision")])
-    blocks: list[Block] = [Table(["on validation", ""], rows, "The thresholds that the winner carries")]
+    shown = [Table(["", ""], rows, "Chosen on validation, carried by the winner")]
     record, _ = run.history_record()
     if record is not None and record["rules"]:
         name = words.metric(run.objectives[0]["metric"])
         replayed = [[name, _any_figure(value)] for name, value in record["rules"].items()]
         strong = frozenset(k for k, row in enumerate(replayed) if row[0] == rule)
-        blocks.append(
+        shown.append(
             Table(
                 ["rule", name],
                 replayed,
@@ -234,7 +234,7 @@ def thresholds(run: Run, results: Results) -> Section:
                 strong,
             )
         )
-    return Section("thresholds", "Thresholds", blocks)
+    return Section("thresholds", "Thresholds", [Tables(shown)])
 
 
 def _threshold(thresholds: Json, kind: str) -> str:
@@ -251,13 +251,14 @@ def images(run: Run, gallery: Gallery) -> Section:
     """Examples from the worst to the best; writes dices/ on the way."""
     values = examples.dice(run.examples)
     order = np.argsort(values, kind="stable")
-    shown = {0: "worst", len(order) // 2: "median", len(order) - 1: "best"}
+    defects = [rank for rank, k in enumerate(order) if run.examples.truth[k].any()] or [*range(len(order))]
+    shown = {defects[0]: "worst", defects[len(defects) // 2]: "median", defects[-1]: "best"}
     pictures = []
     for rank, k in enumerate(order):
         pixels = examples.strip(run.examples, int(k), rank + 1, float(values[k]))
         save(gallery.folder / "dices" / examples.file_name(rank + 1, float(values[k]), run.examples.names[k]), pixels)
         if rank in shown:
-            caption = f"The {shown[rank]} of the examples: {run.examples.names[k]}, Dice {values[k]:.3f}."
+            caption = f"The {shown[rank]} of the examples with a defect: {run.examples.names[k]}, Dice {values[k]:.3f}."
             pictures.append(Pictures([gallery.image(pixels, f"example-{shown[rank]}", caption)]))
     text = (
         f"{words.plural(len(order), 'test image')}, sorted by Dice from the worst to the best. The folder dices/ "

@@ -23,7 +23,7 @@ from tuner.tracking.progress import Progress, Running, duration, number, paramet
 
 REFRESH_PER_SECOND = 2
 FINISHED_SHOWN = 5
-OTHER_ROWS = 12 + FINISHED_SHOWN
+OTHER_ROWS = 14 + FINISHED_SHOWN
 """Lines of the display besides the running trials; a display higher than the terminal could not be redrawn."""
 MOST_RUNNING_SHOWN = 32
 
@@ -63,7 +63,7 @@ class TerminalTracker(Tracker):
         with self._lock:
             progress.running[trial] = Running(params, progress.run.is_baseline(config), resumed_epoch)
 
-    def epoch_ended(self, trial: str, figures: dict[str, float | None], previews: dict[str, bytes]) -> None:  # noqa: ARG002
+    def epoch_ended(self, trial: str, figures: dict[str, float | None], previews: dict[str, bytes]) -> None:
         progress = self._seen()
         with self._lock:
             running = progress.running.get(trial)
@@ -186,7 +186,7 @@ class _Trials:
         for name in figures:
             self.table.add_column(name, no_wrap=True, justify="left" if name == "status" else "right")
         for name in self._names:  # spaces, so that a long name takes two or three short lines
-            self.table.add_column(Text(name.replace("_", " ")), max_width=2 * _PARAMETER_WIDTH)
+            self.table.add_column(Text(name.replace("_", " ")), max_width=2 * _PARAMETER_WIDTH, overflow="fold")
         if len(names) > len(self._names):
             self.table.add_column(f"+{len(names) - len(self._names)}", no_wrap=True)
 

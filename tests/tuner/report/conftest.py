@@ -63,7 +63,7 @@ def make_split(name: str, count: int, negatives: int, quality: float, seed: int)
     near = np.array([cv2.GaussianBlur(truth.astype(np.float64), (0, 0), 1.0) for truth in truths])
     ease = rng.uniform(0.3, 1.2, count)[:, None, None]
     logits = -4 + quality * ease * near * 8 + noise * 1.3
-    decision_logits = np.where(labels, 2.0, -2.0) + rng.normal(0, 1.6, count)
+    decision_logits = np.where(labels, 2.0, -2.0) + rng.normal(0, 1.6 / quality**2, count)
     names = [f"{name}/wall {k:02d}.png" for k in range(count)]
     names[-1] = EVIL
     return Made(
@@ -116,14 +116,15 @@ def make_history(epochs: int, top: float, negatives: bool) -> list[dict[str, Any
                 "loss_decision": 0.7 * np.exp(-epoch / 9) if negatives else None,
                 "loss_total": 0.4 * np.exp(-epoch / 6) + 0.025,
                 "seconds": 31.0,
-                **{
-                    "dice_mean": dice,
-                    "dice_std": 0.2,
-                    "dice_positive_mean": dice - 0.05,
-                    "iou_mean": dice * 0.8,
-                    "iou_std": 0.2,
-                },
-                **{"precision": dice + 0.03, "recall": dice - 0.05, "f1": dice - 0.01, "two_pixel_f1": dice + 0.1},
+                "dice_mean": dice,
+                "dice_std": 0.2,
+                "dice_positive_mean": dice - 0.05,
+                "iou_mean": dice * 0.8,
+                "iou_std": 0.2,
+                "precision": dice + 0.03,
+                "recall": dice - 0.05,
+                "f1": dice - 0.01,
+                "two_pixel_f1": dice + 0.1,
                 "decision_ap": min(0.99, 0.8 + epoch / 80) if negatives else None,
                 "decision_auc": min(0.99, 0.7 + epoch / 60) if negatives else None,
                 "threshold": 0.3 - 0.006 * epoch,
@@ -196,27 +197,25 @@ def make_stage(branch: str, operation: str, channels: int, side: int, parameters
 
 
 def make_architecture(decoder: bool) -> list[dict[str, Any]]:
-    stages = [make_stage("trunk", "conv 5x5, norm, ReLU", 32, 448, 2464)]
-    stages.append(make_stage("trunk", "max pool 2", 32, 224, 0))
-    stages += [make_stage("trunk", "conv 5x5, norm, ReLU", 64, 224, 102_528) for _ in range(3)]
-    stages.append(make_stage("trunk", "max pool 2", 64, 112, 0))
-    stages += [make_stage("trunk", "conv 5x5, norm, ReLU", 64, 112, 102_528) for _ in range(4)]
-    stages.append(make_stage("trunk", "max pool 2", 64, 56, 0))
+    block = "conv 5x5, norm, ReLU"
+    stages = [make_stage("trunk", block, 32, 448, 2464)]
+    stages += [make_stage("trunk", block, 64, 224, 102_528) for _ in range(3)]
+    stages += [make_stage("trunk", block, 64, 112, 102_528) for _ in range(4)]
     stages.append(make_stage("trunk", "conv 15x15, norm, ReLU", 1024, 56, 14_747_648))
     if decoder:
-        for side, channels, skip, convs in ((112, 16, 64, 1), (224, 16, 64, 4), (448, 8, 32, 3)):
-            stages.append(make_stage("decoder", "transposed conv 5x5, stride 2", channels, side, 409_616))
-            stages.append(make_stage("decoder", "gated skip, concatenated", channels + skip, side, 12_000))
-            stages += [make_stage("decoder", "conv 5x5, norm, ReLU", channels, side, 32_000) for _ in range(convs)]
+        for side, channels in ((448, 32), (224, 64), (112, 64)):
+            stages.append(make_stage("decoder", "conv 1x1", channels, side, channels**2))
+            stages.append(make_stage("decoder", "squeeze-excitation gate", channels, 1, 8320))
+        for side, channels, convs in ((112, 16, 1), (224, 16, 4), (448, 8, 3)):
+            stages.append(make_stage("decoder", "up-convolution 5x5, stride 2", channels, side + 3, 409_616))
+            stages += [make_stage("decoder", block, channels, side, 32_000) for _ in range(convs)]
         stages.append(make_stage("segmentation", "conv 5x5, norm", 1, 448, 203))
     else:
         stages.append(make_stage("segmentation", "conv 1x1, norm", 1, 56, 1027))
-    stages.append(make_stage("decision", "trunk with pooled map", 1025, 56, 0))
-    for side, channels in ((28, 8), (14, 16), (7, 32)):
-        stages.append(make_stage("decision", "max pool 2, conv 5x5, norm, ReLU", channels, side, 200 * channels))
-    stages.append(make_stage("decision", "global max and mean", 66, 1, 0))
-    stages.append(make_stage("decision", "linear", 1, 1, 67))
-    return stages
+    for side, before, channels in ((28, 1025, 8), (14, 8, 16), (7, 16, 32)):
+        stages.append(make_stage("decision", "max-pool 2x2", before, side, 0))
+        stages.append(make_stage("decision", block, channels, side, 200 * channels))
+    return [*stages, make_stage("decision", "linear", 1, 1, 67)]
 
 
 def write_run(
@@ -300,7 +299,7 @@ def _facts(negatives: bool, objectives: int) -> dict[str, Any]:
             "height": SIDE,
             "width": SIDE,
             "channels": 3,
-            **{split: counts for split in ("train", "validation", "test")},
+            **dict.fromkeys(("train", "validation", "test"), counts),
             "groups": {"train": 25, "validation": 6, "test": 12},
             "has_negatives": negatives,
         },

@@ -1,0 +1,85 @@
+"""Who may import what (docs/architecture.md). Imports inside functions count too."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("ray", "optuna", "wandb")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def users_of(package: str) -> set[str]:
+    files = [*ROOT.glob("tuner/**/*.py"), *ROOT.glob("model/**/*.py")]
+    return {
+        str(path.relative_to(ROOT))
+        for path in files
+        if any(name == package or name.startswith(package + ".") for name in imports(path))
+    }
+
+
+def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
+    assert users_of("ray") == {"tuner/search.py"}
+    assert {name for name in users_of("optuna") if not name.startswith("tuner/tracking/")} == {"tuner/sampler.py"}
+    assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
+
+
+def test_the_model_knows_nothing_of_the_tuner() -> None:
+    assert not [name for name in users_of("tuner") if name.startswith("model/")]
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("tuner/space.py", ("ray", "optuna", "torch")),
+        ("tuner/space_file.py", ("ray", "optuna", "torch")),
+        ("tuner/sampler.py", ("torch", "wandb", "ray")),
+        ("tuner/search.py", ("wandb", "model.network", "model.losses")),
+        ("tuner/trial.py", ("ray", "optuna", "wandb")),
+        ("tuner/records.py", ("ray", "optuna", "torch")),
+        ("tuner/finals.py", ("optuna", "wandb")),
+    ],
+)
+def test_each_module_keeps_to_its_side(module: str, forbidden: tuple[str, ...]) -> None:
+    found = imports(ROOT / module)
+    assert not [name for name in found if any(name == f or name.startswith(f + ".") for f in forbidden)]
+
+
+def test_the_report_is_a_pure_function_of_the_run_directory() -> None:
+    for path in (ROOT / "tuner" / "report").glob("*.py"):
+        assert not imports(path) & {*HEAVY, "torch", "model.data", "model.network"}, path
+
+
+def test_trackers_decide_nothing() -> None:
+    for path in (ROOT / "tuner" / "tracking").glob("*.py"):
+        assert not [
+            name for name in imports(path) if name.startswith(("ray", "torch", "tuner.search", "tuner.sampler"))
+        ]
+
+
+@pytest.mark.slow
+def test_the_model_imports_without_ray_optuna_and_wandb() -> None:
+    """In a fresh interpreter in which importing them, or albumentations, fails."""
+    code = f"""
+import sys
+for name in {(*HEAVY, "albumentations")!r}:
+    sys.modules[name] = None
+import pkgutil, importlib, model
+for module in pkgutil.iter_modules(model.__path__):
+    importlib.import_module("model." + module.name)
+from model.network import build
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)

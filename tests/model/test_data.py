@@ -1,0 +1,138 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model import data, layouts, splits, synthetic
+from model.config import RunConfig
+from model.sample import Sample
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("set") / "synthetic"
+    synthetic.write(path, count=12, height=64, width=128)
+    return path
+
+
+@pytest.fixture(scope="module")
+def samples(folder: Path) -> list[Sample]:
+    return layouts.read(folder)
+
+
+def test_dilations_equal_the_public_implementation(reference: Path) -> None:
+    with np.load(reference / "masks.npz", allow_pickle=False) as golden:
+        for size in (1, 3, 5, 7, 9, 15):
+            np.testing.assert_array_equal(data.dilate(golden["mask"] > 0, size), golden[f"dilate_{size}"] > 0)
+
+
+def test_sampling_equals_the_public_implementation(reference: Path) -> None:
+    golden = json.loads((reference / "method.json").read_text())["frequency_of_use"]
+    np.testing.assert_allclose(data.negative_probability(np.array(golden["counts"])), golden["probability"], rtol=1e-9)
+
+
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(0, 6), st.booleans())
+def test_an_epoch_sees_every_positive_and_as_many_negatives(positives, negatives, epoch, frequency) -> None:
+    labels = np.array([True] * positives + [False] * negatives)
+    order = data.epoch_order(labels, epoch, seed=3, frequency_sampling=frequency)
+    assert len(set(order.tolist())) == len(order) == positives + min(negatives, positives)
+    assert labels[order].sum() == positives
+    np.testing.assert_array_equal(order, data.epoch_order(labels, epoch, seed=3, frequency_sampling=frequency))
+
+
+def test_frequency_sampling_uses_negatives_evenly() -> None:
+    labels = np.array([True] * 5 + [False] * 20)
+
+    def spread(frequency: bool) -> float:
+        orders = [data.epoch_order(labels, epoch, 0, frequency) for epoch in range(16)]
+        return float(np.bincount(np.concatenate(orders), minlength=25)[5:].std())
+
+    assert spread(True) < 0.6 * spread(False)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("vertical", [True, False])
+def test_thin_lines_survive_shrinking(factor: int, vertical: bool) -> None:
+    for at in range(16):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[16 + at, :] = 1
+        small = data.resize_mask(mask.T if vertical else mask, (64 // factor, 64 // factor))
+        assert small.any(axis=0 if not vertical else 1).all(), at
+        assert small.sum() <= 2 * 64 // factor
+
+
+def test_shrinking_keeps_areas() -> None:
+    mask = np.zeros((60, 60), np.uint8)
+    mask[12:48, 12:48] = 1
+    assert data.resize_mask(mask, (30, 30)).sum() == 18 * 18
+    assert data.resize_mask(mask, (60, 60)) is mask
+
+
+def test_a_cache_holds_what_the_files_hold(samples: list[Sample], tmp_path: Path) -> None:
+    cache = data.open_cache(samples, 64, 128, tmp_path)
+    for n, sample in enumerate(samples):
+        np.testing.assert_array_equal(cache.images[n], cv2.imread(str(sample.image))[..., ::-1])
+        if sample.mask:
+            np.testing.assert_array_equal(cache.masks[n], cv2.imread(str(sample.mask), 0) > 127)
+    wide = cache.targets(5)
+    np.testing.assert_array_equal(wide[0], data.dilate(cache.masks[0], 5))
+    assert not cache.images.flags.writeable
+
+
+def test_a_cache_is_made_once(samples: list[Sample], tmp_path: Path, monkeypatch) -> None:
+    first = data.open_cache(samples, 64, 128, tmp_path)
+    monkeypatch.setattr(data, "decode_image", None)  # decoding again would fail
+    assert data.open_cache(samples, 64, 128, tmp_path).directory == first.directory
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [first.directory.name]
+
+
+def _open(samples: list[Sample], root: Path) -> int:
+    return int(data.open_cache(samples, 64, 128, root).targets(3).sum())
+
+
+def test_processes_that_start_together_share_one_cache(samples: list[Sample], tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        sums = pool.starmap(_open, [(samples, tmp_path)] * 3)
+    assert len(set(sums)) == 1
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+
+
+def test_batches_are_what_the_method_trains_on(samples: list[Sample], tmp_path: Path) -> None:
+    hidden = splits.keep_masks(samples, 2)
+    cache = data.open_cache(hidden, 64, 128, tmp_path)
+    config = RunConfig(input_height=64, input_width=128, batch_size=3, dilate=3, weighted_loss=True)
+    seen = list(data.batches(cache, config, 0, torch.device("cpu")))
+    assert seen[0].images_BCHW.shape == (3, 3, 64, 128)
+    assert 0 <= seen[0].images_BCHW.min() < seen[0].images_BCHW.max() <= 1
+    labels = torch.cat([batch.labels_B1[:, 0] for batch in seen])
+    segmented = torch.cat([batch.segmented_B for batch in seen])
+    assert labels.sum() == sum(sample.positive for sample in samples)
+    assert (labels * segmented).sum() == 2
+    assert ((1 - labels) * (1 - segmented)).sum() == 0
+    for batch in seen:
+        without = batch.segmented_B == 0
+        assert not batch.targets_B1HW[without].any()
+        assert batch.weights_B1HW.shape == batch.targets_B1HW.shape
+
+
+def test_flips_move_image_and_mask_together_and_are_fixed_by_the_seed(samples: list[Sample], tmp_path: Path) -> None:
+    cache = data.open_cache(samples, 64, 128, tmp_path)
+    plain = RunConfig(input_height=64, input_width=128)
+    flipped = RunConfig(input_height=64, input_width=128, augment_flips=True)
+    device = torch.device("cpu")
+    first, again = (list(data.batches(cache, flipped, 1, device)) for _ in range(2))
+    still = list(data.batches(cache, plain, 1, device))
+    moved = 0
+    for a, b, c in zip(first, again, still, strict=True):
+        torch.testing.assert_close(a.images_BCHW, b.images_BCHW, rtol=0, atol=0)
+        options = [c.images_BCHW.flip(d) for d in ((), (2,), (3,), (2, 3))]
+        which = next(n for n, option in enumerate(options) if torch.equal(option, a.images_BCHW))
+        assert torch.equal(a.targets_B1HW, c.targets_B1HW.flip(((), (2,), (3,), (2, 3))[which]))
+        moved += which > 0
+    assert moved > 0

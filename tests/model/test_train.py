@@ -1,0 +1,175 @@
+"""Training itself: learns, repeats to the bit, goes on as if it had not stopped."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import checkpoint, evaluate, layouts, synthetic, train
+from model.config import RunConfig
+from model.data import Cache, open_cache
+from model.evaluate import Thresholds
+
+SMALL = {"width": 0.1, "input_height": 64, "input_width": 128, "epochs": 3, "precision": "float32"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    folder = tmp_path_factory.mktemp("train")
+    synthetic.write(folder / "set", count=8, height=64, width=128)
+    torch.set_num_threads(1)
+    return open_cache(layouts.read(folder / "set"), 64, 128, folder / "cache")
+
+
+def weights(training: train.Training) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in training.network.parameters()])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_going_on_equals_never_having_stopped(cache: Cache, tmp_path: Path, optimizer: str) -> None:
+    config = RunConfig(**SMALL, optimizer=optimizer, learning_rate=0.01, augment_flips=True)
+    straight = train.start(config, CPU)
+    losses = list(train.fit(straight, cache))
+
+    broken = train.start(config, CPU)
+    first = next(train.fit(broken, cache))
+    checkpoint.save_training(tmp_path, broken.state())
+    resumed = train.start(config, CPU, checkpoint.load_training(tmp_path, CPU))
+    rest = list(train.fit(resumed, cache))
+
+    assert [first, *rest] == losses
+    assert torch.equal(weights(resumed), weights(straight))
+    assert resumed.epochs_done == 3
+
+
+def test_a_network_learns(cache: Cache) -> None:
+    config = RunConfig(**SMALL | {"epochs": 8}, optimizer="adam", learning_rate=0.003)
+    losses = [epoch["loss_segmentation"] for epoch in train.fit(train.start(config, CPU), cache)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_seeds_differ_and_leave_the_global_state_alone() -> None:
+    before = torch.random.get_rng_state()
+    first, second = (train.start(RunConfig(**SMALL, seed=seed), CPU) for seed in (0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(weights(first), weights(second))
+
+
+def test_total_loss_follows_the_balance(cache: Cache) -> None:
+    config = RunConfig(**SMALL, learning_rate=0.01, delta_cls_loss=0.5)
+    for epoch, losses in enumerate(train.fit(train.start(config, CPU), cache)):
+        share = 1 - epoch / 3
+        expected = share * losses["loss_segmentation"] + (1 - share) * 0.5 * losses["loss_decision"]
+        assert losses["loss_total"] == pytest.approx(expected)
+
+
+def test_without_gradient_adjustment_the_decision_trains_the_trunk(cache: Cache) -> None:
+    def trunk(adjusted: bool) -> torch.Tensor:
+        config = RunConfig(
+            **SMALL, learning_rate=0.01, delta_cls_loss=1.0, dynamic_balance=False, gradient_adjustment=adjusted
+        )
+        training = train.start(config, CPU)
+        next(train.fit(training, cache))
+        return training.network.trunk1[0].conv.weight.detach()
+
+    assert not torch.equal(trunk(True), trunk(False))
+
+
+def test_without_negatives_the_decision_is_left_alone(cache: Cache) -> None:
+    rows = np.flatnonzero(cache.positive)
+    positives = Cache([cache.samples[n] for n in rows], cache.directory, cache.images[rows], cache.masks[rows])
+    training = train.start(RunConfig(**SMALL, learning_rate=0.01), CPU)
+    before = training.network.decision.linear.weight.detach().clone()
+    list(train.fit(training, positives))
+    assert torch.equal(training.network.decision.linear.weight, before)
+
+
+def test_divergence_is_an_error_at_once(cache: Cache) -> None:
+    training = train.start(RunConfig(**SMALL, learning_rate=100.0, dynamic_balance=False, delta_cls_loss=1000), CPU)
+    with torch.no_grad():
+        training.network.segment.norm.scale.fill_(float("nan"))
+    with pytest.raises(train.TrainingDiverged, match="the loss of epoch 1 is not a finite number"):
+        next(train.fit(training, cache))
+
+
+def test_a_batch_gives_the_mean_of_its_images(cache: Cache) -> None:
+    """One step on a batch equals the mean of single-image gradients (FeatureNorm knows no batch)."""
+
+    def step(batch_size: int, lr: float) -> torch.Tensor:
+        config = RunConfig(**SMALL | {"epochs": 1}, batch_size=batch_size, learning_rate=lr, dynamic_balance=False)
+        training = train.start(config, CPU)
+        training.network.double()
+        grads = []
+        for batch in train.batches(cache, config, 0, CPU):
+            training.optimizer.zero_grad()
+            decision, segmentation = training.network(batch.images_BCHW.double())
+            loss = train.segmentation_loss(segmentation, batch.targets_B1HW, batch.segmented_B)
+            (loss + 0.01 * train.decision_loss(decision, batch.labels_B1)).backward()
+            grads.append(torch.cat([p.grad.flatten() for p in training.network.parameters() if p.grad is not None]))
+        return torch.stack(grads).mean(dim=0)
+
+    torch.testing.assert_close(step(8, 1.0), step(1, 1.0), rtol=1e-7, atol=1e-10)
+
+
+def test_bfloat16_trains_like_float32(cache: Cache) -> None:
+    curves = []
+    for precision in ("float32", "bfloat16"):
+        config = RunConfig(**SMALL | {"precision": precision}, optimizer="adam", learning_rate=0.001)
+        curves.append([e["loss_segmentation"] for e in train.fit(train.start(config, CPU), cache)])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=0.05)
+
+
+def test_a_model_folder_gives_the_same_scores(cache: Cache, tmp_path: Path) -> None:
+    config = RunConfig(**SMALL)
+    training = train.start(config, CPU)
+    scores = evaluate.score(training.network, cache, config, CPU)
+    thresholds = scores.choose("pr_curve", 1)
+    checkpoint.save_model(tmp_path / "m", training.network.state_dict(), config, thresholds, epoch=1)
+    network, loaded, again = checkpoint.load_model(tmp_path / "m", CPU)
+    assert (loaded, again) == (config, thresholds)
+    assert evaluate.score(network, cache, config, CPU).figures(again) == scores.figures(thresholds)
+    (tmp_path / "m" / "thresholds.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"must hold model\.safetensors, config\.json and thresholds\.json of one model"):
+        checkpoint.load_model(tmp_path / "m", CPU)
+
+
+def test_a_checkpoint_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
+    for epochs, name in ((1, "a"), (2, "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "progress.json").write_text(f'{{"epochs": {epochs}}}')
+        (tmp_path / name / "training.pt").write_bytes(b"x" * 1000)
+        checkpoint.seal(tmp_path / name)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert checkpoint.newest(folders) == tmp_path / "b"
+    (tmp_path / "b" / "training.pt").write_bytes(b"x" * 900)
+    assert checkpoint.newest(folders) == tmp_path / "a"
+    (tmp_path / "a" / "manifest.json").unlink()
+    assert checkpoint.newest(folders) is None
+
+
+def test_a_training_file_cannot_run_code(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    torch.save({"network": Attack()}, tmp_path / "training.pt")
+    with pytest.raises(Exception, match="[Ww]eights"):
+        checkpoint.load_training(tmp_path, CPU)
+
+
+def test_figures_of_a_split_equal_those_of_its_masks(cache: Cache) -> None:
+    config = RunConfig(**SMALL)
+    network = train.start(config, CPU).network
+    scores = evaluate.score(network, cache, config, CPU)
+    thresholds = scores.choose("grid", 1)
+    figures = scores.figures(thresholds)
+    logits = np.concatenate([maps for _, maps in evaluate.predict(network, cache.images, config, CPU)])
+    masks = logits.astype(np.float16) >= thresholds.segmentation_logit
+    truth = np.asarray(cache.masks).astype(bool)
+    dice = [(2 * (m & t).sum() + 1e-15) / (m.sum() + t.sum() + 1e-15) for m, t in zip(masks, truth, strict=True)]
+    assert figures["dice_mean"] == pytest.approx(np.mean(dice))
+    assert figures["dice_positive_mean"] == pytest.approx(np.mean(np.array(dice)[cache.positive]))
+    assert figures["precision"] == pytest.approx((masks & truth).sum() / masks.sum())
+    assert Thresholds.from_dict(thresholds.to_dict()) == thresholds

@@ -1,0 +1,159 @@
+import copy
+
+import jsonschema
+import pytest
+import yaml
+
+from tuner import space_file
+from tuner.space import FloatParam, IntParam, SpaceError
+
+GOOD = {
+    "name": "good",
+    "data": {"height": 128, "width": 128},
+    "train": {"epochs": 4, "width": 0.25},
+    "search": {
+        "learning_rate": {"type": "float", "low": 0.001, "high": 1.0, "log": True},
+        "dilate": {"type": "int", "low": 1, "high": 7, "step": 2},
+        "threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]},
+        "threshold_factor": {"type": "int", "low": 1, "high": 3, "when": {"threshold_rule": "pr_curve"}},
+    },
+    "budget": {"trials": 3},
+}
+
+
+def changed(**parts: object) -> dict:
+    """GOOD with values at dotted paths; None removes a key."""
+    document = copy.deepcopy(GOOD)
+    for path, value in parts.items():
+        *folders, last = path.split("__")
+        inner = document
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = value
+        if value is None:
+            del inner[last]
+    return document
+
+
+def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
+    space = space_file.parse(GOOD)
+    assert space.search["learning_rate"] == FloatParam(low=0.001, high=1.0, log=True)
+    assert space.search["threshold_factor"].when == {"threshold_rule": ("pr_curve",)}
+    assert space_file.parse(yaml.safe_load(yaml.safe_dump(space.to_dict()))) == space
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (changed(name=None), r"name: is missing; add it"),
+        (changed(budget=None), r"budget: is missing"),
+        (changed(nane="x"), r"nane: is not a known key; did you mean 'name'\?"),
+        (changed(train__learning_rat=1), r"train\.learning_rat: is not a field of a run; did you mean 'learning_rate'\?"),
+        (changed(search__delta=1), r"search\.delta: is not a field of a run"),
+        (changed(search__learning_rate__low=2.0), r"search\.learning_rate: low must not be above high, found low 2, high 1"),
+        (changed(search__learning_rate__low=0), r"search\.learning_rate\.low: must be above 0 on a log scale, found 0"),
+        (changed(search__learning_rate__lo=0.1), r"search\.learning_rate\.lo: is not a known key; did you mean 'low'\?"),
+        (changed(search__dilate__high=8), r"must divide the range from low to high, found step 2 in 1 to 8; let high be 7 or 9"),
+        (changed(search__dilate__step=3), r"search\.dilate: must be an odd whole number from 1 to 99, found 4"),
+        (changed(search__dilate__type="integer"), r"search\.dilate\.type: must be one of float, int, categorical, found 'integer'"),
+        (changed(search__learning_rate__step=0.1), r"cannot have both log and step"),
+        (changed(search__threshold_rule__choices=["best"]), r"must be one of min_of_max, pr_curve, grid, found 'best'"),
+        (changed(search__threshold_rule__choices=[]), r"must be a list of plain values, at least one, found \[\]"),
+        (changed(search__threshold_rule__choices=["grid", "grid"]), r"must differ from each other"),
+        (changed(search__threshold_factor__when={"rule": "x"}), r"must name a categorical parameter of this search"),
+        (changed(search__threshold_factor__when={"threshold_rule": "x"}), r"must be among the choices of threshold_rule, found 'x'"),
+        (changed(train__dilate=1), r"search\.dilate: is fixed under train as well; remove one of the two"),
+        (changed(train__learning_rate="1e-3"), r"train\.learning_rate: .*found '1e-3'; YAML takes this for text; write 0\.001"),
+        (changed(train__seed=3), r"train\.seed: is set as seed, at the top level; move it there"),
+        (changed(objective={"metric": "dice"}), r"objective\.metric: must be one of dice_mean, .*found 'dice'; did you mean 'dice_mean'"),
+        (changed(objective={"metric": "dice_mean", "mode": "min"}), r"objective\.mode: must be max"),
+        (changed(objective=[{"metric": "dice_mean"}, {"metric": "f1"}]), r"objective: must be one metric in this version, found a list of 2"),
+        (changed(sampler="bayes"), r"sampler: must be one of tpe, random, found 'bayes'"),
+        (changed(scheduler="hyper"), r"scheduler\.name: must be one of asha, none, found 'hyper'"),
+        (changed(scheduler={"name": "asha", "min_epochs": 9}), r"scheduler\.min_epochs: must be a whole number from 1 to train\.epochs, 4, found 9"),
+        (changed(budget={}), r"budget: needs at least one of trials, hours, device_hours, money, found \{\}"),
+        (changed(budget={"trials": 0}), r"budget\.trials: must be a whole number of at least 1 \(the baseline is the first trial\), found 0"),
+        (changed(budget={"money": 3}), r"money and price_per_device_hour go together"),
+        (changed(data__height=100), r"data: input height and width must be multiples of 8 px .*found 100x128; use 104x128"),
+        (changed(data__height=64, data__width=64), r"at least 2 positions, found 1 for 64x64 px"),
+        (changed(data__height=64.0), r"data\.height: must be a whole number of px above 0, found 64\.0"),
+        (changed(data__test_share=0.8), r"must leave at least 0\.1 to training"),
+        (changed(start_from=[{"learning_rate": 3.0}]), r"start_from\[0\]: must give each searched parameter a value in its range"),
+        (changed(name="a b"), r"name: must be a word for file names"),
+        ([], r"the file: must be a mapping of keys to values, found \[\]"),
+        (
+            changed(objective={"metric": "decision_ap"}, scheduler="asha"),
+            r"scheduler: must be none for a decision metric with dynamic_balance: the decision learns late",
+        ),
+    ],
+)  # fmt: skip
+def test_each_problem_has_its_message(document: object, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        space_file.parse(document)
+
+
+def test_all_problems_come_in_one_error() -> None:
+    with pytest.raises(SpaceError) as caught:
+        space_file.parse(changed(sampler="x", seed=-1, train__epochs=0, data__layout="coco", budget__trials="many"))
+    assert len(caught.value.problems) == 5
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: a\nname: b\n")
+    with pytest.raises(SpaceError, match="the key 'name' stands twice"):
+        space_file.load(path)
+
+
+def test_text_that_is_no_yaml_and_names_that_are_no_space() -> None:
+    with pytest.raises(SpaceError, match="did you mean 'crackforest'"):
+        space_file.load("crackforst")
+
+
+def test_a_yaml_file_cannot_run_code(tmp_path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(SpaceError, match="is not valid YAML"):
+        space_file.load(path)
+
+
+def test_conditions_put_parents_first_and_decide_what_is_active() -> None:
+    document = changed()
+    document["search"] = dict(reversed(document["search"].items()))
+    space = space_file.parse(document)
+    names = list(space.search)
+    assert names.index("threshold_rule") < names.index("threshold_factor")
+    grid = {"learning_rate": 0.1, "dilate": 3, "threshold_rule": "grid"}
+    assert space.contains(grid)
+    assert not space.contains(grid | {"threshold_factor": 2})
+    assert space.contains(grid | {"threshold_rule": "pr_curve", "threshold_factor": 2})
+    assert not space.contains(grid | {"dilate": 2})
+
+
+def test_bounds_are_inclusive() -> None:
+    dilate = IntParam(low=1, high=7, step=2)
+    assert [value for value in range(-1, 10) if dilate.contains(value)] == [1, 3, 5, 7]
+
+
+def test_the_baseline_is_a_point_of_the_space_only_if_everything_fits() -> None:
+    space = space_file.parse(GOOD)
+    assert space.baseline_params() == {
+        "learning_rate": 1.0, "dilate": 1, "threshold_rule": "pr_curve", "threshold_factor": 1,
+    }  # fmt: skip
+    assert space_file.parse(changed(train__optimizer="adam")).baseline_params() is None
+    assert space_file.parse(changed(search__learning_rate__high=0.5)).baseline_params() is None
+    baseline = space_file.parse(changed(train__optimizer="adam", train__epochs=9)).baseline_config(seed=3)
+    assert (baseline.optimizer, baseline.learning_rate, baseline.epochs, baseline.width) == ("sgd", 1.0, 9, 0.25)
+
+
+def test_the_fingerprint_knows_what_is_searched_and_not_what_may_be_spent() -> None:
+    prints = [space_file.parse(d).fingerprint() for d in (GOOD, changed(budget__trials=9), changed(train__epochs=5))]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_schema_takes_good_files_and_refuses_misspelt_ones() -> None:
+    validator = jsonschema.Draft202012Validator(space_file.schema())
+    jsonschema.Draft202012Validator.check_schema(space_file.schema())
+    validator.validate(GOOD)
+    for bad in (changed(nane=1), changed(train__epoch=3), changed(search__dilate__type="real"), changed(sampler="x")):
+        assert not validator.is_valid(bad)

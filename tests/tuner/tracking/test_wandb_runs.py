@@ -1,0 +1,453 @@
+"""W&B with real parts: an offline logger process, whose runs are read back with W&B's own reader."""
+
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process, wandb_runs
+
+ROOT = Path(__file__).parents[3]
+WANDB = Path(sys.executable).parent / "wandb"
+KEY = "0123456789abcdef" * 3
+DEADLINE_S = 30.0
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def no_network_and_no_home(tmp_path, monkeypatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # a mistake would meet a closed port
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("NETRC", raising=False)
+
+
+@pytest.fixture
+def info(tmp_path) -> RunInfo:
+    directory = tmp_path / "cracks"
+    directory.mkdir()
+    return RunInfo("cracks", "3fa91c", directory, {}, {"dilate": 1}, 10, None, "dice_mean", "max")
+
+
+@pytest.fixture
+def tracker(info):
+    """A tracker whose search has started; its process is ended whatever the test does."""
+    tracker = WandbTracker("offline", finish_wait_s=DEADLINE_S)
+    tracker.search_started(info)
+    yield tracker
+    assert tracker._process is not None
+    if tracker._process.poll() is None:
+        tracker._process.kill()
+        tracker._process.wait()
+
+
+def start(tracker: Tracker, trial: int, resumed_epoch: int = 0, **params: Any) -> None:
+    searched = {"learning_rate": 0.01, "dilate": 3} | params
+    config = {"architecture": "segdecnet", "epochs": 50, "num_segmented": "all", **searched}
+    tracker.trial_started(f"3fa91c-{trial:04d}", searched, config, resumed_epoch)
+
+
+def epoch(tracker: Tracker, trial: int, number: int, value: float | None, **previews: bytes) -> None:
+    figures = {
+        "epoch": number, "loss_segmentation": 1 / number, "loss_decision": 0.5, "loss_total": 1 / number + 0.5,
+        "seconds": 2.5, "dice_mean": value, "decision_ap": None, "two_pixel_f1": float("nan"),
+        "threshold": 0.1 * number, "value": value,
+    }  # fmt: skip
+    tracker.epoch_ended(f"3fa91c-{trial:04d}", figures, previews)
+
+
+def record(trial: int, status: str = "completed", **changes: Any) -> dict[str, Any]:
+    values = {
+        "trial": f"3fa91c-{trial:04d}", "status": status, "reason": None, "value": 0.75, "best_epoch": 2,
+        "epochs": 3, "seconds": 7.5, "device_seconds": 7.5, "baseline": False, "replayed_from": None,
+        "thresholds": {"segmentation_probability": 0.25}, "params": {"dilate": 3}, "config": {"epochs": 50},
+        "history": [],
+    }  # fmt: skip
+    return values | changes
+
+
+def png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (8, 2), 200).save(stream, "png")
+    return stream.getvalue()
+
+
+def directories(info: RunInfo, trial: int) -> list[Path]:
+    return sorted((info.directory / "wandb").glob(f"offline-run-*-3fa91c-{trial:04d}*"))
+
+
+def inspect(directory: Path, *options: str) -> str:
+    command = [str(WANDB), "leet", "inspect", "--json", *options, str(directory)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def summary_of(info: RunInfo, trial: int) -> dict[str, Any]:
+    (directory,) = directories(info, trial)
+    return json.loads(inspect(directory, "--summary"))
+
+
+def records_of(directory: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in inspect(directory).splitlines()]
+    return [line[kind] for line in lines if line["type"] == kind]
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + DEADLINE_S
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"waited {DEADLINE_S:g} s for {what}"
+        time.sleep(0.02)
+    return result
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has asked after is still in the table as a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_search_can_be_read_back(tracker, info) -> None:
+    start(tracker, 0, dilate=1)
+    start(tracker, 1)
+    for number, value in enumerate([0.5, 0.75, 0.7], 1):
+        epoch(tracker, 0, number, value)
+        epoch(tracker, 1, number, value, **({"crack_7": png()} if number == 3 else {}))
+    tracker.trial_ended(record(0, "stopped_early", reason="rung 3"))
+    tracker.trial_ended(record(1))
+    tracker.search_ended("finished")
+
+    (directory,) = directories(info, 1)
+    described = records_of(directory, "run")[-1]
+    assert (described["project"], described["run_group"], described["job_type"]) == (
+        "segdec-tuner", "cracks", "trial",
+    )  # fmt: skip
+    assert described["run_id"] == described["display_name"] == "3fa91c-0001"
+    assert described["tags"] == ["completed"]
+    assert records_of(directory, "metric")[0]["step_metric"] == "epoch"
+    rows = [row["item"] for row in records_of(directory, "history")]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["loss/segmentation"] for row in rows] == [1, 0.5, pytest.approx(1 / 3)]
+    assert [row["loss/decision"] for row in rows] == [0.5, 0.5, 0.5]
+    assert [row["loss/total"] for row in rows] == [1.5, 1, pytest.approx(1 / 3 + 0.5)]
+    assert [row["val/dice_mean"] for row in rows] == [0.5, 0.75, 0.7]
+    assert [row["val/objective"] for row in rows] == [0.5, 0.75, 0.7]
+    assert not any("decision_ap" in name or "two_pixel" in name for row in rows for name in row)
+
+    ended = summary_of(info, 1)
+    assert ended["config"] == {
+        "architecture": "segdecnet", "epochs": 50, "num_segmented": "all", "learning_rate": 0.01, "dilate": 3,
+    }  # fmt: skip
+    assert (ended["state"], ended["exit_code"]) == ("finished", 0)
+    summary = ended["summary"]
+    assert (summary["best/value"], summary["best/epoch"], summary["best/threshold"]) == (0.75, 2, 0.25)
+    assert (summary["status"], summary["epochs"], summary["seconds"]) == ("completed", 3, 7.5)
+    picture = summary["preview/crack_7"]
+    assert (picture["width"], picture["height"], picture["caption"]) == (8, 2, "epoch 3")
+    with Image.open(directory / "files" / picture["path"]) as image:
+        assert image.getpixel((0, 0)) == 200
+
+    baseline = summary_of(info, 0)
+    assert (baseline["state"], baseline["exit_code"]) == ("finished", 0)
+    assert set(baseline["tags"]) == {"baseline", "stopped_early"}
+    assert baseline["summary"]["reason"] == "rung 3"
+
+
+@pytest.mark.parametrize("status", ["diverged", "failed"])
+def test_a_trial_that_went_wrong_has_failed_in_wandb(tracker, info, status) -> None:
+    start(tracker, 0)
+    epoch(tracker, 0, 1, None)
+    tracker.trial_ended(record(0, status, value=None, best_epoch=None, thresholds=None, reason="loss is NaN"))
+    tracker.search_ended("finished")
+    ended = summary_of(info, 0)
+    assert (ended["state"], ended["exit_code"], ended["tags"]) == ("failed", 1, [status])
+    assert ended["summary"]["reason"] == "loss is NaN"
+    assert not any(name.startswith("best/") for name in ended["summary"])
+    assert "NaN" not in json.dumps({k: v for k, v in ended["summary"].items() if k != "reason"})
+
+
+def test_a_trial_read_off_another_is_logged_whole(tracker, info) -> None:
+    history = [{"epoch": n, "loss_total": 1 / n, "dice_mean": 0.1 * n} for n in (1, 2, 3)]
+    tracker.trial_ended(record(4, history=history, replayed_from="3fa91c-0001"))
+    tracker.search_ended("finished")
+    ended = summary_of(info, 4)
+    assert ended["config"] == {"epochs": 50, "dilate": 3}
+    assert ended["summary"]["replayed_from"] == "3fa91c-0001"
+    (directory,) = directories(info, 4)
+    assert [row["item"]["epoch"] for row in records_of(directory, "history")] == [1, 2, 3]
+
+
+def test_runs_open_when_the_search_stops_keep_their_data(tracker, info) -> None:
+    for trial in range(3):
+        start(tracker, trial)
+        epoch(tracker, trial, 1, 0.5)
+        epoch(tracker, trial, 2, 0.25)
+    tracker.search_ended("stopped")
+    for trial in range(3):
+        ended = summary_of(info, trial)
+        assert (ended["exit_code"], ended["tags"]) == (wandb_process.INTERRUPTED, ["interrupted"])
+        assert ended["summary"]["status"] == "interrupted"
+        assert (ended["summary"]["best/value"], ended["summary"]["best/epoch"]) == (0.5, 1)
+        assert ended["summary"]["epoch"] == 2
+
+
+def test_a_resumed_trial_goes_on_under_its_id(tracker, info) -> None:
+    start(tracker, 0)
+    epoch(tracker, 0, 1, 0.9)
+    start(tracker, 0, resumed_epoch=1)  # its node died; the run is still open
+    epoch(tracker, 0, 2, 0.5)
+    tracker.search_ended("stopped")
+
+    resumed = WandbTracker("offline")
+    resumed.search_started(info)
+    start(resumed, 0, resumed_epoch=2)
+    epoch(resumed, 0, 3, 0.6)
+    resumed.search_ended("stopped")
+    first, second = sorted(directories(info, 0), key=lambda path: path.stat().st_mtime)
+    assert {records_of(path, "run")[-1]["run_id"] for path in (first, second)} == {"3fa91c-0000"}
+    assert [row["item"]["epoch"] for row in records_of(first, "history")] == [1, 2]
+    assert [row["item"]["epoch"] for row in records_of(second, "history")] == [3]
+    # The best may lie before the resumption, so the second part leaves it to the record.
+    assert "best/value" not in json.loads(inspect(second, "--summary"))["summary"]
+
+
+def test_two_objectives_and_numpy_scalars_and_the_project(info, monkeypatch) -> None:
+    np = pytest.importorskip("numpy")
+    monkeypatch.setenv("WANDB_PROJECT", "bridges")
+    tracker = WandbTracker("offline")
+    tracker.search_started(info)
+    start(tracker, 0, learning_rate=np.float32(0.5), dilate=np.int64(5))
+    tracker.trial_ended(record(0, value=[0.5, 12]))
+    tracker.search_ended("finished")
+    ended = summary_of(info, 0)
+    assert ended["project"] == "bridges"
+    assert (ended["config"]["learning_rate"], ended["config"]["dilate"]) == (0.5, 5)
+    assert (ended["summary"]["best/value_1"], ended["summary"]["best/value_2"]) == (0.5, 12)
+
+
+def test_nothing_is_printed_and_the_key_is_nowhere(info, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    tracker = WandbTracker("offline")
+    tracker.search_started(info)
+    start(tracker, 0)
+    tracker.search_ended("finished")
+    assert summary_of(info, 0)["tags"] == ["interrupted"]
+    assert capfd.readouterr() == ("", "")
+    assert (info.directory / "wandb" / "tracker.log").read_text() == ""
+    files = [path for path in info.directory.rglob("*") if path.is_file()]
+    assert len(files) > 3
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_variables_of_the_users_own_run_bend_nothing(info, monkeypatch) -> None:
+    for name, value in {"RUN_ID": "mine", "RESUME": "must", "NAME": "mine", "MODE": "disabled"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    tracker = WandbTracker("offline")
+    tracker.search_started(info)
+    start(tracker, 0)
+    tracker.search_ended("stopped")
+    (directory,) = directories(info, 0)
+    described = records_of(directory, "run")[-1]
+    assert (described["run_id"], described["run_group"]) == ("3fa91c-0000", "cracks")
+
+
+def test_signals_do_not_end_the_process(tracker, info) -> None:
+    start(tracker, 0)
+    until(lambda: directories(info, 0), "the run")
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(tracker.pid, name)
+    epoch(tracker, 0, 1, 0.5)
+    tracker.trial_ended(record(0))
+    tracker.search_ended("stopped")
+    assert summary_of(info, 0)["summary"]["epoch"] == 1
+
+
+def test_a_dead_process_switches_the_tracker_off(tracker, info, caplog) -> None:
+    class Counting(Tracker):
+        epochs = 0
+
+        def epoch_ended(self, trial, figures, previews) -> None:
+            self.epochs += 1
+
+    other = Counting()
+    trackers = Trackers([tracker, other])
+    start(trackers, 0)
+    until(lambda: directories(info, 0), "the run")
+    core = children(tracker.pid)
+    os.kill(tracker.pid, signal.SIGKILL)
+    until(lambda: tracker._process.poll() is not None, "the end of the process")
+    for number in (1, 2, 3):
+        epoch(trackers, 0, number, 0.5)
+    trackers.search_ended("finished")
+    assert other.epochs == 3
+    (warning,) = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
+    assert f"the W&B logger process (pid {tracker.pid}) ended with exit code -9" in warning
+    assert "WandbTracker failed in epoch_ended and is switched off; the search goes on" in warning
+    until(lambda: all(map(gone, core)), "the end of wandb-core")
+
+
+def test_an_error_in_the_process_is_named_and_the_other_runs_are_kept(tracker, info) -> None:
+    start(tracker, 0)
+    epoch(tracker, 0, 1, 0.5, broken=b"not a PNG")
+    until(lambda: tracker._process.poll() is not None, "the end of the process")
+    with pytest.raises(RuntimeError, match=r"exit code 1: PIL\.UnidentifiedImageError: cannot identify"):
+        start(tracker, 1)
+    assert summary_of(info, 0)["tags"] == ["interrupted"]
+
+
+def test_a_process_that_hangs_blocks_nothing_and_is_ended(info, caplog) -> None:
+    tracker = WandbTracker("offline", finish_wait_s=0.3)
+    tracker.search_started(info)
+    start(tracker, 0)
+    until(lambda: directories(info, 0), "the run")
+    core = children(tracker.pid)
+    os.kill(tracker.pid, signal.SIGSTOP)
+    picture = bytes(1 << 16)
+    before = time.monotonic()
+    for number in range(1, 1001):
+        epoch(tracker, 0, number, 0.5, a=picture)
+    assert time.monotonic() - before < 10
+    assert tracker._queue.qsize() >= 900
+    # A picture that waits takes some 87 kB: those beyond the backlog were left out.
+    assert 600 <= tracker._previews_left_out <= 1000 - wandb_runs.PREVIEW_BACKLOG
+    trackers = Trackers([tracker])
+    trackers.search_ended("stopped")
+    assert "did not finish within 0.3 s after the search had stopped and was ended" in caplog.text
+    assert gone(tracker.pid)
+    until(lambda: all(map(gone, core)), "the end of wandb-core")
+
+
+def test_previews_left_out_are_reported(tracker, info, caplog, monkeypatch) -> None:
+    start(tracker, 0)
+    monkeypatch.setattr(wandb_runs, "PREVIEW_BACKLOG", 0)
+    epoch(tracker, 0, 1, 0.5, a=png(), b=png())
+    tracker.search_ended("finished")
+    assert "2 previews were left out" in caplog.text
+    assert summary_of(info, 0)["summary"]["epoch"] == 1
+
+
+def test_events_before_the_search_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="the search has not started"):
+        WandbTracker("offline").trial_ended(record(0))
+    WandbTracker("offline").search_ended("failed")
+
+
+DRIVER = """
+    import os, pathlib, sys, time
+    from tuner.tracking import RunInfo, WandbTracker
+
+    run = RunInfo("cracks", "3fa91c", pathlib.Path(sys.argv[1]), {}, None, 10, None, "dice_mean", "max")
+    tracker = WandbTracker("offline")
+    tracker.search_started(run)
+    tracker.trial_started("3fa91c-0000", {"dilate": 3}, {"dilate": 3}, 0)
+    for epoch in (1, 2, 3):
+        tracker.epoch_ended("3fa91c-0000", {"epoch": epoch, "value": 0.1 * epoch}, {})
+    tracker.trial_started("3fa91c-0001", {"dilate": 5}, {"dilate": 5}, 0)
+    holder = 0
+    if "fork" in sys.argv:  # a child that holds the pipe open
+        holder = os.fork()
+        if holder == 0:
+            time.sleep(60)
+            os._exit(0)
+    print(tracker.pid, holder, flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        tracker.search_ended("stopped")
+        print("stopped", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "kill while a fork holds the pipe", "interrupt"])
+def test_the_end_of_the_driver_leaves_readable_runs_and_no_process(tmp_path, info, how) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(textwrap.dedent(DRIVER))
+    command = [sys.executable, str(script), str(info.directory), *(["fork"] if "fork" in how else [])]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as driver:
+        assert driver.stdout is not None
+        process, holder = map(int, driver.stdout.readline().split())
+        # Events are handled in order: with the second run open, the epochs of the first are written.
+        until(lambda: directories(info, 1), "the second run")
+        survivors = [process, *children(process)]
+        try:
+            if how == "interrupt":
+                os.killpg(driver.pid, signal.SIGINT)
+                assert driver.stdout.read().strip() == "stopped"
+                assert driver.wait(DEADLINE_S) == 0
+            else:
+                driver.kill()
+                driver.wait(DEADLINE_S)
+            until(lambda: all(map(gone, survivors)), "the end of the logger process and of wandb-core")
+        finally:
+            if holder:
+                os.kill(holder, signal.SIGKILL)
+    first, second = summary_of(info, 0), summary_of(info, 1)
+    assert first["tags"] == second["tags"] == ["interrupted"]
+    assert (first["summary"]["epoch"], first["summary"]["best/value"]) == (3, pytest.approx(0.3))
+    assert second["config"] == {"dilate": 5}
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [({}, "found none"), ({"WANDB_API_KEY": "not a key!"}, "found WANDB_API_KEY invalid: API key may only")],
+)
+def test_online_without_a_key_is_refused(monkeypatch, variables, found) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=found) as refused:
+        check_online()
+    assert "run `wandb login`, set WANDB_API_KEY, or take --wandb offline" in str(refused.value)
+    assert "not a key" not in str(refused.value)
+
+
+@pytest.mark.parametrize("place", ["variable", "netrc"])
+def test_online_with_a_key_is_accepted(monkeypatch, tmp_path, place) -> None:
+    if place == "variable":
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    else:
+        monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.invalid")
+        (tmp_path / "home" / ".netrc").write_text(f"machine wandb.example.invalid login user password {KEY}\n")
+        (tmp_path / "home" / ".netrc").chmod(0o600)
+    check_online()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "row"),
+    [("value", [0.5, None], {"value_1": 0.5}), ("value", True, {}), ("value", "NaN", {}), ("value", 3, {"value": 3}),
+     ("value", float("inf"), {})],
+)  # fmt: skip
+def test_only_finite_numbers_reach_a_chart(name, value, row) -> None:
+    assert wandb_process.numbers(name, value) == row
+
+
+def test_a_line_cut_off_is_dropped() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b'{"a": 1}\n{"a": 2}\n{"a":')
+    os.close(writing)
+    assert list(wandb_process.read_events(reading, os.getppid())) == [{"a": 1}, {"a": 2}]
+    os.close(reading)

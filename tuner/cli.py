@@ -1,0 +1,244 @@
+"""The `tuner` command: one short function a verb. Turns errors into one message and an exit code.
+
+Exit codes: 0 done, 1 a run that failed, 2 bad input, 130 stopped by the user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tuner.records import SearchFailed
+
+_DESCRIPTION = "Hyperparameter search for surface-defect segmentation: search a space, end with one report."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.DEBUG if options.debug else logging.WARNING, format="%(message)s")
+    try:
+        return int(options.function(options) or 0)
+    except Exception as error:  # the one place where errors become messages
+        if options.debug:
+            raise
+        kind = "" if isinstance(error, ValueError | SearchFailed) else f"{type(error).__name__}: "
+        print(f"tuner {options.verb}: {kind}{error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print(f"tuner {options.verb}: stopped at once", file=sys.stderr)
+        return 130
+
+
+def search(options: argparse.Namespace) -> int:
+    from tuner.pipeline import go_on
+    from tuner.run import Options, create
+    from tuner.space_file import load
+
+    chosen = Options(
+        trials=options.trials,
+        hours=options.hours,
+        concurrent=options.concurrent,
+        cpus_per_trial=options.cpus_per_trial,
+        gpus_per_trial=options.gpus_per_trial,
+        address=options.address,
+        wandb=options.wandb,
+        seed=options.seed,
+    )
+    run = create(load(options.space), options.data, Path(options.runs), options.name, chosen)
+    return _ended(go_on(run, with_report=not options.no_report, terminal=True), with_report=not options.no_report)
+
+
+def resume(options: argparse.Namespace) -> int:
+    from tuner.pipeline import go_on
+    from tuner.run import load
+
+    return _ended(go_on(load(options.run), terminal=True), with_report=True)
+
+
+def _ended(run: Any, with_report: bool) -> int:
+    """Says how to go on, or where the report is."""
+    if run.info["state"] == "stopped":
+        print(f"stopped; nothing is lost. Go on with: tuner resume {run.directory}")
+        return 130
+    print(run.directory / "report" / "index.html" if with_report else run.directory)
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    from tuner.run import load
+    from tuner.status import describe, show
+
+    found = describe(load(options.run))
+    print(json.dumps(found) if options.json else show(found))
+    return 0
+
+
+def finals(options: argparse.Namespace) -> int:
+    from tuner.finals import check_test_is_sealed
+    from tuner.pipeline import evaluate
+    from tuner.run import load
+    from tuner.search import cluster
+
+    run = load(options.run)
+    check_test_is_sealed(run.directory, options.open_test)
+    with run.locked(), cluster(run.options.address):
+        evaluate(run, options.open_test)
+    print(run.directory / "evaluation")
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from tuner import report
+    from tuner.run import load
+
+    print(report.write(load(options.run).directory, Path(options.out) if options.out else None))
+    return 0
+
+
+def data_check(options: argparse.Namespace) -> int:
+    from model import layouts, splits
+
+    path = Path(options.path)
+    samples = layouts.read(path, options.layout)
+    found = splits.assign(samples, path, options.validation_share, options.test_share, options.seed)
+    for name, split in zip(layouts.SPLITS, found, strict=True):
+        counts = splits.counts(split)
+        groups = len({sample.group for sample in split})
+        print(
+            f"{name:<11} {len(split):>6} images: {counts['positive']} positive ({counts['segmented']} with masks), "
+            f"{counts['negative']} negative, {groups} groups"
+        )
+    print(f"fingerprint {splits.fingerprint(found)}; no broken file, no group or file in two splits")
+    return 0
+
+
+def data_synth(options: argparse.Namespace) -> int:
+    from model import synthetic
+
+    out = Path(options.out)
+    synthetic.write(out, count=options.count, height=options.height, width=options.width, seed=options.seed)
+    print(out)
+    return 0
+
+
+def schema(_options: argparse.Namespace) -> int:
+    from tuner.space_file import schema
+
+    print(json.dumps(schema(), indent=2))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tuner", description=_DESCRIPTION)
+    parser.set_defaults(debug=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(function: Any, name: str, text: str, example: str, into: Any = verbs) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = into.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example: {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        made.add_argument("--debug", action="store_true", help="show tracebacks and debug messages")
+        made.set_defaults(function=function)
+        return made
+
+    made = verb(search, "search", "search a space, evaluate the best trial, write its report",
+                "tuner search demo --data synthetic")  # fmt: skip
+    made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
+    made.add_argument(
+        "--data", metavar="PATH", default="synthetic", help="folder with images/ and masks/, or synthetic"
+    )
+    made.add_argument("--name", help="the run's name; the space's if not given")
+    made.add_argument("--runs", metavar="DIR", default="runs", help="where runs lie")
+    made.add_argument("--trials", metavar="N", type=_count, help="instead of the space's budget")
+    made.add_argument("--hours", metavar="H", type=_positive, help="instead of the space's budget")
+    made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit if not given")
+    made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")
+    made.add_argument("--gpus-per-trial", metavar="F", type=float, help="GPUs that a trial holds, or a share of one")
+    made.add_argument("--address", metavar="ADDR", type=_address, help="a running Ray cluster, host:port or auto")
+    made.add_argument(
+        "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
+    )
+    made.add_argument("--seed", metavar="S", type=int, help="instead of the space's")
+    made.add_argument("--no-report", action="store_true", help="search alone; the test split stays sealed")
+
+    made = verb(resume, "resume", "go on with a run after any kind of stop", "tuner resume runs/demo")
+    made.add_argument("run", metavar="RUN", help="the folder of a run")
+
+    made = verb(status, "status", "trials by status, best so far, time left", "tuner status runs/demo --json")
+    made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument("--json", action="store_true", help="for programs")
+
+    made = verb(finals, "finals", "evaluate winner and baseline on validation and, once, on test",
+                "tuner finals runs/demo")  # fmt: skip
+    made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument("--open-test", action="store_true", help="open the test split once more; it is logged")
+
+    made = verb(report, "report", "write the report from the run directory", "tuner report runs/demo")
+    made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument("--out", metavar="DIR", help="where to; RUN/report if not given")
+
+    data = verbs.add_parser("data", help="check or make a data set").add_subparsers(
+        dest="data_verb", required=True, metavar="VERB"
+    )
+    made = verb(data_check, "check", "count, find broken files and leaks between splits",
+                "tuner data check ~/data/cracks", into=data)  # fmt: skip
+    made.add_argument("path", metavar="PATH", help="folder with images/ and masks/")
+    made.add_argument("--layout", default="auto", help="how files lie there")
+    made.add_argument("--validation-share", type=float, default=0.15, help="share of the images")
+    made.add_argument("--test-share", type=float, default=0.15, help="share of the images")
+    made.add_argument("--seed", type=int, default=0, help="of the random split")
+    made = verb(data_synth, "synth", "write the procedural crack set", "tuner data synth --out /tmp/cracks", into=data)
+    made.add_argument("--out", metavar="DIR", required=True, help="a new folder")
+    made.add_argument("--count", type=_count, default=120, help="images")
+    made.add_argument("--height", type=int, default=128, help="px")
+    made.add_argument("--width", type=int, default=128, help="px")
+    made.add_argument("--seed", type=int, default=0, help="another set")
+
+    verb(schema, "schema", "print the JSON schema of a search-space file", "tuner schema > space.schema.json")
+    return parser
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
+    return number
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text!r}")
+    return number
+
+
+def _address(text: str) -> str:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"must be host:port of a Ray cluster, or auto, found {text!r}; with ray:// the search's files would lie on "
+            "the cluster's head, so start the command there, for example with `ray job submit`"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Where a run stands, read from its directory alone, so that a search that runs is not disturbed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tuner import records
+from tuner.run import Run
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What `tuner status --json` prints (DESIGN: interfaces)."""
+    info, found = run.info, run.records
+    running = run.is_running()
+    state = info["state"] if running or info["state"] != "running" else "stopped"  # killed
+    best = records.best(found)
+    counts = records.count(found)
+    elapsed = _elapsed(run, running)
+    return {
+        "run": str(run.directory),
+        "state": "running" if running else "finished" if state == "finished" else "stopped",
+        "trials": len(found),
+        **counts,
+        "running": _running(run) if running else 0,
+        "best": {"trial": best["trial"], "value": best["value"], "params": best["params"]} if best else None,
+        "elapsed_seconds": round(elapsed, 1),
+        "remaining_seconds": _remaining(run, found, elapsed) if state != "finished" else 0.0,
+    }
+
+
+def show(found: dict[str, Any]) -> str:
+    """The same for people."""
+    ends = ", ".join(f"{found[s.value]} {s.value.replace('_', ' ')}" for s in records.Status)
+    lines = [f"{found['run']}: {found['state']}, {found['trials']} trials ended ({ends}), {found['running']} running"]
+    if best := found["best"]:
+        params = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best["params"].items())
+        lines.append(f"best so far {best['value']:.4f} by {best['trial']}: {params or 'nothing searched'}")
+    left = found["remaining_seconds"]
+    lines.append(
+        f"{found['elapsed_seconds'] / 60:.1f} minutes used"
+        + (f", about {left / 60:.0f} minutes left" if left else ", time left unknown" if left is None else "")
+    )
+    return "\n".join(lines)
+
+
+def _elapsed(run: Run, running: bool) -> float:
+    """Seconds of all sessions; one that was killed ended when the study was last written."""
+    total = 0.0
+    sessions = run.info["sessions"]
+    for n, session in enumerate(sessions):
+        end = session["ended"]
+        if end is None and running and n == len(sessions) - 1:
+            end = time.time()
+        elif end is None:
+            journal = run.directory / "study.journal"
+            end = max(session["started"], journal.stat().st_mtime) if journal.exists() else session["started"]
+        total += end - session["started"]
+    return total
+
+
+def _running(run: Run) -> int:
+    from tuner.sampler import count_running
+
+    return count_running(run.directory / "study.journal")
+
+
+def _remaining(run: Run, found: list[dict[str, Any]], elapsed: float) -> float | None:
+    """By the pace so far, and never more than the hours that are left; None before any trial has ended."""
+    budget = run.space.budget
+    limits = [budget.hours * 3600 - elapsed] if budget.hours else []
+    charged = len(records.charged(found))
+    if budget.trials and charged:
+        limits.append((budget.trials - charged) * elapsed / charged)
+    return round(max(0.0, min(limits)), 1) if limits and (charged or budget.hours) else None
