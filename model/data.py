@@ -198,7 +198,7 @@ def batches(cache: Cache, config: RunConfig, epoch: int, device: torch.device) -
 
 def to_input(images_BHWC: Array, device: torch.device) -> torch.Tensor:
     """uint8 RGB images as the networks take them: (B, 3, H, W) float32 in 0..1, no mean or deviation removed."""
-    images = torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(device, non_blocking=True)
+    images = torch.from_numpy(np.array(images_BHWC)).to(device, non_blocking=True)  # torch wants memory it may write to
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 

@@ -226,13 +226,15 @@ def _suggest(trial: optuna.trial.Trial, name: str, param: Param) -> Any:
     return trial.suggest_categorical(name, param.choices)
 
 
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # group, constant_liar
-
-
 def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
     if space.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, group=True, constant_liar=True)
+    with warnings.catch_warnings():
+        # `group` is marked experimental; without it, conditional parameters would be drawn one by one.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=5, multivariate=True, group=True, constant_liar=True
+        )
 
 
 class _KernelLock(BaseJournalFileLock):

@@ -64,13 +64,22 @@ def test_darkness_threshold_fails_on_positives(default_set, sigma_px: float) -> 
     assert best_mean_dice(darkness(images[positive], sigma_px), masks[positive]) <= HIGHEST_BASELINE_DICE
 
 
-@pytest.mark.parametrize("sigma_px", SIGMAS_PX)
-def test_negatives_have_spots_as_dark_as_cracks(default_set, sigma_px: float) -> None:
-    _, images, masks = default_set
-    responses, positive = darkness(images, sigma_px), masks.any((1, 2))
-    cracks = np.median([np.quantile(r[m > 0], 0.9) for r, m in zip(responses, masks, strict=True) if m.any()])
-    darkest = np.quantile(responses[~positive], 0.98, axis=(1, 2))
-    assert np.median(darkest) >= cracks
+@pytest.mark.parametrize("quantile", [0.5, 0.9])
+def test_negatives_have_more_pixels_as_dark_as_a_crack_than_the_crack_has(quantile: float) -> None:
+    # Pairs of one seed share surface and distractors: sets would compare other surfaces with other lamps.
+    seeds = range(40)
+    positives = [synthetic.scene(seed, True, 128, 128) for seed in seeds]
+    negatives = np.stack([synthetic.scene(seed, False, 128, 128)[0] for seed in seeds])
+    images, masks = np.stack([image for image, _ in positives]), np.stack([mask for _, mask in positives])
+    for sigma_px in SIGMAS_PX:
+        ratios = []
+        for on_positive, on_negative, mask in zip(
+            darkness(images, sigma_px), darkness(negatives, sigma_px), masks, strict=True
+        ):
+            crack = on_positive[mask > 0]
+            level = np.quantile(crack, quantile)
+            ratios.append((on_negative >= level).sum() / (crack >= level).sum())
+        assert np.quantile(ratios, 0.25) > 2  # in three scenes of four
 
 
 def test_same_arguments_same_scene() -> None:

@@ -96,7 +96,7 @@ def _columns(columns: list[str]) -> tuple[dict[str, float], dict[str, float]]:
 
 def _tops(cells: dict[Cell, list[int]], counts: dict[Size, int]) -> dict[int, float]:
     """Upper edge of each stage's bar. In the decoder the first stage of a row stands lowest."""
-    tops = {}
+    tops: dict[int, float] = {}
     top = _TOP
     for size, count in counts.items():
         for (cell, branch), members in cells.items():
@@ -130,8 +130,8 @@ def _draw_stage(axes: Any, stage: Json, x: float, y: float, width: float, most: 
     weights = f", {words.parameters(stage['parameters'])}" if stage["parameters"] else ""
     sums = f"{stage['channels']} ch{weights}"
     middle = y + _BAR / 2 + 0.005
-    # A letter of DejaVu Sans at 7 pt is about 0.056 inches wide.
-    room = int((width - 0.2) / 0.057) - len(sums) - 1
+    # A letter of DejaVu Sans at 7 pt is about 0.055 inches wide.
+    room = int((width - 0.2) / 0.0555) - len(sums) - 1
     title = style.drawable(stage["operation"])
     title = title if len(title) <= max(room, 8) else title[: max(room, 8) - 1].rstrip(" ,") + "…"
     axes.text(x + 0.08, middle, title, fontsize=7, va="center")

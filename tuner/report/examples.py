@@ -46,11 +46,21 @@ def file_name(rank: int, value: float, name: str) -> str:
 
 
 def overlap(image_HWC: Array, truth_HW: Array, mask_HW: Array) -> Array:
-    """Hits, misses and false alarms over the dimmed grey image."""
+    """Hits, misses and false alarms over the dimmed grey image.
+
+    The image may be smaller or larger than the masks. A pixel that shrinking mixes takes the kind that has most of
+    it, if they have a third together, so that thin cracks keep their colours.
+    """
+    height, width = image_HWC.shape[:2]
     grey = cv2.cvtColor(np.ascontiguousarray(image_HWC), cv2.COLOR_RGB2GRAY)
     out = np.repeat((grey * 0.5)[..., None], 3, axis=2).astype(np.uint8)
-    for where, (_, colour) in zip((truth_HW & mask_HW, truth_HW & ~mask_HW, mask_HW & ~truth_HW), LEGEND, strict=True):
-        out[where] = _bytes(colour)
+    kinds = np.stack([truth_HW & mask_HW, truth_HW & ~mask_HW, mask_HW & ~truth_HW], axis=2).astype(np.float32)
+    if kinds.shape[:2] != (height, width):
+        way = cv2.INTER_AREA if width < kinds.shape[1] else cv2.INTER_NEAREST
+        kinds = np.asarray(cv2.resize(kinds, (width, height), interpolation=way))
+    colours = np.stack([_bytes(colour) for _, colour in LEGEND])
+    shown = kinds.sum(axis=2) >= 1 / 3
+    out[shown] = colours[kinds.argmax(axis=2)[shown]]
     return out
 
 
@@ -84,7 +94,7 @@ def contact_sheet(examples: Examples, columns: int = 6, cell: int = 236) -> Arra
     order = np.argsort(values, kind="stable")
     tiles = []
     for rank, k in enumerate(order, start=1):
-        picture = _resize(overlap(examples.image[k], examples.truth[k], examples.mask[k]), cell)
+        picture = overlap(_resize(examples.image[k], cell), examples.truth[k], examples.mask[k])
         name = words.shorten(examples.names[k], 17)
         text = style.drawable(f"{rank}  {values[k]:.3f}  {name}")
         tiles.append(np.concatenate([picture, _text_bar(cell, ((0, text, style.INK, "normal"),), 14)]))
@@ -101,8 +111,8 @@ def headline_strip(examples: Examples, rows: Sequence[int], cell: int = 400) -> 
     tall = examples.image.shape[1] > 1.3 * examples.image.shape[2]
     columns = []
     for k in rows:
-        pictures = (examples.image[k], overlap(examples.image[k], examples.truth[k], examples.mask[k]))
-        image, answer = (_resize(picture, cell // 2 if tall else cell) for picture in pictures)
+        image = _resize(examples.image[k], cell // 2 if tall else cell)
+        answer = overlap(image, examples.truth[k], examples.mask[k])
         gap = np.full((_GAP, image.shape[1], 3), 255, np.uint8)
         both = _beside([image, answer]) if tall else np.concatenate([image, gap, answer])
         foot = _text_bar(both.shape[1], ((0, f"Dice {values[k]:.3f}", style.INK, "normal"),), 20)
@@ -145,7 +155,7 @@ def _beside(pictures: Sequence[Array]) -> Array:
 def _panel_titles(width: int, panel: int) -> Array:
     lefts = [k * (panel + _GAP) for k in range(len(PANELS))]
     titles = tuple((x, name, style.MUTED, "normal") for x, name in zip(lefts, PANELS[:-1], strict=False))
-    return _text_bar(width, titles, width * _LETTER, legend_from=lefts[-1])
+    return _text_bar(width, titles, width * 0.85 * _LETTER, legend_from=lefts[-1])
 
 
 @cache

@@ -132,6 +132,6 @@ class Gallery:
 
 def save(path: Path, pixels_HWC: Array) -> None:
     """An RGB uint8 image as PNG; fast rather than small."""
-    ok, data = cv2.imencode(".png", np.ascontiguousarray(pixels_HWC[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 4])
+    ok, data = cv2.imencode(".png", np.ascontiguousarray(pixels_HWC[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 1])
     assert ok
     path.write_bytes(data.tobytes())

@@ -63,9 +63,7 @@ def _top(run: Run) -> Table:
         settings = [words.setting(record["params"].get(name, record["config"].get(name))) for name in names]
         value = words.figure(objective(record), 4)
         rows.append([str(place), trial, status, value, epochs, words.duration(record["seconds"]), *settings])
-    caption = (
-        "The best trials on validation, completed ones first. Their order is that of single trainings: luck included"
-    )
+    caption = "The best trials on validation, completed ones first; of single trainings, so luck is in the order"
     return Table(header, rows, caption, frozenset({0, 3, 4, 5}), frozenset(strong))
 
 

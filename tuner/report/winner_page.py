@@ -229,7 +229,7 @@ def thresholds(run: Run, results: Results) -> Section:
             Table(
                 ["rule", name],
                 replayed,
-                f"Every rule replayed on the same network (trial {record['trial']}, validation)",
+                f"Every rule on trial {record['trial']}",
                 frozenset({1}),
                 strong,
             )

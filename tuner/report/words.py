@@ -76,10 +76,12 @@ def duration(seconds: float | None) -> str:
 
 
 def parameters(count: int) -> str:
-    """A count of weights, short."""
-    if count >= 1_000_000:
-        return f"{count / 1e6:.2f} M"
-    return f"{count / 1e3:.1f} k" if count >= 1000 else str(count)
+    """A count of weights, to three digits."""
+    for size, letter in ((1_000_000, " M"), (1000, " k")):
+        if count >= size:
+            share = count / size
+            return f"{share:.0f}{letter}" if share >= 100 else f"{share:.3g}{letter}"
+    return str(count)
 
 
 def search_range(parameter: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import pytest
 from model.config import RunConfig
 from model.metrics import CountsBuilder, to_half
 from model.thresholds import sigmoid
+from tuner import report
 
 SIDE = 96
 EVIL = "<script>alert(\"x\")</script> & 'ü/裂缝'|.png"
@@ -310,6 +311,20 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+@dataclass(frozen=True)
+class Written:
+    """A made run, and the report on it."""
+
+    directory: Path
+    made: dict[str, Made]
+    report: Path
+    evil: str = EVIL
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return json.loads((self.report / "metrics.json").read_text())
+
+
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[str, Made]]]:
     """Makes one more run directory; arguments as of `write_run`."""
@@ -319,3 +334,17 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pa
         return directory, write_run(directory, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def usual(make_run: Any) -> Written:
+    """Eight trials that ended in all four ways, with negatives, a winner that is not the baseline."""
+    directory, made = make_run()
+    return Written(directory, made, report.write(directory).parent)
+
+
+@pytest.fixture(scope="session")
+def bare(make_run: Any) -> Written:
+    """One trial, the baseline, on data without negatives."""
+    directory, made = make_run(trials=1, negatives=False, baseline_wins=True)
+    return Written(directory, made, report.write(directory).parent)

@@ -1,0 +1,181 @@
+"""The study at its border: a real Optuna journal on disk, opened again as after a kill."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from tests.tuner.conftest import ended, small_space
+from tuner.sampler import MAX_REPLAYS_IN_A_ROW, SearchStudy, count_running
+from tuner.space import Space
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "study.journal"
+
+
+def states(journal: Path) -> list[TrialState]:
+    """As any other program of Optuna's sees them."""
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    (name,) = optuna.get_all_study_names(storage)
+    return [trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials]
+
+
+def test_the_baseline_comes_first_and_once(space: Space, journal: Path) -> None:
+    study = SearchStudy(space, "abc123", journal)
+    first, second = study.ask(), study.ask()
+    assert first.is_baseline
+    assert first.params == {"learning_rate": 1.0, "threshold_rule": "pr_curve"}
+    assert (first.trial, second.trial) == ("abc123-0000", "abc123-0001")
+    assert not second.is_baseline
+    assert space.contains(second.params)
+
+
+def test_a_baseline_outside_the_space_is_a_record_and_no_point(journal: Path) -> None:
+    space = small_space(train={"width": 0.1, "epochs": 3, "optimizer": "adam"})
+    study = SearchStudy(space, "abc123", journal)
+    baseline, first = study.ask(), study.ask()
+    assert (baseline.trial, baseline.number, baseline.is_baseline) == ("abc123-baseline", None, True)
+    assert baseline.config.optimizer == "sgd"
+    assert baseline.params == {"optimizer": "sgd"}
+    assert first.number == 0
+    assert not first.is_baseline
+    study.report(None, 1, 0.3)
+    study.finish(baseline, ended(baseline))
+    assert [record["trial"] for record in study.records()] == ["abc123-baseline"]
+    again = SearchStudy(space, "abc123", journal)
+    assert again.ask().number == 0
+    assert [record["trial"] for record in again.records()] == ["abc123-baseline"]
+
+
+def test_start_from_follows_the_baseline(journal: Path) -> None:
+    point = {"learning_rate": 0.25, "threshold_rule": "grid"}
+    study = SearchStudy(small_space(start_from=[point]), "abc123", journal)
+    assert [study.ask().params for _ in range(2)] == [{"learning_rate": 1.0, "threshold_rule": "pr_curve"}, point]
+
+
+def test_every_end_has_its_state(space: Space, journal: Path) -> None:
+    study = SearchStudy(space, "abc123", journal)
+    statuses = ["completed", "stopped_early", "diverged", "failed"]
+    for status in statuses:
+        proposal = study.ask()
+        study.report(proposal.number, 1, 0.25)
+        study.report(proposal.number, 1, 0.25)  # told twice after a resume
+        study.finish(proposal, ended(proposal, status))
+    assert states(journal) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL]
+    trials = SearchStudy(space, "abc123", journal)._study.trials
+    assert trials[0].value == 0.5
+    assert [trial.intermediate_values for trial in trials] == [{1: 0.25}] * 4
+    assert [trial.user_attrs["record"]["reason"] for trial in trials] == [None, "because", "because", "because"]
+
+
+def test_what_was_running_is_asked_for_again_with_its_name(space: Space, journal: Path) -> None:
+    study = SearchStudy(space, "abc123", journal)
+    finished, killed, stopped = (study.ask() for _ in range(3))
+    study.finish(finished, ended(finished))
+    study.report(killed.number, 1, 0.3)
+    study.put_back(stopped.number)
+    assert count_running(journal) == 1
+
+    again = SearchStudy(space, "abc123", journal)
+    assert count_running(journal) == 0
+    assert [again.ask() for _ in range(2)] == [killed, stopped]
+    assert again.values_at(1) == {killed.number: 0.3}
+    new = again.ask()
+    assert new.number == 3
+    assert new.params not in (finished.params, killed.params, stopped.params)
+
+
+def test_a_torn_last_line_is_mended(space: Space, journal: Path) -> None:
+    study = SearchStudy(space, "abc123", journal)
+    finished = study.ask()
+    study.finish(finished, ended(finished))
+    whole = journal.read_bytes()
+    study.ask()
+    torn = journal.read_bytes()
+    for cut in range(len(whole), len(torn), max(1, (len(torn) - len(whole)) // 25)):
+        journal.write_bytes(torn[:cut])
+        again = SearchStudy(space, "abc123", journal)
+        assert [record["trial"] for record in again.records()] == [finished.trial]
+        proposal = again.ask()
+        again.finish(proposal, ended(proposal))
+        assert len(SearchStudy(space, "abc123", journal).records()) == 2
+
+
+def test_a_trained_network_answers_other_threshold_rules(journal: Path) -> None:
+    space = small_space(
+        search={"threshold_rule": {"type": "categorical", "choices": ["min_of_max", "pr_curve", "grid"]}},
+        train={"width": 0.1, "epochs": 3, "learning_rate": 1.0},
+        sampler="random",
+    )
+    study = SearchStudy(space, "abc123", journal)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline, value=0.4))
+    assert study.ask() is None  # every proposal is a replay: the space is exhausted
+    records = study.records()
+    assert len(records) == 1 + MAX_REPLAYS_IN_A_ROW
+    by_rule = {"min_of_max": 0.1, "pr_curve": 0.4, "grid": 0.5}
+    for record in records[1:]:
+        assert record["replayed_from"] == baseline.trial
+        assert record["value"] == by_rule[record["params"]["threshold_rule"]]
+        assert record["seconds"] == record["device_seconds"] == 0
+        assert record["config"]["threshold_rule"] == record["params"]["threshold_rule"]
+    assert set(states(journal)) == {TrialState.COMPLETE}
+
+
+def test_a_stopped_trial_answers_for_no_other(journal: Path) -> None:
+    space = small_space(
+        search={"threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]}},
+        train={"width": 0.1, "epochs": 3, "learning_rate": 1.0},
+    )
+    study = SearchStudy(space, "abc123", journal)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline, "diverged", value=None))
+    assert study.ask() is not None
+
+
+def test_conditional_parameters_are_asked_only_where_they_hold(journal: Path) -> None:
+    search = {
+        "threshold_factor": {"type": "int", "low": 1, "high": 9, "when": {"threshold_rule": "pr_curve"}},
+        "threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]},
+        "learning_rate": {"type": "float", "low": 0.01, "high": 1.0},
+    }
+    space = small_space(search=search, budget={"trials": 30})
+    study = SearchStudy(space, "abc123", journal)
+    seen = set()
+    for n in range(30):
+        proposal = study.ask()
+        assert space.contains(proposal.params)
+        seen.add("threshold_factor" in proposal.params)
+        study.finish(proposal, ended(proposal, value=n / 100, rules={}))
+    assert seen == {True, False}
+
+
+def test_bounds_and_steps_reach_optuna_as_they_are(journal: Path) -> None:
+    space = small_space(
+        search={"dilate": {"type": "int", "low": 1, "high": 5, "step": 2}}, sampler="random", budget={"trials": 40}
+    )
+    study = SearchStudy(space, "abc123", journal)
+    drawn = set()
+    for _ in range(40):
+        proposal = study.ask()
+        drawn.add(proposal.params["dilate"])
+        study.finish(proposal, ended(proposal, rules={}))
+    assert drawn == {1, 3, 5}
+
+
+def test_two_spaces_are_two_studies(space: Space, journal: Path) -> None:
+    SearchStudy(space, "abc123", journal).ask()
+    other = small_space(train={"width": 0.1, "epochs": 4})
+    assert SearchStudy(other, "abc123", journal).ask().number == 0
+
+
+def test_the_clock_runs_over_all_sessions(space: Space, journal: Path) -> None:
+    SearchStudy(space, "abc123", journal).add_wall_seconds(10)
+    study = SearchStudy(space, "abc123", journal)
+    study.add_wall_seconds(5)
+    assert study.wall_seconds() == 15

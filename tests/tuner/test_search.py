@@ -1,0 +1,245 @@
+"""The search on a real Ray, with trials that follow a script instead of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.config import RunConfig
+from model.files import write_json
+from tests.tuner.conftest import small_space
+from tuner import records, search
+from tuner.records import SearchFailed
+from tuner.sampler import SearchStudy
+from tuner.search import Resources, asha_stops, rungs
+from tuner.space import Scheduler, Space
+from tuner.tracking import Tracker, Trackers
+
+
+@dataclass(frozen=True)
+class ScriptedTask:
+    """Reports `epochs` values; what it does in an epoch follows from the learning rate."""
+
+    folder: Path
+    behaviour: dict[str, str] = field(default_factory=dict)
+    """delta_cls_loss as text -> crash, die, diverge or wait"""
+
+    def run(self, config: RunConfig, _device: torch.device, resume: Path | None, report: Any) -> None:
+        does = self.behaviour.get(f"{config.delta_cls_loss:g}", "")
+        progress = checkpoint.load_progress(resume) if resume else self.fresh()
+        for epoch in range(progress["epochs"] + 1, config.epochs + 1):
+            if does == "crash":
+                raise RuntimeError("a bug")
+            if does == "die":
+                os._exit(1)
+            if does == "diverge" and epoch == 2:
+                report(progress | {"status": "diverged", "reason": "not finite"}, None)
+                return
+            if does == "wait" and epoch == 2:
+                (self.folder / "waiting").touch()
+                while not (self.folder / "go").exists():
+                    time.sleep(0.02)
+            with (self.folder / "epochs.txt").open("a") as log:
+                log.write(f"{config.delta_cls_loss:g} {epoch}\n")
+            value = config.delta_cls_loss / 10 + epoch / 1000
+            progress |= {
+                "epochs": epoch,
+                "history": [*progress["history"], {"epoch": epoch, "value": value}],
+                "value": value,
+                "best_epoch": epoch,
+                "seconds": progress["seconds"] + 1.0,
+                "status": "completed" if epoch == config.epochs else "running",
+            }
+            folder = self.folder / f"{os.getpid()}-{epoch}"
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "progress.json", progress)
+            checkpoint.seal(folder)
+            report(progress, folder)
+
+    def fresh(self) -> dict[str, Any]:
+        return {
+            "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,
+            "thresholds": None, "rules": {}, "rule_thresholds": {}, "seconds": 0.0,
+        }  # fmt: skip
+
+
+class Events(Tracker):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str]] = []
+
+    def trial_started(self, trial, params, config, resumed_epoch) -> None:
+        self.seen.append(("started", f"{trial} {resumed_epoch}"))
+
+    def trial_ended(self, record) -> None:
+        self.seen.append(("ended", record["status"]))
+
+
+def scripted_space(values: list[float], scheduler: Any = "none", trials: int | None = None, **budget: Any) -> Space:
+    """The baseline (delta 0.01), then one trial for each value of delta."""
+    points = [{"delta_cls_loss": value} for value in values]
+    return small_space(
+        search={"delta_cls_loss": {"type": "float", "low": 0.001, "high": 10.0}},
+        train={"width": 0.1, "epochs": 4, "learning_rate": 1.0},
+        start_from=points,
+        scheduler=scheduler,
+        budget={"trials": trials or len(values) + 1, **budget},
+    )
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    with search.cluster(None):
+        yield
+
+
+def run(space: Space, folder: Path, concurrent: int = 1, tracker: Tracker | None = None, **behaviour: str) -> str:
+    """One session of a search in `folder`."""
+    task = ScriptedTask(folder, {name.lstrip("_").replace("_", "."): does for name, does in behaviour.items()})
+    study = SearchStudy(space, "abc123", folder / "study.journal")
+    trackers = Trackers([tracker] if tracker else [])
+    resources = Resources(concurrent=concurrent)
+    (folder / "trials").mkdir(exist_ok=True)
+    return search.run_trials(study, task, folder, space.budget, resources, trackers)
+
+
+def ends(folder: Path) -> list[tuple[float, str]]:
+    return [(record["config"]["delta_cls_loss"], record["status"]) for record in records.read(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_every_end_is_told_as_what_it_was(ray_cluster, tmp_path: Path) -> None:
+    events = Events()
+    space = scripted_space([1.0, 2.0, 3.0, 4.0])
+    assert run(space, tmp_path, tracker=events, _1="diverge", _2="crash", _3="die") == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (1, "diverged"), (2, "failed"), (3, "failed"), (4, "completed")]
+    found = records.read(tmp_path)
+    assert found[0]["baseline"]
+    assert found[1]["reason"] == "not finite"
+    assert found[2]["reason"] == "RuntimeError: a bug"
+    assert "worker process died" in found[3]["reason"]
+    assert [row["epoch"] for row in found[4]["history"]] == [1, 2, 3, 4]
+    assert found[4]["value"] == pytest.approx(0.404)
+    assert [status for what, status in events.seen if what == "ended"] == [status for _, status in ends(tmp_path)]
+    assert len([1 for what, _ in events.seen if what == "started"]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_asha_stops_the_worse_and_never_the_baseline(ray_cluster, tmp_path: Path) -> None:
+    space = scripted_space([2.0, 1.0, 3.0], {"name": "asha", "min_epochs": 1, "reduction": 2})
+    assert run(space, tmp_path) == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (2, "completed"), (1, "stopped_early"), (3, "completed")]
+    stopped = records.read(tmp_path)[2]
+    assert stopped["reason"] == "not among the best at epoch 1"
+    assert [row["epoch"] for row in stopped["history"]] == [1]
+    trial = SearchStudy(space, "abc123", tmp_path / "study.journal")._study.trials[2]
+    assert trial.state.name == "PRUNED"
+    assert list(trial.intermediate_values) == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_stop_loses_nothing_and_the_search_goes_on_from_there(ray_cluster, tmp_path: Path, monkeypatch) -> None:
+    space = scripted_space([1.0, 2.0])
+    sessions: list[search._Session] = []
+    made = search._Session.__init__
+
+    def remember(self, *arguments) -> None:
+        made(self, *arguments)
+        sessions.append(self)
+
+    monkeypatch.setattr(search._Session, "__init__", remember)
+
+    def stop_when_waiting() -> None:
+        while not (tmp_path / "waiting").exists():
+            time.sleep(0.02)
+        sessions[0].stop_asked = True
+
+    watcher = threading.Thread(target=stop_when_waiting)
+    watcher.start()
+    assert run(space, tmp_path, _1="wait") == "stopped"
+    watcher.join()
+    assert ends(tmp_path) == [(0.01, "completed")]
+
+    (tmp_path / "go").touch()
+    events = Events()
+    assert run(space, tmp_path, tracker=events) == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (1, "completed"), (2, "completed")]
+    assert events.seen[0] == ("started", "abc123-0001 1")
+    epochs = (tmp_path / "epochs.txt").read_text().split("\n")
+    assert epochs.count("1 1") == 1  # the epoch before the stop was not trained again
+    assert [row["epoch"] for row in records.read(tmp_path)[1]["history"]] == [1, 2, 3, 4]
+    assert run(space, tmp_path) == "finished"
+    assert len(ends(tmp_path)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_bug_ends_the_search(ray_cluster, tmp_path: Path) -> None:
+    space = scripted_space([1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(SearchFailed, match="3 trials in a row failed, the last one so: RuntimeError: a bug"):
+        run(space, tmp_path, _0_01="crash", _1="crash", _2="crash")
+    assert len(ends(tmp_path)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_when_the_hours_are_over_what_runs_is_stopped_early(ray_cluster, tmp_path: Path) -> None:
+    space = scripted_space([1.0, 2.0], hours=0.001)
+    started = time.monotonic()
+    assert run(space, tmp_path, concurrent=1, _1="wait") == "finished"
+    assert time.monotonic() - started < 60
+    first, *others = records.read(tmp_path)
+    assert first["status"] == "completed"
+    assert all(record["reason"] == "the hours of the budget were used up" for record in others)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_trials_run_side_by_side_and_the_budget_is_exact(ray_cluster, tmp_path: Path) -> None:
+    space = scripted_space([1.0, 2.0, 3.0], trials=6)
+    assert run(space, tmp_path, concurrent=2) == "finished"
+    assert len(ends(tmp_path)) == 6
+    assert len({json.dumps(record["params"]) for record in records.read(tmp_path)}) == 6
+
+
+@pytest.mark.slow
+def test_a_function_runs_on_a_worker(ray_cluster) -> None:
+    assert search.run_on_worker(lambda: os.getpid(), Resources()) != os.getpid()
+    with pytest.raises(ValueError, match=r"it asks for 1000 CPU, found .*; lower --cpus-per-trial"):
+        search.default_resources(1000, None, None)
+
+
+def test_rungs_are_epochs_before_the_last() -> None:
+    asha = Scheduler(name="asha", min_epochs=2, reduction=3)
+    assert rungs(asha, 50) == [2, 6, 18]
+    assert rungs(asha, 18) == [2, 6]
+    assert rungs(asha, 2) == []
+    assert rungs(Scheduler(), 50) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "others", "stops"),
+    [
+        (0.1, [], False),
+        (0.1, [0.2], True),
+        (0.3, [0.2], False),
+        (0.2, [0.2], False),
+        (0.5, [0.6, 0.1, 0.2, 0.3, 0.4], False),
+        (0.4, [0.6, 0.5, 0.1, 0.2, 0.3], True),
+    ],
+)
+def test_a_rung_keeps_its_best_third(value: float, others: list[float], stops: bool) -> None:
+    assert asha_stops(value, others, reduction=3) is stops
