@@ -23,7 +23,7 @@ from model.data import cache_root
 from model.files import write_json
 from model.splits import Splits
 from tuner import records, space_file
-from tuner.space import DECISION_METRICS, IntParam, Space
+from tuner.space import DECISION_METRICS, IntParam, Space, is_name
 
 SYNTHETIC = "synthetic"
 _PACKAGES = ("segdec-tuner", "torch", "ray", "optuna", "wandb", "numpy", "opencv-python-headless", "albumentations")
@@ -117,7 +117,10 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
     """Looks at all the data, and makes the directory of a new run. ValueError for anything that cannot work."""
     options = options or Options()
     space = _with_options(space, options)
-    directory = runs / (name or space.name)
+    name = name or space.name
+    if not is_name(name):
+        raise ValueError(f"a run's name must be letters, digits, - and _, found {name!r}")
+    directory = runs / name
     if directory.exists():
         raise ValueError(
             f"a run's name must be new, found {directory}; choose another with --name, "

@@ -217,6 +217,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_name(value: str) -> bool:
+    """Whether a word is safe as the name of a folder."""
+    return bool(value) and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
+
+
 def on_grid(value: Any, low: float, step: float | None) -> bool:
     """Whether whole steps lead from `low` to `value`, within rounding."""
     return step is None or abs((value - low) / step - round((value - low) / step)) < 1e-6

@@ -31,6 +31,7 @@ from tuner.space import (
     Space,
     SpaceError,
     fields_of,
+    is_name,
     is_number,
     on_grid,
 )  # fmt: skip
@@ -110,7 +111,7 @@ class _Reader:
         if not self.mapping("the file", document, _TOP_KEYS, required=_REQUIRED_KEYS):
             return None
         name = self.value(
-            document, "name", str, "must be a word for file names: letters, digits, - and _", check=_is_name
+            document, "name", str, "must be a word for file names: letters, digits, - and _", check=is_name
         )
         seed = self.value(document, "seed", int, "must be a whole number of at least 0", 0, check=lambda v: v >= 0)
         data = self.data(document.get("data", {}))
@@ -458,10 +459,6 @@ def _field_schema(name: str) -> dict[str, Any]:
         if rule.or_word:
             described = {"anyOf": [described, {"const": rule.or_word}]}
     return described | {"description": rule.doc, "default": DEFAULTS[name]}
-
-
-def _is_name(value: str) -> bool:
-    return bool(value) and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
 
 
 def _text_hint(value: object) -> str:

@@ -57,13 +57,11 @@ class TrialTask:
         validation = open_cache(self.validation, *size)
         with tempfile.TemporaryDirectory(prefix="segdec-trial-") as scratch:
             keeper = _Keeper(self, config, Path(scratch), resume)
-            state = checkpoint.load_training(resume, device) if resume else None
-            training = train.start(config, device, state)
-            before = keeper.progress["seconds"]
-            if training.epochs_done == config.epochs:
-                keeper.progress["status"] = "completed"
-                report(keeper.progress, resume)
+            if resume and keeper.progress["epochs"] == config.epochs:
+                report(keeper.progress, resume)  # it was done, and only the word of it was lost
                 return
+            training = train.start(config, device, checkpoint.load_training(resume, device) if resume else None)
+            before = keeper.progress["seconds"]
             try:
                 for losses in train.fit(training, cache):
                     factors = tuple(factor for rule, factor in self.rules if rule == "pr_curve")

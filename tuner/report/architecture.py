@@ -153,7 +153,9 @@ def _draw_flow(
 
     def connect(start: int, end: int, line: str) -> None:
         a, b = stages[start]["branch"], stages[end]["branch"]
-        _arrow(axes, (left[a] + width[a], tops[start] + _BAR / 2), (left[b], tops[end] + _BAR / 2), line)
+        # An arrow to the decision leaves at the lower corner, to pass below what stands between.
+        leave = _BAR if b == "decision" else _BAR / 2
+        _arrow(axes, (left[a] + width[a], tops[start] + leave), (left[b], tops[end] + _BAR / 2), line)
 
     trunk, decoder = members["trunk"], members["decoder"]
     for source in {sizes[k]: k for k in trunk[:-1]}.values():

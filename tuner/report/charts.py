@@ -198,7 +198,7 @@ def pairs(test: Judged, baseline: Judged) -> Any:
         test.dice[positive],
         "o",
         color=style.WINNER,
-        alpha=0.5,
+        alpha=0.5 if positive.sum() < 300 else 0.25,
         markersize=4,
         markeredgewidth=0,
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 PROJECT = "segdec-tuner"
 INIT_TIMEOUT_S = 30.0
-"""Online: how long opening a run may take; the events of all other trials wait meanwhile."""
+"""Online: how long opening a run may take, unless WANDB_INIT_TIMEOUT says; the other trials' events wait meanwhile."""
 FINISH_TIMEOUT_S = 60.0
 """Online: how long finishing a run may upload; what is left lies on disk for `wandb sync`."""
 PARENT_CHECK_S = 1.0
@@ -68,37 +68,46 @@ class Runs:
 
         self._wandb = wandb
         self._search = search
+        self._mode: str = search["mode"]
         self._open: dict[str, Any] = {}
         self._best: dict[str, float] = {}
 
     def trial_started(self, trial: str, config: dict[str, Any], baseline: bool, resumed_epoch: int) -> None:
         if trial in self._open:  # issued again after a node died; W&B refuses a second open run of one id
             return
-        online = self._search["mode"] == "online"
         try:
-            run = self._wandb.init(
-                project=os.environ.get("WANDB_PROJECT") or PROJECT,
-                group=self._search["name"],
-                job_type="trial",
-                id=trial,
-                name=trial,
-                tags=["baseline"] if baseline else None,
-                dir=self._search["directory"],
-                config=config,
-                mode=self._search["mode"],
-                # Offline, W&B cannot look for an earlier run of this id: `wandb sync` joins them later.
-                resume="allow" if online and resumed_epoch else None,
-                reinit="create_new",
-                settings=self._settings(online),
-            )
+            run = self._init(trial, trial, config, baseline, resumed_epoch)
         except self._wandb.errors.Error as error:
-            print(f"trial {trial} could not be opened in W&B: {' '.join(str(error).split())}", flush=True)
-            return
+            if self._mode == "offline":
+                raise
+            # Nothing may be lost: from here on as if offline. The id that failed is still taken in this process.
+            self._mode = "offline"
+            reason = " ".join(str(error).split())
+            print(f"no way online, further trials are kept for `tuner sync`: {reason}", flush=True)
+            run = self._init(trial, f"{trial}-offline", config, baseline, resumed_epoch)
         run.define_metric("*", step_metric="epoch")
         self._open[trial] = run
         if resumed_epoch:
             # An earlier epoch may be better than all that follow: only the record knows.
             self._best[trial] = math.nan
+
+    def _init(self, trial: str, run_id: str, config: dict[str, Any], baseline: bool, resumed_epoch: int) -> Any:
+        online = self._mode == "online"
+        return self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            group=self._search["name"],
+            job_type="trial",
+            id=run_id,
+            name=trial,
+            tags=["baseline"] if baseline else None,
+            dir=self._search["directory"],
+            config=config,
+            mode=self._mode,
+            # Offline, W&B cannot look for an earlier run of this id: `wandb sync` joins them later.
+            resume="allow" if online and resumed_epoch else None,
+            reinit="create_new",
+            settings=self._settings(online),
+        )
 
     def _settings(self, online: bool) -> Any:
         """Quiet, and without the driver's load, hardware and packages, which say nothing about a trial's worker."""
@@ -108,7 +117,7 @@ class Runs:
             disable_git=True,
             disable_code=True,
             disable_job_creation=True,
-            init_timeout=INIT_TIMEOUT_S,
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_TIMEOUT_S),
             finish_timeout=FINISH_TIMEOUT_S if online else 0.0,
             x_disable_stats=True,
             x_disable_machine_info=True,
@@ -117,7 +126,7 @@ class Runs:
 
     def epoch_ended(self, trial: str, figures: dict[str, Any], previews: dict[str, str]) -> None:
         run = self._open.get(trial)
-        if run is None:
+        if run is None:  # a last report that arrived after the trial's end
             return
         row = history_row(figures)
         for name, png in previews.items():
@@ -152,8 +161,6 @@ class Runs:
             self.trial_started(trial, config, bool(record.get("baseline")), resumed_epoch=0)
             for figures in record.get("history") or []:
                 self.epoch_ended(trial, figures, {})
-        if trial not in self._open:  # W&B refused it, which was reported
-            return
         thresholds = record.get("thresholds") or {}
         summary: dict[str, Any] = {"status": record["status"]}
         summary |= {name: record[name] for name in ("reason", "replayed_from") if record.get(name)}

@@ -128,6 +128,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_search_can_be_read_back(tracker, info) -> None:
     start(tracker, 0, dilate=1)
     start(tracker, 1)
@@ -212,6 +213,7 @@ def test_runs_open_when_the_search_stops_keep_their_data(tracker, info) -> None:
         assert ended["summary"]["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_trial_goes_on_under_its_id(tracker, info) -> None:
     start(tracker, 0)
     epoch(tracker, 0, 1, 0.9)
@@ -380,6 +382,7 @@ DRIVER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "kill while a fork holds the pipe", "interrupt"])
 def test_the_end_of_the_driver_leaves_readable_runs_and_no_process(tmp_path, info, how) -> None:
     script = tmp_path / "driver.py"
@@ -410,6 +413,25 @@ def test_the_end_of_the_driver_leaves_readable_runs_and_no_process(tmp_path, inf
     assert first["tags"] == second["tags"] == ["interrupted"]
     assert (first["summary"]["epoch"], first["summary"]["best/value"]) == (3, pytest.approx(0.3))
     assert second["config"] == {"dilate": 5}
+
+
+def test_online_without_a_server_goes_on_offline_and_loses_nothing(info, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    tracker = WandbTracker("online", finish_wait_s=DEADLINE_S)
+    tracker.search_started(info)
+    for trial in range(2):
+        start(tracker, trial)
+        epoch(tracker, trial, 1, 0.5)
+        tracker.trial_ended(record(trial))
+    tracker.search_ended("finished")
+    assert "no way online, further trials are kept for `tuner sync`" in caplog.text
+    for trial in range(2):
+        ended = summary_of(info, trial)
+        assert (ended["name"], ended["tags"]) == (f"3fa91c-{trial:04d}", ["completed"])
+        assert ended["summary"]["epoch"] == 1
+    files = [path for path in info.directory.rglob("*") if path.is_file()]
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize(

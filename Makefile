@@ -1,0 +1,32 @@
+# `make demo` and `make test` on a fresh machine with Python 3.11 or later, pip and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CHECKED := tuner model tests bench
+
+.PHONY: demo test check format clean
+
+demo: .venv/.installed
+	rm -rf runs/demo
+	$(BIN)/tuner search demo --data synthetic
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+check: .venv/.installed
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff format $(CHECKED)
+	$(BIN)/ruff check --fix $(CHECKED)
+
+# Constraints pin what was run; pyproject.toml says what may run. The extras are what all verbs need.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,export,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

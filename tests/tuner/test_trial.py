@@ -1,0 +1,128 @@
+"""A real trial on a small set, run by plain functions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from model import checkpoint, layouts, splits, synthetic
+from model.config import RunConfig
+from model.data import open_cache
+from model.evaluate import Thresholds, score
+from tuner.trial import TrialTask
+
+CPU = torch.device("cpu")
+CONFIG = RunConfig(
+    width=0.1, input_height=64, input_width=128, epochs=3, learning_rate=1.0, precision="float32", augment_flips=True
+)
+RULES = (("min_of_max", 1), ("pr_curve", 1), ("pr_curve", 3), ("grid", 1))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> TrialTask:
+    folder = tmp_path_factory.mktemp("trial") / "set"
+    synthetic.write(folder, count=24, height=64, width=128)
+    found = splits.assign(layouts.read(folder), folder, 0.25, 0.25, 0)
+    torch.set_num_threads(1)
+    return TrialTask(found.train, found.validation, "dice_positive_mean", RULES)
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path_factory.getbasetemp() / "trial-cache"))
+
+
+class Reports:
+    """Keeps what a trial reports, as Ray would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.progress = folder, []
+
+    def __call__(self, progress: dict[str, Any], folder: Path | None) -> None:
+        self.progress.append(json.loads(json.dumps(progress, allow_nan=False)))
+        if folder:
+            shutil.copytree(folder, self.folder / f"{len(self.progress)}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_trial_reports_each_epoch_and_leaves_its_best_model(task: TrialTask, tmp_path: Path) -> None:
+    reports = Reports(tmp_path)
+    task.run(CONFIG, CPU, None, reports)
+    last = reports.progress[-1]
+    assert [p["status"] for p in reports.progress] == ["running", "running", "completed"]
+    assert [row["epoch"] for row in last["history"]] == [1, 2, 3]
+    assert last["value"] == max(row["value"] for row in last["history"])
+    assert last["history"][last["best_epoch"] - 1]["value"] == last["value"]
+    assert set(last["rules"]) == {"min_of_max", "pr_curve/1", "pr_curve/3", "grid"}
+    assert last["rules"]["pr_curve/1"] == last["value"]
+
+    final = tmp_path / "3"
+    assert checkpoint.is_whole(final)
+    assert not (final / "training.pt").exists()
+    network, config, thresholds = checkpoint.load_model(final / "best", CPU)
+    cache = open_cache(task.validation, 64, 128)
+    scores = score(network, cache, config, CPU, factors=(1, 3))
+    assert scores.figures(thresholds)["dice_positive_mean"] == pytest.approx(last["value"], abs=1e-12)
+    for name, found in last["rule_thresholds"].items():
+        figure = scores.figures(Thresholds.from_dict(found))["dice_positive_mean"]
+        assert figure == pytest.approx(last["rules"][name], abs=1e-12)
+    pictures = sorted((final / "previews").glob("*.png"))
+    assert len(pictures) == 4
+    assert cv2.imread(str(pictures[0])).shape == (64, 4 * 128, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_trial_that_goes_on_ends_as_if_it_had_not_stopped(task: TrialTask, tmp_path: Path) -> None:
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "resumed").mkdir()
+    straight, resumed = Reports(tmp_path / "straight"), Reports(tmp_path / "resumed")
+    task.run(CONFIG, CPU, None, straight)
+    task.run(CONFIG, CPU, tmp_path / "straight" / "1", resumed)
+    assert len(resumed.progress) == 2
+    wanted, found = straight.progress[-1], resumed.progress[-1]
+    for key in ("value", "best_epoch", "thresholds", "rules", "history", "status"):
+        assert found[key] == wanted[key], key
+    again = Reports(tmp_path)
+    task.run(CONFIG, CPU, tmp_path / "straight" / "3", again)
+    assert [p["status"] for p in again.progress] == ["completed"]
+
+
+@pytest.mark.slow
+def test_dilation_moves_the_target_and_not_the_yardstick(task: TrialTask, tmp_path: Path) -> None:
+    for dilate in (1, 9):
+        cache = open_cache(task.validation, 64, 128)
+        assert cache.masks.sum() == open_cache(task.validation, 64, 128).targets(1).sum()
+        grown = cache.targets(dilate).sum()
+        assert grown >= cache.masks.sum()
+    reports = Reports(tmp_path)
+    wide = RunConfig(**CONFIG.to_dict() | {"dilate": 9, "epochs": 1})
+    task.run(wide, CPU, None, reports)
+    network, _, thresholds = checkpoint.load_model(tmp_path / "1" / "best", CPU)
+    truth = np.asarray(open_cache(task.validation, 64, 128).masks)
+    scores = score(network, open_cache(task.validation, 64, 128), wide, CPU)
+    assert scores.counts.truth.tolist() == truth.sum(axis=(1, 2)).tolist()
+    assert scores.figures(thresholds)["dice_positive_mean"] == pytest.approx(reports.progress[0]["value"])
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_says_so(task: TrialTask, tmp_path: Path, monkeypatch) -> None:
+    from model import train
+
+    def diverge(*_: Any) -> None:
+        raise train.TrainingDiverged("the loss of epoch 1 is not a finite number")
+
+    monkeypatch.setattr(train, "train_epoch", diverge)
+    reports = Reports(tmp_path)
+    task.run(CONFIG, CPU, None, reports)
+    assert [(p["status"], p["reason"]) for p in reports.progress] == [
+        ("diverged", "the loss of epoch 1 is not a finite number")
+    ]
