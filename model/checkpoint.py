@@ -45,7 +45,7 @@ def load_model(directory: Path, device: torch.device) -> tuple[SegDecNet, RunCon
         raise ValueError(
             f"{directory} must hold model.safetensors, config.json and thresholds.json of one model ({error})"
         ) from error
-    return network.to(device), config, thresholds
+    return network.to(device, memory_format=torch.channels_last), config, thresholds
 
 
 def seal(directory: Path) -> None:

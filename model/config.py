@@ -82,17 +82,17 @@ class RunConfig:
     batch_size: int = _field(1, int, "images a step; the loss is their mean", low=1, high=4096)
     optimizer: str = _field("sgd", str, "sgd without momentum, as published, or adam", choices=("sgd", "adam"))
     learning_rate: float = _field(1.0, float, "step size", low=1e-8, high=100)
-    delta_cls_loss: float = _field(0.01, float, "delta: weight of the decision loss, [1] eq. 2", low=0, high=1000)
+    delta_cls_loss: float = _field(0.01, float, "delta: weight of the decision loss, [1]", low=0, high=1000)
     dynamic_balance: bool = _field(
-        True, bool, "lambda falls from 1 to 1/epochs: segmentation first, decision later, [1] eq. 3"
+        True, bool, "lambda falls from 1 to 1/epochs: segmentation first, decision later, [1]"
     )
     gradient_adjustment: bool = _field(
-        True, bool, "the decision loss does not reach the segmentation network, [1] section 3.3"
+        True, bool, "the decision loss does not reach the segmentation network, [1]"
     )
-    frequency_sampling: bool = _field(True, bool, "negatives that were used less are drawn more often, [1] section 3.3")
-    weighted_loss: bool = _field(False, bool, "weight positive pixels by their distance to the edge, [1] eq. 4")
-    weight_power: float = _field(2.0, float, "p of [1] eq. 5", low=0, high=16)
-    weight_maximum: float = _field(1.0, float, "largest pixel weight, w_pos of [1] eq. 4", low=0, high=1000)
+    frequency_sampling: bool = _field(True, bool, "negatives that were used less are drawn more often, [1]")
+    weighted_loss: bool = _field(False, bool, "weight positive pixels by their distance to the edge, [1]")
+    weight_power: float = _field(2.0, float, "p of [1]", low=0, high=16)
+    weight_maximum: float = _field(1.0, float, "largest pixel weight, of [1]", low=0, high=1000)
     weight_per: str = _field(
         "image",
         str,

@@ -141,7 +141,7 @@ def dilate(mask_HW: Array, size: int) -> Array:
 
 
 def negative_probability(use_counts: Array) -> Floats:
-    """Chance of each negative to be drawn, from how often it was used: the less, the likelier ([1] section 3.3).
+    """Chance of each negative to be drawn, from how often it was used: the less, the likelier ([1]).
 
     u = 1 - f / max(f), shifted so that its median is 1, to the power 4 ln N.
     """

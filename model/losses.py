@@ -1,6 +1,6 @@
 """Losses and their weights. B images, H x W px; logits everywhere, computed in float32 or wider.
 
-L = lambda * L_segmentation + (1 - lambda) * delta * L_decision, [1] eq. 1 to 3 (papers: model/config.py).
+L = lambda * L_segmentation + (1 - lambda) * delta * L_decision [1] (papers: model/config.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def balance(epoch: int, epochs: int, delta: float, dynamic: bool) -> tuple[float, float]:
-    """Weights of the segmentation and the decision loss in an epoch counted from 0, [1] eq. 3.
+    """Weights of the segmentation and the decision loss in an epoch counted from 0 [1].
 
     With `dynamic`, lambda = 1 - epoch / epochs, so the first epoch trains the segmentation alone and the last one has
     lambda = 1 / epochs; without, both weights are constant: 1 and delta.
@@ -45,7 +45,7 @@ def balance(epoch: int, epochs: int, delta: float, dynamic: bool) -> tuple[float
 
 
 def distance_weight(mask_HW: Array, p: float, maximum: float, per: str = "image") -> Floats:
-    """Loss weight of each pixel, [1] eq. 4 and 5: 1 on background, maximum * (d / d_max)^p on a defect.
+    """Loss weight of each pixel [1]: 1 on background, maximum * (d / d_max)^p on a defect.
 
     d is the Euclidean distance to the defect's edge; d_max its largest value, over the image as in the paper or
     (`per="component"`) over each 8-connected component, as the public code has it since. An empty mask weighs 1.

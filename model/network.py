@@ -78,7 +78,7 @@ def _blocks(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
 
 
 class Gate(nn.Module):
-    """Squeeze-and-excitation over the mean of an image: channels -> sigmoid weights, [2] fig. 3."""
+    """Squeeze-and-excitation over the mean of an image: channels -> sigmoid weights [2]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

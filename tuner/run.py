@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -175,7 +176,8 @@ def _read_data(space: Space, data: str) -> Splits:
     path = Path(data)
     if data == SYNTHETIC:
         height, width = space.data.height, space.data.width
-        path = cache_root() / f"synthetic-{height}x{width}"
+        made_by = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:8]
+        path = cache_root() / f"synthetic-{height}x{width}-{made_by}"
         if not path.exists():
             synthetic.write(path, height=height, width=width)
     samples = layouts.read(path, space.data.layout)

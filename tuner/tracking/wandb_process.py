@@ -17,7 +17,7 @@ import select
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 PROJECT = "segdec-tuner"
 INIT_TIMEOUT_S = 30.0
@@ -68,7 +68,7 @@ class Runs:
 
         self._wandb = wandb
         self._search = search
-        self._mode: str = search["mode"]
+        self._mode: Literal["offline", "online"] = search["mode"]
         self._open: dict[str, Any] = {}
         self._best: dict[str, float] = {}
 
