@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from model.config import RunConfig
 from model.evaluate import Thresholds
 from model.files import write_json
-from model.network import SegDecNet, build
+from model.network import SegDecNet, build, place
 
 _MANIFEST = "manifest.json"
 
@@ -45,7 +45,7 @@ def load_model(directory: Path, device: torch.device) -> tuple[SegDecNet, RunCon
         raise ValueError(
             f"{directory} must hold model.safetensors, config.json and thresholds.json of one model ({error})"
         ) from error
-    return network.to(device, memory_format=torch.channels_last), config, thresholds
+    return place(network, device), config, thresholds
 
 
 def seal(directory: Path) -> None:

@@ -86,9 +86,7 @@ class RunConfig:
     dynamic_balance: bool = _field(
         True, bool, "lambda falls from 1 to 1/epochs: segmentation first, decision later, [1]"
     )
-    gradient_adjustment: bool = _field(
-        True, bool, "the decision loss does not reach the segmentation network, [1]"
-    )
+    gradient_adjustment: bool = _field(True, bool, "the decision loss does not reach the segmentation network, [1]")
     frequency_sampling: bool = _field(True, bool, "negatives that were used less are drawn more often, [1]")
     weighted_loss: bool = _field(False, bool, "weight positive pixels by their distance to the edge, [1]")
     weight_power: float = _field(2.0, float, "p of [1]", low=0, high=16)

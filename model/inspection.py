@@ -26,7 +26,7 @@ def decode_image(path: Path) -> np.ndarray:
     """RGB (H, W, 3) uint8. ValueError if the file is no image."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
-        raise ValueError("cannot be decoded as an image")
+        raise ValueError(f"{path}: cannot be decoded as an image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -34,7 +34,7 @@ def decode_mask(path: Path) -> np.ndarray:
     """(H, W) uint8 of 0 and 1. ValueError if the file is no image."""
     mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if mask is None:
-        raise ValueError("cannot be decoded as an image")
+        raise ValueError(f"{path}: cannot be decoded as an image")
     return (mask > MASK_LEVEL).astype(np.uint8)
 
 
@@ -57,11 +57,9 @@ def inspect(pairs: list[tuple[Path, Path | None]]) -> list[dict[str, Any]]:
 def _facts(pair: tuple[str, str | None]) -> dict[str, Any]:
     image_path, mask_path = Path(pair[0]), Path(pair[1]) if pair[1] else None
     facts: dict[str, Any] = {"digest": _digest(image_path), "mask_digest": "", "defect_pixels": 0, "problem": None}
-    path = image_path
     try:
         facts["height"], facts["width"] = decode_image(image_path).shape[:2]
         if mask_path:
-            path = mask_path
             mask = decode_mask(mask_path)
             facts["mask_digest"], facts["defect_pixels"] = _digest(mask_path), int(mask.sum())
             if mask.shape != (facts["height"], facts["width"]):
@@ -70,7 +68,7 @@ def _facts(pair: tuple[str, str | None]) -> dict[str, Any]:
                     f"found {mask.shape[1]}x{mask.shape[0]}; export it again"
                 )
     except ValueError as error:
-        facts["problem"] = f"{path}: {error}; replace the file or remove it"
+        facts["problem"] = f"{error}; replace the file or remove it"
     return facts
 
 

@@ -197,6 +197,12 @@ def build(architecture: str, in_channels: int = 3, width: float = 1.0) -> SegDec
     return SegDecNet(architecture, in_channels, width)
 
 
+def place(network: SegDecNet, device: torch.device) -> SegDecNet:
+    """A network on its device, with the memory order that images come in: two threads of a CPU are five times as
+    fast with it in bfloat16, one thread and float32 a little."""
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+
+
 def load_public_state(module: SegDecNet, state: Mapping[str, Tensor], channels: str | None = None) -> None:
     """Loads weights under the public checkpoints' parameter names.
 

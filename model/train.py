@@ -14,7 +14,7 @@ from model.config import RunConfig
 from model.data import Cache, batches
 from model.evaluate import autocast
 from model.losses import balance, decision_loss, segmentation_loss
-from model.network import SegDecNet, build
+from model.network import SegDecNet, build, place
 
 _STEPS_BETWEEN_CHECKS = 50
 """A check for a finite loss waits for the device."""
@@ -50,7 +50,7 @@ def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None 
     """A fresh network from the configuration's seed, or one that goes on from `Training.state`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = build(config.architecture, width=config.width).to(device, memory_format=torch.channels_last)
+        network = place(build(config.architecture, width=config.width), device)
     network.gradient_multiplier = 0.0 if config.gradient_adjustment else 1.0
     kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
     training = Training(config, network, kind(network.parameters(), lr=config.learning_rate))

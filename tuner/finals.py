@@ -104,7 +104,7 @@ def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | 
         raise SearchFailed(f"the checkpoint of trial {record['trial']} is gone from {run_directory / 'trials'}")
     return Finalist(
         record["trial"],
-        str(folder / "best"),
+        str((folder / "best").resolve()),
         RunConfig.from_dict(record["config"]),
         Thresholds.from_dict(record["thresholds"]),
         record["best_epoch"],

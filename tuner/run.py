@@ -117,6 +117,7 @@ class Run:
 def create(space: Space, data: str | Path, runs: Path, name: str | None = None, options: Options | None = None) -> Run:
     """Looks at all the data, and makes the directory of a new run. ValueError for anything that cannot work."""
     options = options or Options()
+    data = SYNTHETIC if str(data) == SYNTHETIC else str(Path(data).resolve())  # workers have another current folder
     space = _with_options(space, options)
     name = name or space.name
     if not is_name(name):
@@ -127,8 +128,8 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
             f"a run's name must be new, found {directory}; choose another with --name, "
             f"or go on with `tuner resume {directory}`"
         )
-    found = _read_data(space, str(data))
-    _check_data_fits(space, found, str(data))
+    found = _read_data(space, data)
+    _check_data_fits(space, found, data)
     building = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
     building.mkdir(parents=True)
     write_json(
@@ -141,7 +142,7 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
             "command": shlex.join(["tuner", *sys.argv[1:]]) if sys.argv[0].endswith("tuner") else "tuner.run_search",
             "space": space.to_dict(),
             "space_fingerprint": space.fingerprint(),
-            "data_path": str(data),
+            "data_path": data,
             "options": asdict(options),
             "versions": {"python": platform.python_version(), **_versions()},
             "hardware": _hardware(),
@@ -151,7 +152,7 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
         },
     )
     building.rename(directory)
-    return Run(directory=directory, space=space, data=str(data), options=options)
+    return Run(directory=directory, space=space, data=data, options=options)
 
 
 def load(directory: str | Path) -> Run:

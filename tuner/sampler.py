@@ -272,5 +272,10 @@ def count_running(journal: Path) -> int:
     if not journal.exists():
         return 0
     storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
-    trials = [trial for study in storage.get_all_studies() for trial in storage.get_all_trials(study._study_id)]
-    return sum(trial.state is TrialState.RUNNING for trial in trials)
+    running = 0
+    for name in optuna.get_all_study_names(storage):
+        study = optuna.load_study(study_name=name, storage=storage)
+        running += sum(trial.state is TrialState.RUNNING for trial in study.get_trials(deepcopy=False))
+        outside = study.user_attrs.get("baseline_in_space") is False
+        running += outside and "baseline" not in study.user_attrs  # it is the first to run
+    return running

@@ -222,7 +222,7 @@ class _Session:
         return {
             "trial": proposal.trial,
             "config": proposal.config.to_dict(),
-            "checkpoint": str(checkpoint_folder) if checkpoint_folder else None,
+            "checkpoint": str(checkpoint_folder.resolve()) if checkpoint_folder else None,
         }
 
     def nothing_left(self) -> bool:

@@ -29,12 +29,11 @@ def test_groups_stay_together_and_nothing_is_lost(rows, seed) -> None:
     samples = [sample(f"{n:03}", positive, f"g{group}") for n, (group, positive) in enumerate(rows)]
     try:
         found = splits.assign(samples, HERE, 0.2, 0.2, seed)
-    except DataError as error:
-        assert "needs" in str(error)  # too few groups for both classes on each side
-        return
+    except DataError:
+        return  # too few groups for both classes on each side
     assert sorted(s.name for split in found for s in split) == [s.name for s in samples]
     sides = [{s.group for s in split} for split in found]
-    assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert len(set.union(*sides)) == sum(len(side) for side in sides)
 
 
 def test_shares_hold_for_both_classes() -> None:
@@ -72,12 +71,14 @@ def test_leaks_between_given_splits_are_refused() -> None:
     fixed = [dataclasses.replace(s, split=sides[n // 3 % 3]) for n, s in enumerate(many())]
     splits.assign(fixed, HERE, 0.2, 0.2, 0)
     one_group = [dataclasses.replace(s, group="all") if n in (0, 3) else s for n, s in enumerate(fixed)]
-    with pytest.raises(DataError, match=r"one group must not lie in two splits, found '000' in train and '003' in validation"):
+    with pytest.raises(
+        DataError, match=r"one group must not lie in two splits, found '000' in train and '003' in validation"
+    ):
         splits.assign(one_group, HERE, 0.2, 0.2, 0)
     copies = [dataclasses.replace(s, digest="same") if n in (0, 6) else s for n, s in enumerate(fixed)]
-    with pytest.raises(DataError, match="one image file must not lie in two splits"):
+    with pytest.raises(DataError, match=r"one image file must not lie in two splits"):
         splits.assign(copies, HERE, 0.2, 0.2, 0)
-    with pytest.raises(DataError, match="a split for all images or none, found 59"):
+    with pytest.raises(DataError, match=r"a split for all images or none, found 59"):
         splits.assign([many()[0], *fixed[1:]], HERE, 0.2, 0.2, 0)
 
 
@@ -91,7 +92,7 @@ def test_fewer_masks_are_a_part_of_more() -> None:
     assert kept[0] < kept[1] < kept[2] < kept[3]
     assert splits.keep_masks(train, "all") == train
     assert splits.counts(splits.keep_masks(train, 5))["negative"] == 20
-    with pytest.raises(ValueError, match="num_segmented must be at most .* 40, found 41"):
+    with pytest.raises(ValueError, match=r"num_segmented must be at most .* 40, found 41"):
         splits.keep_masks(train, 41)
 
 

@@ -131,7 +131,9 @@ def test_a_model_folder_gives_the_same_scores(cache: Cache, tmp_path: Path) -> N
     assert (loaded, again) == (config, thresholds)
     assert evaluate.score(network, cache, config, CPU).figures(again) == scores.figures(thresholds)
     (tmp_path / "m" / "thresholds.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"must hold model\.safetensors, config\.json and thresholds\.json of one model"):
+    with pytest.raises(
+        ValueError, match=r"must hold model\.safetensors, config\.json and thresholds\.json of one model"
+    ):
         checkpoint.load_model(tmp_path / "m", CPU)
 
 
@@ -155,7 +157,7 @@ def test_a_training_file_cannot_run_code(tmp_path: Path) -> None:
             return (print, ("ran",))
 
     torch.save({"network": Attack()}, tmp_path / "training.pt")
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         checkpoint.load_training(tmp_path, CPU)
 
 

@@ -45,7 +45,7 @@ def ended(proposal: Proposal, status: str = "completed", value: float | None = 0
         "device_seconds": 10.0,
         "thresholds": thresholds,
         "rules": {"min_of_max": 0.1, "pr_curve/1": 0.4, "grid": 0.5},
-        "rule_thresholds": {name: thresholds for name in ("min_of_max", "pr_curve/1", "grid")},
+        "rule_thresholds": dict.fromkeys(("min_of_max", "pr_curve/1", "grid"), thresholds),
         "replayed_from": None,
         "history": [],
     } | more

@@ -61,7 +61,7 @@ def test_a_decision_needs_negatives(crackforest: Path, tmp_path: Path) -> None:
 def test_data_that_changed_are_refused(data: Path, tmp_path: Path) -> None:
     run = runs.create(small_space(), data, tmp_path)
     run.note(data=run.info["data"] | {"fingerprint": "other"})
-    with pytest.raises(ValueError, match="must be what the run began with .fingerprint other"):
+    with pytest.raises(ValueError, match=r"must be what the run began with .fingerprint other"):
         run.splits()
 
 

@@ -25,7 +25,8 @@ class RunInfo:
     space: dict[str, Any]
     baseline: dict[str, Any] | None
     """The baseline's configuration, whole or only the fields that tell it apart; None without a baseline."""
-    trials_asked: int
+    trials_asked: int | None
+    """None where only time or money ends the search."""
     hours: float | None
     metric: str
     mode: Literal["max", "min"]

@@ -61,8 +61,8 @@ class Progress:
         """Time left, from the pace of this session's finished trials and the hours; None while nothing is known."""
         estimates = []
         here = self.charged() - self.finished_before
-        left = max(0, self.run.trials_asked - self.charged())
-        if here > 0:
+        if here > 0 and self.run.trials_asked is not None:
+            left = max(0, self.run.trials_asked - self.charged())
             estimates.append(session_seconds / here * left)
         if self.run.hours is not None:
             estimates.append(max(0.0, self.run.hours * 3600 - self.seconds_before - session_seconds))
@@ -81,6 +81,12 @@ def records_before(path: Path) -> Iterator[dict[str, Any]]:
 def _first(value: Any) -> float | None:
     first = value[0] if isinstance(value, list | tuple) and value else value
     return first if isinstance(first, int | float) and first == first else None
+
+
+def of_asked(progress: Progress) -> str:
+    """How many trials have ended, and of how many where that is known."""
+    asked = progress.run.trials_asked
+    return str(progress.charged()) if asked is None else f"{progress.charged()} of {asked}"
 
 
 def words(status: str) -> str:

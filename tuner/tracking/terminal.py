@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuner.tracking.base import RunInfo, Tracker
-from tuner.tracking.progress import Progress, Running, duration, number, parameters, records_before, words
+from tuner.tracking.progress import Progress, Running, duration, number, of_asked, parameters, records_before, words
 
 REFRESH_PER_SECOND = 2
 FINISHED_SHOWN = 5
@@ -129,7 +129,7 @@ def _header(progress: Progress, seconds: float) -> Text:
 
 def _counts(progress: Progress) -> Text:
     counts = Counter(record["status"] for record in progress.finished.values())
-    text = Text(f"{progress.charged()} of {progress.run.trials_asked} trials: {len(progress.running)} running")
+    text = Text(f"{of_asked(progress)} trials: {len(progress.running)} running")
     for status in STATUSES:
         text.append(", ")
         text.append(f"{counts[status]} {words(status)}", style=_STYLES[status] if counts[status] else "dim")
@@ -216,7 +216,7 @@ def _finished_line(record: dict[str, Any], progress: Progress) -> str:
         parts.append(f"read off {record['replayed_from']}")
     if record.get("reason"):
         parts.append(" ".join(str(record["reason"]).split()))
-    return f"[{progress.charged()}/{progress.run.trials_asked}] " + "; ".join(parts)
+    return f"[{of_asked(progress)}] " + "; ".join(parts)
 
 
 def _closing_line(state: str, progress: Progress, seconds: float) -> str:

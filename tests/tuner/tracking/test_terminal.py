@@ -198,10 +198,10 @@ def test_without_a_terminal_there_is_one_plain_line_a_trial_and_one_at_the_end(t
     assert "\x1b" not in output
     searched = "learning_rate=0.01235 delta_cls_loss=0.3 dilate=3 rule=pr_curve"
     assert output.splitlines() == [
-        "[1/10] 3fa91c-0000 (baseline) completed; dice_mean 0.7 at epoch 12; 50 epochs in 1 min 02 s; "
+        "[1 of 10] 3fa91c-0000 (baseline) completed; dice_mean 0.7 at epoch 12; 50 epochs in 1 min 02 s; "
         "learning_rate=1 dilate=1",
-        f"[2/10] 3fa91c-0001 diverged; 2 epochs in 1 min 02 s; {searched}; the loss is NaN in step 3",
-        f"[2/10] 3fa91c-0002 completed; dice_mean 0.5 at epoch 12; 50 epochs in 1 min 02 s; {searched}; "
+        f"[2 of 10] 3fa91c-0001 diverged; 2 epochs in 1 min 02 s; {searched}; the loss is NaN in step 3",
+        f"[2 of 10] 3fa91c-0002 completed; dice_mean 0.5 at epoch 12; 50 epochs in 1 min 02 s; {searched}; "
         "read off 3fa91c-0000",
         "search [red]cracks stopped after 3 h 20 min: 2 completed, 0 stopped early, 1 diverged, 0 failed, "
         "1 unfinished; best dice_mean 0.7 by 3fa91c-0000",

@@ -1,0 +1,183 @@
+"""The main job as a user runs it: the command line, relative paths, Ctrl-C, kill -9. Small, but nothing is faked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model import layouts, splits, synthetic
+from model.inspection import decode_image
+from tuner import space_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+SPACE = """
+name: small
+data: {height: 64, width: 128, validation_share: 0.25, test_share: 0.25}
+train: {width: 0.1, epochs: 4, precision: float32}
+search:
+  learning_rate:  {type: float, low: 0.1, high: 2.0, log: true}
+  threshold_rule: {type: categorical, choices: [pr_curve, grid]}
+objective: {metric: dice_positive_mean}
+scheduler: {name: asha, min_epochs: 1, reduction: 2}
+budget: {trials: 4}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a data set and a space, to run commands in."""
+    synthetic.write(tmp_path / "set", count=32, height=64, width=128)
+    (tmp_path / "small.yaml").write_text(SPACE)
+    return tmp_path
+
+
+def environment(place: Path) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "RAY_"))}
+    return own | {"SEGDEC_TUNER_CACHE": str(place / "cache"), "COLUMNS": "200"}
+
+
+def start(place: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command in a session of its own, as a terminal would hold it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tuner", *arguments],
+        cwd=place,
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def call(place: Path, *arguments: str) -> tuple[int, str, str]:
+    process = start(place, *arguments)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def records(place: Path) -> list[dict]:
+    path = place / "runs/small/records.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def checkpoints(place: Path, number: str) -> list[Path]:
+    return list(place.glob(f"runs/small/trials/attempt-*/*-{number}/checkpoint_*/manifest.json"))
+
+
+def check_whole(place: Path) -> None:
+    """As many trials as asked for, none twice, each with every epoch once."""
+    found = records(place)
+    assert [record["number"] for record in found] == [0, 1, 2, 3]
+    for record in found:
+        assert [row["epoch"] for row in record["history"]] == list(range(1, record["epochs"] + 1))
+        assert record["status"] in ("completed", "stopped_early")
+    assert found[0]["baseline"]
+    assert found[0]["status"] == "completed"
+    assert (place / "runs/small/report/index.html").exists()
+
+
+def test_from_a_space_to_a_report(place: Path) -> None:
+    code, out, err = call(place, "search", "small.yaml", "--data", "set")
+    assert (code, out) == (0, "runs/small/report/index.html\n"), err
+    check_whole(place)
+    metrics = json.loads((place / "runs/small/report/metrics.json").read_text())
+    assert metrics["search"]["trials"] == 4
+    best = max((r for r in records(place) if r["status"] == "completed"), key=lambda r: r["value"])
+    assert metrics["best"]["trial"] == best["trial"]
+    assert metrics["validation"]["dice_positive_mean"] == pytest.approx(best["value"], abs=1e-9)
+    assert len(list((place / "runs/small/wandb").glob("offline-run-*"))) == 4
+    with (place / "runs/small/report/predictions.csv").open() as file:
+        assert {row["split"] for row in csv.DictReader(file)} == {"validation", "test"}
+    model = {path.name for path in (place / "runs/small/best").iterdir()}
+    assert model == {"model.safetensors", "config.json", "thresholds.json"}
+
+    code, out, _ = call(place, "status", "runs/small", "--json")
+    status = json.loads(out)
+    assert (code, status["state"], status["trials"], status["running"]) == (0, "finished", 4, 0)
+    assert status["best"]["value"] == best["value"]
+
+    code, _, err = call(place, "finals", "runs/small")
+    assert code == 2
+    assert "the test split is opened once a run" in err
+    code, _, err = call(place, "search", "small.yaml", "--data", "set")
+    assert code == 2
+    assert "a run's name must be new, found runs/small" in err
+    code, out, _ = call(place, "resume", "runs/small")
+    assert (code, out) == (0, "runs/small/report/index.html\n")
+    check_whole(place)
+    assert len((place / "runs/small/evaluation/openings.jsonl").read_text().splitlines()) == 1
+
+
+def test_no_test_pixel_is_seen_before_the_finals(place: Path) -> None:
+    code, out, err = call(
+        place, "search", "small.yaml", "--data", "set", "--no-report", "--trials", "2", "--wandb", "off"
+    )
+    assert (code, out) == (0, "runs/small\n"), err
+    space = space_file.load(place / "small.yaml")
+    found = splits.assign(layouts.read(place / "set"), place, 0.25, 0.25, space.seed)
+    cached = np.concatenate([np.load(path) for path in (place / "cache").glob("*/images.npy")])
+    assert len(cached) == len(found.train) + len(found.validation)
+    for sample in found.test:
+        assert not (cached == decode_image(sample.image)).all(axis=(1, 2, 3)).any()
+    assert not (place / "runs/small/evaluation").exists()
+
+    code, out, err = call(place, "finals", "runs/small")
+    assert code == 0, err
+    code, out, err = call(place, "report", "runs/small", "--out", "elsewhere")
+    assert (code, out) == (0, "elsewhere/index.html\n"), err
+
+
+def test_ctrl_c_stops_cleanly_and_resume_goes_on(place: Path) -> None:
+    process = start(place, "search", "small.yaml", "--data", "set", "--concurrent", "1")
+    wait_until(lambda: bool(records(place)) and bool(checkpoints(place, "0001")), process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert out == "stopped; nothing is lost. Go on with: tuner resume runs/small\n"
+    status = json.loads(call(place, "status", "runs/small", "--json")[1])
+    assert (status["state"], status["running"]) == ("stopped", 0)
+
+    code, out, err = call(place, "resume", "runs/small")
+    assert (code, out) == (0, "runs/small/report/index.html\n"), err
+    check_whole(place)
+
+
+def test_kill_9_loses_nothing_that_was_finished(place: Path) -> None:
+    process = start(place, "search", "small.yaml", "--data", "set", "--concurrent", "1")
+    wait_until(lambda: bool(records(place)) and bool(checkpoints(place, "0001")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = records(place)
+    status = json.loads(call(place, "status", "runs/small", "--json")[1])
+    assert status["state"] == "stopped"
+
+    code, _, err = call(place, "resume", "runs/small")
+    assert code == 0, err
+    check_whole(place)
+    assert records(place)[: len(before)] == before
+
+
+def test_a_search_that_fails_says_why(place: Path) -> None:
+    (place / "cache").write_text("a file where the folder should be")
+    code, out, err = call(place, "search", "small.yaml", "--data", "set", "--wandb", "off")
+    assert (code, out) == (1, "")
+    assert "tuner search: 3 trials in a row failed, the last one so: " in err
+    assert "Traceback" not in err
+    assert json.loads(call(place, "status", "runs/small", "--json")[1])["failed"] == 3
