@@ -1,11 +1,7 @@
 """RunConfig: everything that decides how one network is trained and judged, with ranges and units.
 
 Each field carries its own rule, so that the search-space reader, the JSON schema and RunConfig itself apply the
-same one. Section and equation numbers refer to
-
-[1] Bozic, Tabernik, Skocaj: Mixed supervision for surface-defect detection, Computers in Industry 129 (2021).
-[2] Tabernik, Suc, Skocaj: Automated detection and segmentation of cracks in concrete surfaces using joined
-    segmentation and classification deep neural network (SegDecNet++), Construction and Building Materials 408 (2023).
+same one. [1] and [2] are the papers in REFERENCES.
 """
 
 from __future__ import annotations
@@ -15,6 +11,14 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
+REFERENCES = (
+    "[1] Božič, Tabernik, Skočaj: Mixed supervision for surface-defect detection: from weakly to fully supervised "
+    "learning. Computers in Industry 129, 2021.",
+    "[2] Tabernik, Šuc, Skočaj: Automated detection and segmentation of cracks in concrete surfaces using joined "
+    "segmentation and classification deep neural network. Construction and Building Materials 408, 2023.",
+)
+"""The papers that the docstrings of this package cite: SegDecNet and SegDecNet++."""
 
 ARCHITECTURES = ("segdecnet", "segdecnet_decoder", "segdecnet_plusplus")
 THRESHOLD_RULES = ("min_of_max", "pr_curve", "grid")

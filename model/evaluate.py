@@ -62,36 +62,11 @@ class Scores:
         return Thresholds(rule, factor, self.search.choose(rule, factor), decision)
 
     def figures(self, thresholds: Thresholds) -> dict[str, float | None]:
-        """The figures of a split at given thresholds, under the names of records and reports."""
-        return figures(self.counts, self.labels, self.decision_logits, thresholds)
-
-
-def figures(
-    counts: PixelCounts, labels: Array, decision_logits: Array, thresholds: Thresholds
-) -> dict[str, float | None]:
-    """Means over images of Dice and IoU, pooled pixel precision, recall and F1, and the decision's areas.
-
-    None for what cannot exist: the decision's figures without negatives, precision of nothing predicted.
-    """
-    selected = counts.at(thresholds.segmentation_logit)
-    dice, iou = selected.dice()[:, 0], selected.iou()[:, 0]
-    predicted, hits, _, truth = (int(table.sum()) for table in selected)
-    points = metrics.curve(labels, decision_logits)
-    values = {
-        "dice_mean": dice.mean(),
-        "dice_std": dice.std(),
-        "dice_positive_mean": dice[labels].mean() if labels.any() else None,
-        "iou_mean": iou.mean(),
-        "iou_std": iou.std(),
-        "precision": hits / predicted if predicted else None,
-        "recall": hits / truth if truth else None,
-        "f1": 2 * hits / (predicted + truth) if predicted + truth else None,
-        "two_pixel_f1": selected.two_pixel()[2].mean(),
-        "decision_ap": metrics.average_precision(points),
-        "decision_auc": metrics.area_under_roc(points),
-        "threshold": float(sigmoid(thresholds.segmentation_logit)),
-    }
-    return {name: None if value is None or np.isnan(value) else float(value) for name, value in values.items()}
+        """The figures of a split at given thresholds, under the names of records; None for what cannot exist."""
+        selected = self.counts.at(thresholds.segmentation_logit)
+        found = metrics.figures(selected, self.labels, self.decision_logits)
+        found["threshold"] = float(sigmoid(thresholds.segmentation_logit))
+        return {name: None if np.isnan(value) else value for name, value in found.items()}
 
 
 def predict(

@@ -8,6 +8,7 @@ for the 2-pixel F1, where such an image scores 0. A figure that cannot exist is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -259,6 +260,33 @@ def area_under_roc(points: Curve) -> float:
     if points.true_positives[-1] == 0 or points.false_positives[-1] == 0:
         return float("nan")
     return float(np.trapezoid(np.append(0, points.recall), np.append(0, points.false_positive_rate)))
+
+
+def figures(selected: Selected, labels_N: Array, decision_logits_N: Array) -> dict[str, float]:
+    """All figures of a split at one threshold, under the names of records and reports. NaN for what cannot exist.
+
+    Dice and IoU are means over images (`dice_positive_mean` over those with a defect, by their label), with
+    population standard deviations; precision, recall and F1 are those of all pixels pooled; `two_pixel_f1` is the
+    mean over images of `Selected.two_pixel`; AP and AUC are those of the image's decision.
+    """
+    labels = np.asarray(labels_N, bool)
+    dice, iou = selected.dice()[:, 0], selected.iou()[:, 0]
+    predicted, hits, _, truth = (int(table.sum()) for table in selected)
+    points = curve(labels, decision_logits_N)
+    values = {
+        "dice_mean": dice.mean(),
+        "dice_std": dice.std(),
+        "dice_positive_mean": dice[labels].mean() if labels.any() else math.nan,
+        "iou_mean": iou.mean(),
+        "iou_std": iou.std(),
+        "precision": hits / predicted if predicted else math.nan,
+        "recall": hits / truth if truth else math.nan,
+        "f1": 2 * hits / (predicted + truth) if predicted + truth else math.nan,
+        "two_pixel_f1": selected.two_pixel()[2].mean(),
+        "decision_ap": average_precision(points),
+        "decision_auc": area_under_roc(points),
+    }
+    return {name: float(value) for name, value in values.items()}
 
 
 def bootstrap(statistic: Callable[[Ints], Array | float], groups_N: Array, draws: int = 1000, seed: int = 0) -> Floats:

@@ -198,8 +198,7 @@ def build(architecture: str, in_channels: int = 3, width: float = 1.0) -> SegDec
 
 
 def place(network: SegDecNet, device: torch.device) -> SegDecNet:
-    """A network on its device, with the memory order that images come in: two threads of a CPU are five times as
-    fast with it in bfloat16, one thread and float32 a little."""
+    """A network on its device, its weights in the memory order that images come in (bench/training_step.py)."""
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
 
 

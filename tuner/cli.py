@@ -99,7 +99,10 @@ def report(options: argparse.Namespace) -> int:
     from tuner import report
     from tuner.run import load
 
-    print(report.write(load(options.run).directory, Path(options.out) if options.out else None))
+    run = load(options.run)
+    out = Path(options.out) if options.out else run.directory / "report"
+    report.write(run.directory, out)
+    print(out / "index.html")
     return 0
 
 

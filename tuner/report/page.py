@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from model.config import RULES
+from model.config import REFERENCES, RULES
 from tuner.report import architecture, examples, tables, winner_page, words
 from tuner.report.gallery import Block, Card, Cards, Gallery, Page, Picture, Pictures, Section, Table, Tables, Text
 from tuner.report.inputs import Json, Run
@@ -186,4 +186,4 @@ def _parameters(run: Run) -> Section:
     table = Table(
         ["field", "winner", "baseline", "", "what it is"], rows, "All fields of the run", strong=frozenset(strong)
     )
-    return Section("parameters", "Run parameters", [table])
+    return Section("parameters", "Run parameters", [table, *map(Text, REFERENCES)])

@@ -14,16 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from model.metrics import (
-    Bools,
-    Floats,
-    Ints,
-    Selected,
-    area_under_roc,
-    average_precision,
-    bootstrap,
-    curve,
-)
+from model.metrics import Bools, Floats, Ints, Selected, bootstrap
+from model.metrics import figures as metric_figures
 from model.thresholds import sigmoid
 from tuner.report.inputs import Candidate, Json, Run, Split
 
@@ -65,10 +57,6 @@ class Judged:
         return self.selected.iou()[:, 0]
 
     @cached_property
-    def two_pixel_f1(self) -> Floats:
-        return self.selected.two_pixel()[2][:, 0]
-
-    @cached_property
     def decisions(self) -> Bools | None:
         """(N,) whether an image is called a defect; None where the decision was not trained."""
         threshold = self.thresholds["decision_logit"]
@@ -89,31 +77,14 @@ class Judged:
         }
 
     def of_rows(self, rows: Ints) -> dict[str, float]:
-        """The figures of INTERVAL_KEYS for some of the images; NaN where one cannot exist."""
-        picked = Selected(*(table[rows] for table in self.selected)).pooled()
-        positive = rows[self.split.labels[rows]]
-        nan = float("nan")
-        values = {
-            "dice_mean": self.dice[rows].mean(),
-            "dice_positive_mean": self.dice[positive].mean() if len(positive) else nan,
-            "iou_mean": self.iou[rows].mean(),
-            "decision_ap": nan,
-            "decision_auc": nan,
-            "precision": picked.precision()[0, 0],
-            "recall": picked.recall()[0, 0],
-            "f1": picked.dice()[0, 0],
-            "two_pixel_f1": self.two_pixel_f1[rows].mean(),
-        }
-        if self.has_negatives:
-            points = curve(self.split.labels[rows], self.split.decision_logits[rows])
-            values |= {"decision_ap": average_precision(points), "decision_auc": area_under_roc(points)}
-        return {key: float(value) for key, value in values.items()}
+        """The figures of some of the images; NaN where one cannot exist."""
+        picked = Selected(*(table[rows] for table in self.selected))
+        return metric_figures(picked, self.split.labels[rows], self.split.decision_logits[rows])
 
     @cached_property
     def figures(self) -> dict[str, Figure]:
         """All figures of TEST_KEYS."""
         values: dict[str, Any] = self.of_rows(np.arange(len(self.split))) | self.confusion()
-        values |= {"dice_std": self.dice.std(), "iou_std": self.iou.std()}
         values["threshold"] = self.thresholds["segmentation_probability"]
         return {key: number(values[key]) for key in TEST_KEYS}
 

@@ -1,0 +1,1 @@
+"""Comparisons measured side by side; results in RESULTS.md."""
