@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from model.data import to_input
 from model.config import RunConfig
+from model.data import to_input
 from model.evaluate import autocast
 from model.losses import decision_loss, segmentation_loss
 from model.network import build, place

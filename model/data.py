@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -48,12 +49,12 @@ class Cache:
     masks: Array
     """(N, H, W) uint8 0/1, memory-mapped: the undilated truth that every trial is scored against"""
 
-    @property
+    @cached_property
     def positive(self) -> Bools:
         """(N,) image labels."""
         return np.array([sample.positive for sample in self.samples])
 
-    @property
+    @cached_property
     def segmented(self) -> Bools:
         """(N,) whether an image is trained with its mask (negatives: with the empty one)."""
         return np.array([sample.supervision is Supervision.PIXEL for sample in self.samples])

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.logging import RichHandler
+
 from tuner.records import SearchFailed
 
 _DESCRIPTION = "Hyperparameter search for surface-defect segmentation: search a space, end with one report."
@@ -23,9 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.DEBUG if options.debug else logging.WARNING, format="%(message)s")
+    options.console = Console(stderr=True)
+    handler = RichHandler(console=options.console, show_time=False, show_path=False)  # above the live display
+    logging.basicConfig(
+        level=logging.DEBUG if options.debug else logging.WARNING, format="%(message)s", handlers=[handler]
+    )
     try:
-        return int(options.function(options) or 0)
+        code = int(options.function(options) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:  # the one place where errors become messages
         if options.debug:
             raise
@@ -38,29 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def search(options: argparse.Namespace) -> int:
-    from tuner.pipeline import go_on
-    from tuner.run import Options, create
-    from tuner.space_file import load
+    from tuner.pipeline import run_search
 
-    chosen = Options(
-        trials=options.trials,
-        hours=options.hours,
-        concurrent=options.concurrent,
-        cpus_per_trial=options.cpus_per_trial,
-        gpus_per_trial=options.gpus_per_trial,
-        address=options.address,
-        wandb=options.wandb,
-        seed=options.seed,
-    )
-    run = create(load(options.space), options.data, Path(options.runs), options.name, chosen)
-    return _ended(go_on(run, with_report=not options.no_report, terminal=True), with_report=not options.no_report)
+    names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
+             "address", "wandb", "seed")  # fmt: skip
+    chosen = {name: getattr(options, name) for name in names}
+    return _ended(run_search(options.space, options.data, console=options.console, **chosen), not options.no_report)
 
 
 def resume(options: argparse.Namespace) -> int:
     from tuner.pipeline import go_on
     from tuner.run import load
 
-    return _ended(go_on(load(options.run), terminal=True), with_report=True)
+    return _ended(go_on(load(options.run), console=options.console), with_report=True)
 
 
 def _ended(run: Any, with_report: bool) -> int:

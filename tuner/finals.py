@@ -73,6 +73,7 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
     for name, arrays in files.items():
         _write_arrays(evaluation / name, arrays)
     write_json(evaluation / "architecture.json", _architectures(winner.config))
+    _write_best(run_directory / "best", winner)
     write_json(
         evaluation / "selection.json",
         {
@@ -83,12 +84,15 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
             "trials": {f.trial: f.describe() for f in (winner, baseline) if f},
         },
     )
-    _write_best(run_directory / "best", winner)
 
 
 def check_test_is_sealed(run_directory: Path, open_test: bool) -> None:
-    """ValueError if the test split was opened before and nobody asks to open it again."""
-    if (log := run_directory / "evaluation" / "openings.jsonl").exists() and not open_test:
+    """ValueError if the test split was opened before and nobody asks to open it again.
+
+    An evaluation that was cut short has shown nothing to anybody: it may be done again, and is logged again.
+    """
+    log = run_directory / "evaluation" / "openings.jsonl"
+    if (log.parent / "selection.json").exists() and not open_test:
         when = json.loads(log.read_text().splitlines()[0])["time"]
         raise ValueError(
             f"the test split is opened once a run, and it was at {when}; every further look makes its figures less "

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from tuner import finals, report, tracking
-from tuner.run import Options, Run, create, load
+from tuner.run import Options, Run, create
 from tuner.sampler import SearchStudy
 from tuner.search import cluster, default_resources, run_trials
 from tuner.space import Space
 from tuner.space_file import load as load_space
 from tuner.trial import TrialTask
-
-logger = logging.getLogger(__name__)
 
 
 def run_search(
@@ -24,24 +23,28 @@ def run_search(
     *,
     name: str | None = None,
     runs: str | Path = "runs",
-    with_report: bool = True,
-    terminal: bool = False,
+    no_report: bool = False,
+    console: Console | None = None,
     **options: Any,
 ) -> Run:
     """Searches a space on a data set, evaluates the best configuration and writes its report.
 
     `space` is a Space, a file or the name of a shipped one; `data` a folder or "synthetic"; `options` are those of
-    `tuner search` (fields of tuner.run.Options). ValueError for anything that cannot work.
+    `tuner search` (fields of tuner.run.Options). With a `console`, progress is shown there. ValueError for anything
+    that cannot work, SearchFailed where trials keep crashing.
     """
     space = space if isinstance(space, Space) else load_space(space)
-    return go_on(create(space, data, Path(runs), name, Options(**options)), with_report, terminal)
+    chosen = Options(**options)
+    if chosen.wandb == "online":
+        tracking.check_online()
+    return go_on(create(space, data, Path(runs), name, chosen), no_report, console)
 
 
-def go_on(run: Run, with_report: bool = True, terminal: bool = False) -> Run:
+def go_on(run: Run, no_report: bool = False, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     with run.locked(), cluster(run.options.address):
-        finished = _search(run, terminal) == "finished"
-        if finished and with_report:
+        finished = _search(run, console) == "finished"
+        if finished and not no_report:
             if not (run.directory / "evaluation" / "selection.json").exists():
                 evaluate(run)
             report.write(run.directory)
@@ -55,14 +58,14 @@ def evaluate(run: Run, open_test: bool = False) -> None:
     finals.evaluate(run.directory, run.splits(), run.space.objective.metric, resources, open_test)
 
 
-def _search(run: Run, terminal: bool) -> str:
+def _search(run: Run, console: Console | None) -> str:
     """Runs the trials that are left; how it ended: finished or stopped."""
     space, options, info = run.space, run.options, run.info
     found = run.splits()
     task = TrialTask(found.train, found.validation, space.objective.metric, space.threshold_rules())
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     study = SearchStudy(space, info["id"], run.directory / "study.journal")
-    trackers = tracking.build(options.wandb, terminal)
+    trackers = tracking.build(options.wandb, terminal=console is not None, console=console)
     trackers.search_started(_watched(run))
     session = {"started": time.time(), "ended": None}
     run.note(state="running", sessions=[*info["sessions"], session])
@@ -88,6 +91,3 @@ def _watched(run: Run) -> tracking.RunInfo:
         metric=space.objective.metric,
         mode="max",
     )
-
-
-__all__ = ["evaluate", "go_on", "load", "run_search"]

@@ -243,3 +243,24 @@ def test_rungs_are_epochs_before_the_last() -> None:
 )
 def test_a_rung_keeps_its_best_third(value: float, others: list[float], stops: bool) -> None:
     assert asha_stops(value, others, reduction=3) is stops
+
+
+class Raising(Tracker):
+    """Fails at every event."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith(("search_", "trial_", "epoch_", "close")):
+            raise OSError("the disk is full")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_watching_changes_nothing(ray_cluster, tmp_path: Path) -> None:
+    space = scripted_space([2.0, 1.0], {"name": "asha", "min_epochs": 1, "reduction": 2}, trials=4)
+    found = []
+    for name, tracker in (("off", None), ("on", Events()), ("raising", Raising())):
+        (tmp_path / name).mkdir()
+        assert run(space, tmp_path / name, tracker=tracker) == "finished"
+        found.append([record | {"started": 0} for record in records.read(tmp_path / name)])
+    assert found[0] == found[1] == found[2]

@@ -1,0 +1,166 @@
+"""The command line in this process: messages and exit codes of what does not need a search."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from model import synthetic
+from tests.tuner.conftest import small_space
+from tuner import cli
+
+VERBS = (
+    ["search"], ["resume"], ["status"], ["finals"], ["report"], ["data", "check"], ["data", "synth"], ["schema"],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "set"
+    synthetic.write(folder, count=24, height=64, width=128)
+    return folder
+
+
+@pytest.fixture
+def data(made: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A copy that may be spoilt, in the current folder."""
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made, "set")
+    Path("small.yaml").write_text(yaml.safe_dump(small_space().to_dict()))
+    return Path("set")
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The message of a command that ends with exit code 2 and leaves nothing behind."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert not Path("runs").exists()
+    return captured.err
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_has_help_with_an_example(verb: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*verb, "--help"])
+    assert stop.value.code == 0
+    assert f"example: tuner {' '.join(verb)}" in capsys.readouterr().out
+
+
+def test_a_space_that_is_wrong(data: Path, capsys) -> None:
+    document = small_space().to_dict()
+    document["search"]["learning_rate"] |= {"low": 3.0}
+    document["objectiv"] = document.pop("objective")
+    Path("small.yaml").write_text(yaml.safe_dump(document))
+    message = refused(capsys, "search", "small.yaml", "--data", "set")
+    assert "tuner search: small.yaml: 2 problems:" in message
+    assert "search.learning_rate: low must not be above high, found low 3, high 2; swap them" in message
+    assert "objectiv: is not a known key; did you mean 'objective'?" in message
+
+
+def broken_image(data: Path) -> None:
+    next(data.glob("images/*")).write_bytes(b"\x89PNG cut short")
+
+
+def other_size(data: Path) -> None:
+    cv2.imwrite(str(next(data.glob("masks/*"))), np.zeros((32, 32), np.uint8))
+
+
+def without_mask(data: Path) -> None:
+    (data / "index.csv").unlink()
+    next(data.glob("masks/*")).unlink()
+
+
+def emptied(data: Path) -> None:
+    for file in [*data.glob("*/*"), data / "index.csv"]:
+        file.unlink()
+
+
+def too_few_negatives(data: Path) -> None:
+    (data / "index.csv").unlink()
+    black = {path for path in data.glob("masks/*") if not cv2.imread(str(path), 0).any()}
+    for path in sorted(black)[1:]:
+        path.unlink()
+        (data / "images" / path.name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (broken_image, r"images/\S+: cannot be decoded as an image; replace the file or remove it"),
+        (other_size, r"a mask must have its image's size, 128x64 px, found 32x32"),
+        (without_mask, r"there is no mask for it; add masks/"),
+        (emptied, r"images: no image found"),
+        (too_few_negatives, r"the \w+ split needs negative images \(the data set has some\), found none"),
+    ],
+)
+def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> None:
+    spoil(data)
+    assert re.search(message, refused(capsys, "search", "small.yaml", "--data", "set"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "nothing.yaml"], "there is no such file, and no shipped search space of this name"),
+        (["search", "small.yaml", "--data", "nowhere"], "there is no such folder; give --data the folder"),
+        (["search", "small.yaml", "--trials", "0"], "must be a whole number of at least 1, found '0'"),
+        (["search", "small.yaml", "--hours", "-1"], "must be a number above 0, found '-1'"),
+        (["search", "small.yaml", "--address", "ray://head:10001"], "must be host:port of a Ray cluster, or auto"),
+        (["search", "small.yaml", "--data", "set", "--name", "../up"], "a run's name must be letters, digits"),
+        (["resume", "nowhere"], "nowhere must be the folder of a run, with a run.json"),
+        (["status", "."], "must be the folder of a run"),
+        (["report", "nowhere"], "must be the folder of a run"),
+        (["data", "check", "nowhere"], "there is no such folder"),
+        (["data", "synth", "--out", "set"], "set"),
+        (["data", "synth", "--out", "new", "--height", "100"], "100"),
+        (["serch"], "invalid choice: 'serch'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arguments_that_cannot_work(data: Path, capsys, arguments: list[str], message: str) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+def test_online_logging_needs_a_key(data: Path, capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    message = refused(capsys, "search", "small.yaml", "--data", "set", "--wandb", "online")
+    assert "--wandb online needs a W&B API key" in message
+
+
+def test_debug_shows_where(data: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such file"):
+        cli.main(["search", "nothing.yaml", "--debug"])
+
+
+def test_data_check_counts(data: Path, capsys) -> None:
+    assert cli.main(["data", "check", "set", "--test-share", "0.25", "--validation-share", "0.25"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("train ")
+    assert re.search(r"fingerprint [0-9a-f]{16}; no broken file, no group or file in two splits", out)
+
+
+def test_synth_writes_what_check_reads(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "synth", "--out", "cracks", "--count", "30", "--height", "64"]) == 0
+    assert capsys.readouterr().out == "cracks\n"
+    assert cli.main(["data", "check", "cracks"]) == 0
+
+
+def test_the_schema_is_printed(capsys) -> None:
+    assert cli.main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "segdec-tuner search space"
