@@ -40,13 +40,15 @@ class Progress:
         return mine > other if self.run.mode == "max" else mine < other
 
     def best(self) -> tuple[str, Any, dict[str, Any]] | None:
-        """Trial, value and parameters of the best trial so far, finished or running."""
+        """Trial, value and parameters of the best completed trial; of the best running one before any has completed.
+
+        A trial that was stopped early cannot win, so it is not shown as best either.
+        """
         seen = [
             (record["trial"], record.get("value"), record.get("params") or {})
             for record in self.finished.values()
-            if record["status"] in ("completed", "stopped_early")
-        ]
-        seen += [(trial, running.best, running.params) for trial, running in self.running.items()]
+            if record["status"] == "completed"
+        ] or [(trial, running.best, running.params) for trial, running in self.running.items()]
         best: tuple[str, Any, dict[str, Any]] | None = None
         for trial in seen:
             if self.better(trial[1], than=best[1] if best else None):
