@@ -173,13 +173,21 @@ def epoch_order(positive_N: Bools, epoch: int, seed: int, frequency_sampling: bo
     return rng.permutation(np.concatenate([positives, negatives[drawn]]))
 
 
-def batches(cache: Cache, config: RunConfig, epoch: int, device: torch.device) -> Iterator[Batch]:
-    """The training batches of an epoch (counted from 0), in the same order and augmented alike whenever asked."""
+def batches(
+    cache: Cache, config: RunConfig, epoch: int, device: torch.device, hard_rows: Array | None = None
+) -> Iterator[Batch]:
+    """The training batches of an epoch (counted from 0), in the same order and augmented alike whenever asked.
+
+    With `hard_rows`, `hard_mining_places` of them are added to each batch, drawn without repeating while they last.
+    """
     targets = cache.targets(config.dilate)
     order = epoch_order(cache.positive, epoch, config.seed, config.frequency_sampling)
     augment = _augmentation(config)
     for start in range(0, len(order), config.batch_size):
         rows = order[start : start + config.batch_size]
+        if hard_rows is not None and len(hard_rows):
+            rng = np.random.default_rng([config.seed, epoch, start])
+            rows = np.concatenate([rows, rng.permutation(hard_rows)[: config.hard_mining_places]])
         pairs = [augment(cache.images[n], targets[n], (config.seed, epoch, int(n))) for n in rows]
         segmented = cache.segmented[rows]
         masks = np.stack([mask for _, mask in pairs]) * segmented[:, None, None].astype(np.uint8)
@@ -194,6 +202,7 @@ def batches(cache: Cache, config: RunConfig, epoch: int, device: torch.device) -
             weights_B1HW=None if weights is None else torch.from_numpy(weights).to(device)[:, None].float(),
             labels_B1=torch.from_numpy(cache.positive[rows]).to(device)[:, None].float(),
             segmented_B=torch.from_numpy(segmented).to(device).float(),
+            rows=rows,
         )
 
 
@@ -208,7 +217,7 @@ Augment = Callable[[Array, Array, tuple[int, int, int]], tuple[Array, Array]]
 
 def _augmentation(config: RunConfig) -> Augment:
     """A function of image, mask and the numbers that fix its random choices."""
-    if not (config.augment_flips or config.augment_quarter_turns or config.augment_brightness):
+    if not (config.augment_flips or config.augment_quarter_turns or config.augment_brightness or config.augment_color):
         return lambda image, mask, _: (image, mask)
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would call home on import
     import albumentations
@@ -220,6 +229,10 @@ def _augmentation(config: RunConfig) -> Augment:
         steps.append(albumentations.RandomRotate90(p=1.0))
     if limit := config.augment_brightness:
         steps.append(albumentations.RandomBrightnessContrast((-limit, limit), (-limit, limit), p=1.0))
+    if limit := config.augment_color:
+        steps.append(
+            albumentations.ColorJitter((1.0, 1.0), (1.0, 1.0), (1 - limit, 1 + limit), (-limit / 2, limit / 2), p=1.0)
+        )
     pipeline = albumentations.Compose(steps)
 
     def augment(image: Array, mask: Array, numbers: tuple[int, int, int]) -> tuple[Array, Array]:

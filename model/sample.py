@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:  # reading a data set needs no torch
     from torch import Tensor
 
+    from model.metrics import Array
+
 
 class Supervision(enum.Enum):
     """What is known of an image in training. The image label is always known."""
@@ -54,3 +56,5 @@ class Batch(NamedTuple):
     """float32, 0 or 1"""
     segmented_B: Tensor
     """float32, 1 for pixel supervision"""
+    rows: Array
+    """(B,) where the images stand in their split"""
