@@ -37,6 +37,16 @@ def test_sampling_equals_the_public_implementation(reference: Path) -> None:
     np.testing.assert_allclose(data.negative_probability(np.array(golden["counts"])), golden["probability"], rtol=1e-9)
 
 
+def test_golden_numbers_notice_a_changed_definition(reference: Path, monkeypatch) -> None:
+    golden = json.loads((reference / "method.json").read_text())["frequency_of_use"]
+    counts = np.array(golden["counts"])
+    monkeypatch.setattr(data.np, "median", np.mean)
+    assert not np.allclose(data.negative_probability(counts), golden["probability"], rtol=1e-3)
+    with np.load(reference / "masks.npz", allow_pickle=False) as masks:
+        cross = cv2.dilate(masks["mask"], cv2.getStructuringElement(cv2.MORPH_CROSS, (5, 5)))
+        assert (cross != masks["dilate_5"]).any()
+
+
 @given(st.integers(1, 12), st.integers(0, 12), st.integers(0, 6), st.booleans())
 def test_an_epoch_sees_every_positive_and_as_many_negatives(positives, negatives, epoch, frequency) -> None:
     labels = np.array([True] * positives + [False] * negatives)
