@@ -28,6 +28,9 @@ from model.losses import distance_weight
 from model.metrics import Array, Bools, Floats, Ints
 from model.sample import Batch, Sample, Supervision
 
+_USED = "used"
+"""A file whose time says when a cache was last opened."""
+
 _FORMAT = 1
 """Part of a cache's name: raise it when what is stored changes."""
 
@@ -36,6 +39,11 @@ def cache_root() -> Path:
     """Where decoded splits lie: $SEGDEC_TUNER_CACHE, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdec-tuner"
     return Path(os.environ.get("SEGDEC_TUNER_CACHE") or default)
+
+
+def cache_limit() -> int:
+    """Bytes that the cache may hold: $SEGDEC_TUNER_CACHE_GIB, or 50 GiB."""
+    return int(float(os.environ.get("SEGDEC_TUNER_CACHE_GIB") or 50) * 2**30)
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,19 @@ class Cache:
 
 
 def open_cache(samples: list[Sample], height: int, width: int, root: Path | None = None) -> Cache:
-    """The cache of a split at an input size; decodes the files if this node has not yet. Safe between processes."""
+    """The cache of a split at an input size; decodes the files if this node has not yet.
+
+    Safe between processes: one builds, the others wait, and what a dead one left is removed. What was opened longest
+    ago makes room for a new one.
+    """
     key = hashlib.sha256(json.dumps([_FORMAT, height, width, [(s.digest, s.mask_digest) for s in samples]]).encode())
     root = root or cache_root()
     directory = root / key.hexdigest()[:24]
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / f"{directory.name}.lock"):
         if not directory.exists():
+            for left in root.glob(f".{directory.name}-*"):  # by a process that died: this one holds the lock
+                shutil.rmtree(left, ignore_errors=True)
             building = Path(tempfile.mkdtemp(dir=root, prefix=f".{directory.name}-"))
             try:
                 _write_images(building / "images.npy", samples, (height, width))
@@ -85,8 +99,36 @@ def open_cache(samples: list[Sample], height: int, width: int, root: Path | None
                 building.rename(directory)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
+            make_room(root, cache_limit(), keep=directory)
+        (directory / _USED).touch()
     arrays = [np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in ("images.npy", "masks.npy")]
     return Cache(samples, directory, *arrays)
+
+
+def cached(root: Path) -> list[tuple[Path, int]]:
+    """The decoded splits of this node with their bytes, the one opened longest ago first."""
+    found = [path for path in root.glob("*/") if not path.name.startswith((".", "synthetic")) and path.is_dir()]
+    found.sort(key=lambda path: (path / _USED).stat().st_mtime if (path / _USED).exists() else 0)
+    return [(path, sum(file.stat().st_size for file in path.iterdir())) for path in found]
+
+
+def make_room(root: Path, limit_bytes: int, keep: Path | None = None) -> list[Path]:
+    """Removes what was opened longest ago until the rest fits; what is gone.
+
+    A trial that has it open keeps its files until it closes them: the kernel sees to that.
+    """
+    entries = cached(root)
+    total = sum(size for _, size in entries)
+    gone = []
+    for path, size in entries:
+        if total <= limit_bytes:
+            break
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            (root / f"{path.name}.lock").unlink(missing_ok=True)
+            gone.append(path)
+            total -= size
+    return gone
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class TrialTask:
         """
         started = time.monotonic()
         size = config.input_height, config.input_width
-        cache = open_cache(keep_masks(self.train, config.num_segmented), *size)
+        cache = open_cache(keep_masks(self.train, config.num_segmented, config.seed), *size)
         validation = open_cache(self.validation, *size)
         with tempfile.TemporaryDirectory(prefix="segdec-trial-") as scratch:
             keeper = _Keeper(self, config, Path(scratch), resume)
