@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.config import RunConfig
-from model.evaluate import Thresholds
 from model.files import write_json
 from model.network import SegDecNet, build, place
+from model.thresholds import Thresholds
 
 _MANIFEST = "manifest.json"
 
@@ -39,7 +39,7 @@ def load_model(directory: Path, device: torch.device) -> tuple[SegDecNet, RunCon
     try:
         config = RunConfig.from_dict(json.loads((directory / "config.json").read_text()))
         thresholds = Thresholds.from_dict(json.loads((directory / "thresholds.json").read_text()))
-        network = build(config.architecture, width=config.width)
+        network = build(config.architecture, width=config.width, norm=config.norm)
         network.load_state_dict(load_file(directory / "model.safetensors"))
     except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(

@@ -80,12 +80,27 @@ class RunConfig:
         "segdecnet_decoder", str, "the network: [1], its decoder variant, or [2]", choices=ARCHITECTURES
     )
     width: float = _field(1.0, float, "factor on the channel counts; 1.0 is the published network", low=0.05, high=4)
+    norm: str = _field(
+        "root_std",
+        str,
+        "what FeatureNorm divides by: the root of the standard deviation as in the public code, or (standard) the "
+        "standard deviation",
+        choices=("root_std", "standard"),
+    )
     input_height: int = _field(448, int, "height of the network's input, px", low=STRIDE)
     input_width: int = _field(448, int, "width of the network's input, px", low=STRIDE)
     epochs: int = _field(50, int, "length of the full loss schedule, epochs", low=1, high=10_000)
     batch_size: int = _field(1, int, "images a step; the loss is their mean", low=1, high=4096)
+    micro_batch: int = _field(
+        0, int, "images at a time on the device, gradients added up to a batch; 0 is the whole batch", low=0, high=4096
+    )
     optimizer: str = _field("sgd", str, "sgd without momentum, as published, or adam", choices=("sgd", "adam"))
     learning_rate: float = _field(1.0, float, "step size", low=1e-8, high=100)
+    schedule: str = _field(
+        "constant", str, "of the learning rate over the epochs", choices=("constant", "step", "cosine")
+    )
+    schedule_step: int = _field(10, int, "schedule step: epochs between two cuts", low=1, high=10_000)
+    schedule_gamma: float = _field(0.9, float, "schedule step: factor of a cut", low=0, high=1)
     delta_cls_loss: float = _field(0.01, float, "delta: weight of the decision loss, [1]", low=0, high=1000)
     dynamic_balance: bool = _field(
         True, bool, "lambda falls from 1 to 1/epochs: segmentation first, decision later, [1]"
@@ -101,6 +116,35 @@ class RunConfig:
         "what the largest distance is taken over: the image as in [1], or each connected component",
         choices=("image", "component"),
     )
+    pixel_positive_weight: float | str = _field(
+        1.0,
+        float,
+        "factor on the loss of defect pixels [2]; balanced is sound over defect pixels of the training masks",
+        low=0,
+        high=10_000,
+        or_word="balanced",
+    )
+    image_positive_weight: float | str = _field(
+        1.0,
+        float,
+        "factor on the decision loss of positive images [2]; balanced is negative over positive training images",
+        low=0,
+        high=10_000,
+        or_word="balanced",
+    )
+    hard_mining_places: int = _field(
+        0, int, "places added to each batch for images that were hard last time [2]; 0 is off", low=0, high=4096
+    )
+    hard_mining_share: float = _field(
+        0.1, float, "the hard images are at least this share of all, by whole standard deviations", low=0, high=1
+    )
+    hard_mining_score: str = _field(
+        "loss",
+        str,
+        "what makes an image hard: its segmentation loss; the same times 2 false alarms + misses + 1 (errors); "
+        "the distance of its largest probability from its decision (disagreement)",
+        choices=("loss", "errors", "disagreement"),
+    )
     dilate: int = _field(
         1, int, "side of the square that widens the training masks, px of the original", low=1, high=99, odd=True
     )
@@ -111,6 +155,23 @@ class RunConfig:
     augment_quarter_turns: bool = _field(False, bool, "random quarter turns; the input must be square")
     augment_brightness: float = _field(
         0.0, float, "largest random change of brightness and contrast, as a share", low=0, high=1
+    )
+    augment_color: float = _field(0.0, float, "largest random change of hue and saturation, as a share", low=0, high=1)
+    best_by: str = _field(
+        "objective",
+        str,
+        "which epoch is kept: best by the search's objective, by the decision's F measure, by mean Dice "
+        "(segmentation), or at least as good as all before in both",
+        choices=("objective", "decision", "segmentation", "both"),
+    )
+    blacken: bool = _field(False, bool, "an image that is decided negative has an empty mask [2]")
+    lower_threshold: float = _field(
+        1.0,
+        float,
+        "factor on the threshold (a probability), once, where an image is decided positive but its mask is empty; "
+        "0.9 in [2], 1 is off",
+        low=0.01,
+        high=1,
     )
     threshold_rule: str = _field(
         "pr_curve", str, "how the segmentation threshold is chosen on validation", choices=THRESHOLD_RULES

@@ -28,6 +28,9 @@ from model.losses import distance_weight
 from model.metrics import Array, Bools, Floats, Ints
 from model.sample import Batch, Sample, Supervision
 
+_USED = "used"
+"""A file whose time says when a cache was last opened."""
+
 _FORMAT = 1
 """Part of a cache's name: raise it when what is stored changes."""
 
@@ -36,6 +39,11 @@ def cache_root() -> Path:
     """Where decoded splits lie: $SEGDEC_TUNER_CACHE, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segdec-tuner"
     return Path(os.environ.get("SEGDEC_TUNER_CACHE") or default)
+
+
+def cache_limit() -> int:
+    """Bytes that the cache may hold: $SEGDEC_TUNER_CACHE_GIB, or 50 GiB."""
+    return int(float(os.environ.get("SEGDEC_TUNER_CACHE_GIB") or 50) * 2**30)
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,19 @@ class Cache:
 
 
 def open_cache(samples: list[Sample], height: int, width: int, root: Path | None = None) -> Cache:
-    """The cache of a split at an input size; decodes the files if this node has not yet. Safe between processes."""
+    """The cache of a split at an input size; decodes the files if this node has not yet.
+
+    Safe between processes: one builds, the others wait, and what a dead one left is removed. What was opened longest
+    ago makes room for a new one.
+    """
     key = hashlib.sha256(json.dumps([_FORMAT, height, width, [(s.digest, s.mask_digest) for s in samples]]).encode())
     root = root or cache_root()
     directory = root / key.hexdigest()[:24]
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / f"{directory.name}.lock"):
         if not directory.exists():
+            for left in root.glob(f".{directory.name}-*"):  # by a process that died: this one holds the lock
+                shutil.rmtree(left, ignore_errors=True)
             building = Path(tempfile.mkdtemp(dir=root, prefix=f".{directory.name}-"))
             try:
                 _write_images(building / "images.npy", samples, (height, width))
@@ -85,8 +99,36 @@ def open_cache(samples: list[Sample], height: int, width: int, root: Path | None
                 building.rename(directory)
             finally:
                 shutil.rmtree(building, ignore_errors=True)
+            make_room(root, cache_limit(), keep=directory)
+        (directory / _USED).touch()
     arrays = [np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in ("images.npy", "masks.npy")]
     return Cache(samples, directory, *arrays)
+
+
+def cached(root: Path) -> list[tuple[Path, int]]:
+    """The decoded splits of this node with their bytes, the one opened longest ago first."""
+    found = [path for path in root.glob("*/") if not path.name.startswith((".", "synthetic")) and path.is_dir()]
+    found.sort(key=lambda path: (path / _USED).stat().st_mtime if (path / _USED).exists() else 0)
+    return [(path, sum(file.stat().st_size for file in path.iterdir())) for path in found]
+
+
+def make_room(root: Path, limit_bytes: int, keep: Path | None = None) -> list[Path]:
+    """Removes what was opened longest ago until the rest fits; what is gone.
+
+    A trial that has it open keeps its files until it closes them: the kernel sees to that.
+    """
+    entries = cached(root)
+    total = sum(size for _, size in entries)
+    gone = []
+    for path, size in entries:
+        if total <= limit_bytes:
+            break
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            (root / f"{path.name}.lock").unlink(missing_ok=True)
+            gone.append(path)
+            total -= size
+    return gone
 
 
 @contextmanager
@@ -173,13 +215,21 @@ def epoch_order(positive_N: Bools, epoch: int, seed: int, frequency_sampling: bo
     return rng.permutation(np.concatenate([positives, negatives[drawn]]))
 
 
-def batches(cache: Cache, config: RunConfig, epoch: int, device: torch.device) -> Iterator[Batch]:
-    """The training batches of an epoch (counted from 0), in the same order and augmented alike whenever asked."""
+def batches(
+    cache: Cache, config: RunConfig, epoch: int, device: torch.device, hard_rows: Array | None = None
+) -> Iterator[Batch]:
+    """The training batches of an epoch (counted from 0), in the same order and augmented alike whenever asked.
+
+    With `hard_rows`, `hard_mining_places` of them are added to each batch, drawn without repeating while they last.
+    """
     targets = cache.targets(config.dilate)
     order = epoch_order(cache.positive, epoch, config.seed, config.frequency_sampling)
     augment = _augmentation(config)
     for start in range(0, len(order), config.batch_size):
         rows = order[start : start + config.batch_size]
+        if hard_rows is not None and len(hard_rows):
+            rng = np.random.default_rng([config.seed, epoch, start])
+            rows = np.concatenate([rows, rng.permutation(hard_rows)[: config.hard_mining_places]])
         pairs = [augment(cache.images[n], targets[n], (config.seed, epoch, int(n))) for n in rows]
         segmented = cache.segmented[rows]
         masks = np.stack([mask for _, mask in pairs]) * segmented[:, None, None].astype(np.uint8)
@@ -194,6 +244,7 @@ def batches(cache: Cache, config: RunConfig, epoch: int, device: torch.device) -
             weights_B1HW=None if weights is None else torch.from_numpy(weights).to(device)[:, None].float(),
             labels_B1=torch.from_numpy(cache.positive[rows]).to(device)[:, None].float(),
             segmented_B=torch.from_numpy(segmented).to(device).float(),
+            rows=rows,
         )
 
 
@@ -208,7 +259,7 @@ Augment = Callable[[Array, Array, tuple[int, int, int]], tuple[Array, Array]]
 
 def _augmentation(config: RunConfig) -> Augment:
     """A function of image, mask and the numbers that fix its random choices."""
-    if not (config.augment_flips or config.augment_quarter_turns or config.augment_brightness):
+    if not (config.augment_flips or config.augment_quarter_turns or config.augment_brightness or config.augment_color):
         return lambda image, mask, _: (image, mask)
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would call home on import
     import albumentations
@@ -220,6 +271,10 @@ def _augmentation(config: RunConfig) -> Augment:
         steps.append(albumentations.RandomRotate90(p=1.0))
     if limit := config.augment_brightness:
         steps.append(albumentations.RandomBrightnessContrast((-limit, limit), (-limit, limit), p=1.0))
+    if limit := config.augment_color:
+        steps.append(
+            albumentations.ColorJitter((1.0, 1.0), (1.0, 1.0), (1 - limit, 1 + limit), (-limit / 2, limit / 2), p=1.0)
+        )
     pipeline = albumentations.Compose(steps)
 
     def augment(image: Array, mask: Array, numbers: tuple[int, int, int]) -> tuple[Array, Array]:

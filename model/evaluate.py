@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,34 +13,7 @@ from model.config import RunConfig
 from model.data import Cache, to_input
 from model.metrics import Array, Floats, PixelCounts
 from model.network import SegDecNet
-from model.thresholds import ThresholdSearch, decision_threshold, sigmoid
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What decides pixels and images, found together with the weights that it belongs to.
-
-    A pixel is a defect when its logit in half precision is at least `segmentation_logit`, an image when its decision
-    logit is at least `decision_logit`; without negatives there is no decision, and that is None.
-    """
-
-    rule: str
-    factor: int
-    segmentation_logit: float
-    decision_logit: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """With the probabilities, which are for reading."""
-        decision = None if self.decision_logit is None else float(sigmoid(self.decision_logit))
-        return asdict(self) | {
-            "segmentation_probability": float(sigmoid(self.segmentation_logit)),
-            "decision_probability": decision,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Thresholds:
-        """The inverse of `to_dict`."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+from model.thresholds import Thresholds, ThresholdSearch, decision_threshold, sigmoid
 
 
 @dataclass(frozen=True)
@@ -55,15 +27,22 @@ class Scores:
     decision_logits: Floats
     """(N,)"""
 
-    def choose(self, rule: str, factor: int) -> Thresholds:
-        """Thresholds by a rule; only ever asked of the validation split."""
-        both = self.labels.any() and not self.labels.all()
-        decision = decision_threshold(self.labels, self.decision_logits)[0] if both else None
-        return Thresholds(rule, factor, self.search.choose(rule, factor), decision)
+    def choose(self, rule: str, factor: int, config: RunConfig) -> Thresholds:
+        """Thresholds by a rule, with the configuration's way of applying them; only ever asked of validation."""
+        decision, _ = self.decision()
+        kept = self.decision_logits >= decision if config.blacken and decision is not None else None
+        threshold = self.search.choose(rule, factor, kept)
+        return Thresholds(rule, factor, threshold, decision, config.blacken, config.lower_threshold)
+
+    def decision(self) -> tuple[float | None, float | None]:
+        """The decision threshold, a logit, and its F measure; None without both classes."""
+        if self.labels.all() or not self.labels.any():
+            return None, None
+        return decision_threshold(self.labels, self.decision_logits)
 
     def figures(self, thresholds: Thresholds) -> dict[str, float | None]:
         """The figures of a split at given thresholds, under the names of records; None for what cannot exist."""
-        selected = self.counts.at(thresholds.segmentation_logit)
+        selected = thresholds.select(self.counts, self.decision_logits)
         found = metrics.figures(selected, self.labels, self.decision_logits)
         found["threshold"] = float(sigmoid(thresholds.segmentation_logit))
         return {name: None if np.isnan(value) else value for name, value in found.items()}

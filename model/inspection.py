@@ -6,11 +6,13 @@ that may open test images: nothing but hashes, sizes and counts comes back to th
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,32 +20,107 @@ from typing import Any
 import cv2
 import numpy as np
 
+from model.sample import Rle
+
 MASK_LEVEL = 127
 """A mask's pixel is a defect above this value: half of 8 bit. JPEG masks ring, so `> 0` would widen them by a third."""
 
+CRACKFOREST_DEFECTS = (2, 4)
+"""Labels of a CrackForest .mat that are crack: 1 is sound road, 3 a piece of sound road enclosed by cracks."""
+
+HASH_SIDE = 16
+"""A perceptual hash has 16 x 16 bits."""
+
 
 def decode_image(path: Path) -> np.ndarray:
-    """RGB (H, W, 3) uint8. ValueError if the file is no image."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    """RGB (H, W, 3) uint8. ValueError if the file is no image, or is cut short."""
+    return cv2.cvtColor(_decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def decode_mask(mask: Path | Rle) -> np.ndarray:
+    """(H, W) uint8 of 0 and 1, from an image, CrackForest's .mat or runs. ValueError if it is none of them."""
+    if isinstance(mask, Rle):
+        return _decode_runs(mask)
+    return _decode_mat(mask) if mask.suffix.lower() == ".mat" else _decode_mask_image(mask)
+
+
+def _decode(path: Path, flags: int) -> np.ndarray:
+    data = np.frombuffer(path.read_bytes(), np.uint8)
+    image = cv2.imdecode(data, flags) if data.size else None  # unlike imread, refuses a JPEG file that is cut short
     if image is None:
-        raise ValueError(f"{path}: cannot be decoded as an image")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        raise ValueError(f"{path}: cannot be decoded as an image; replace the file or remove it")
+    return image
 
 
-def decode_mask(path: Path) -> np.ndarray:
-    """(H, W) uint8 of 0 and 1. ValueError if the file is no image."""
-    mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if mask is None:
-        raise ValueError(f"{path}: cannot be decoded as an image")
-    return (mask > MASK_LEVEL).astype(np.uint8)
+def _decode_mask_image(path: Path) -> np.ndarray:
+    values = _decode(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    if values.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"{path}: a mask must have 8 or 16 bits, found {values.dtype}; save it as 0 and 255")
+    level = MASK_LEVEL if values.dtype == np.uint8 else 2**15 - 1
+    largest = int(values.max())
+    if 0 < largest <= level and path.suffix.lower() not in (".jpg", ".jpeg"):  # an empty JPEG mask may ring
+        raise ValueError(
+            f"{path}: a mask's defect must lie above {level}, found {largest} as its largest value, so that nothing "
+            "would be a defect; save it as 0 and 255"
+        )
+    return (values > level).astype(np.uint8)
 
 
-def inspect(pairs: list[tuple[Path, Path | None]]) -> list[dict[str, Any]]:
+def _decode_mat(path: Path) -> np.ndarray:
+    """CrackForest's ground truth: `groundTruth.Segmentation`, labels from 1. Reads arrays, runs nothing."""
+    from scipy.io import loadmat
+
+    try:
+        labels = np.asarray(loadmat(path, variable_names=["groundTruth"])["groundTruth"]["Segmentation"][0, 0])
+    except Exception as error:  # SciPy raises whatever the broken bytes lead to
+        raise ValueError(
+            f"{path}: cannot be read as a MATLAB file with groundTruth.Segmentation ({type(error).__name__}); "
+            "replace the file or remove it"
+        ) from error
+    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.number):
+        raise ValueError(f"{path}: Segmentation must be an array of labels, found {labels.dtype} {labels.shape}")
+    return np.isin(labels, CRACKFOREST_DEFECTS).astype(np.uint8)
+
+
+def _decode_runs(mask: Rle) -> np.ndarray:
+    flat = np.zeros(mask.height * mask.width, np.uint8)
+    for text in mask.runs:
+        words = text.split()
+        numbers = [int(word) for word in words if word.isascii() and word.isdigit() and len(word) < 12]
+        starts, lengths = numbers[::2], numbers[1::2]
+        if (
+            len(numbers) != len(words)
+            or len(starts) != len(lengths)
+            or not all(
+                start >= 1 and length >= 1 and start - 1 + length <= flat.size
+                for start, length in zip(starts, lengths, strict=True)
+            )
+        ):
+            raise ValueError(
+                f"{mask}: EncodedPixels must be pairs 'start length', counted from 1 down the columns of "
+                f"{mask.width}x{mask.height} px, found {text[:60]!r}; export it again"
+            )
+        for start, length in zip(starts, lengths, strict=True):
+            flat[start - 1 : start - 1 + length] = 1
+    return flat.reshape((mask.height, mask.width), order="F")
+
+
+def inspect(pairs: list[tuple[Path, Path | Rle | None]]) -> list[dict[str, Any]]:
     """For each image and its mask: `digest`, `mask_digest`, `height`, `width`, `defect_pixels`, `problem`."""
-    lines = "\n".join(json.dumps([str(image), str(mask) if mask else None]) for image, mask in pairs)
+    return _ask(["facts", str(image), _to_json(mask)] for image, mask in pairs)
+
+
+def perceptual_hashes(images: list[Path]) -> np.ndarray:
+    """(N, HASH_SIDE ** 2) bool: the pHash of each image, which a new size, file format or brightness hardly changes."""
+    answers = _ask(["perceptual hash", str(image), None] for image in images)
+    return np.array(answers, bool).reshape(len(images), HASH_SIDE**2)
+
+
+def _ask(requests: Iterable[list[Any]]) -> list[Any]:
+    """Answers of a process of its own, in order."""
     answer = subprocess.run(
         [sys.executable, "-m", "model.inspection"],
-        input=lines,
+        input="\n".join(map(json.dumps, requests)),
         capture_output=True,
         text=True,
         check=False,
@@ -54,35 +131,61 @@ def inspect(pairs: list[tuple[Path, Path | None]]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.stdout.splitlines()]
 
 
-def _facts(pair: tuple[str, str | None]) -> dict[str, Any]:
-    image_path, mask_path = Path(pair[0]), Path(pair[1]) if pair[1] else None
-    facts: dict[str, Any] = {"digest": _digest(image_path), "mask_digest": "", "defect_pixels": 0, "problem": None}
+def _to_json(mask: Path | Rle | None) -> Any:
+    if isinstance(mask, Rle):
+        return {**dataclasses.asdict(mask), "file": str(mask.file)}
+    return str(mask) if mask else None
+
+
+def _from_json(value: Any) -> Path | Rle | None:
+    if isinstance(value, dict):
+        return Rle(**{**value, "file": Path(value["file"]), "runs": tuple(value["runs"])})
+    return Path(value) if value else None
+
+
+def _facts(image_path: Path, mask_source: Path | Rle | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"digest": "", "mask_digest": "", "defect_pixels": 0, "problem": None}
     try:
+        facts["digest"] = _digest(image_path)
         facts["height"], facts["width"] = decode_image(image_path).shape[:2]
-        if mask_path:
-            mask = decode_mask(mask_path)
-            facts["mask_digest"], facts["defect_pixels"] = _digest(mask_path), int(mask.sum())
+        if mask_source:
+            mask = decode_mask(mask_source)
+            facts["mask_digest"], facts["defect_pixels"] = _digest(mask_source), int(mask.sum())
             if mask.shape != (facts["height"], facts["width"]):
                 facts["problem"] = (
-                    f"{mask_path}: a mask must have its image's size, {facts['width']}x{facts['height']} px, "
+                    f"{mask_source}: a mask must have its image's size, {facts['width']}x{facts['height']} px, "
                     f"found {mask.shape[1]}x{mask.shape[0]}; export it again"
                 )
-    except ValueError as error:
-        facts["problem"] = f"{error}; replace the file or remove it"
+    except (ValueError, OSError) as error:
+        facts["problem"] = str(error)
     return facts
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(source: Path | Rle) -> str:
+    data = json.dumps(dataclasses.astuple(source)[2:]).encode() if isinstance(source, Rle) else source.read_bytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _perceptual_hash(image_path: Path) -> list[int]:
+    import imagehash
+    from PIL import Image
+
+    found = imagehash.phash(Image.fromarray(decode_image(image_path)), hash_size=HASH_SIDE)
+    return [int(bit) for bit in found.hash.ravel()]
+
+
+def _answer(request: list[Any]) -> Any:
+    what, image, mask = request
+    return _facts(Path(image), _from_json(mask)) if what == "facts" else _perceptual_hash(Path(image))
 
 
 def main() -> None:
-    """Reads one JSON pair of paths a line, writes one JSON object a line."""
+    """Reads one JSON request a line (what is asked, image, mask), writes one JSON answer a line."""
     cv2.setNumThreads(1)
-    pairs = [json.loads(line) for line in sys.stdin]
+    requests = [json.loads(line) for line in sys.stdin]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and hashing release the interpreter's lock
-        for facts in pool.map(_facts, pairs):
-            print(json.dumps(facts))
+        for found in pool.map(_answer, requests):
+            print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ L = lambda * L_segmentation + (1 - lambda) * delta * L_decision [1] (papers: mod
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,19 +14,40 @@ from torch.nn import functional as F
 from model.metrics import Array, Floats
 
 
+def segmentation_losses(
+    logits_B1HW: Tensor,
+    target_B1HW: Tensor,
+    segmented_B: Tensor,
+    weight_B1HW: Tensor | None = None,
+    positive_weight: float = 1.0,
+) -> Tensor:
+    """(B,) each image's mean binary cross-entropy; 0 for an image without a mask.
+
+    `positive_weight` multiplies the part of defect pixels, `weight_B1HW` all of a pixel.
+    """
+    logits = _wide(logits_B1HW)
+    loss_B1HW = F.binary_cross_entropy_with_logits(
+        logits, target_B1HW.to(logits.dtype), weight_B1HW, reduction="none", pos_weight=_factor(positive_weight, logits)
+    )
+    return loss_B1HW.mean(dim=(1, 2, 3)) * segmented_B
+
+
 def segmentation_loss(
     logits_B1HW: Tensor, target_B1HW: Tensor, segmented_B: Tensor, weight_B1HW: Tensor | None = None
 ) -> Tensor:
-    """Mean over the batch of each image's mean binary cross-entropy; an image without a mask adds 0."""
-    loss_B1HW = F.binary_cross_entropy_with_logits(
-        _wide(logits_B1HW), target_B1HW.to(_wide(logits_B1HW).dtype), weight_B1HW, reduction="none"
-    )
-    return (loss_B1HW.mean(dim=(1, 2, 3)) * segmented_B).mean()
+    """Mean over the batch of `segmentation_losses`."""
+    return segmentation_losses(logits_B1HW, target_B1HW, segmented_B, weight_B1HW).mean()
 
 
-def decision_loss(logits_B1: Tensor, labels_B1: Tensor) -> Tensor:
-    """Mean binary cross-entropy of the image label."""
-    return F.binary_cross_entropy_with_logits(_wide(logits_B1), labels_B1.to(_wide(logits_B1).dtype))
+def decision_loss(logits_B1: Tensor, labels_B1: Tensor, positive_weight: float = 1.0) -> Tensor:
+    """Mean binary cross-entropy of the image label; `positive_weight` multiplies the part of positives."""
+    logits = _wide(logits_B1)
+    weight = _factor(positive_weight, logits)
+    return F.binary_cross_entropy_with_logits(logits, labels_B1.to(logits.dtype), pos_weight=weight)
+
+
+def _factor(value: float, like: Tensor) -> Tensor | None:
+    return None if value == 1.0 else torch.tensor(value, dtype=like.dtype, device=like.device)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class PixelCounts:
 
     def pooled(self) -> PixelCounts:
         """The table of all images taken as one."""
-        starts = self.offsets[:-1]
+        starts = self.offsets[:-1][np.diff(self.offsets) > 0]
         levels, inverse = np.unique(-self.levels, return_inverse=True)
         columns = []
         for cumulative in (self.predicted, self.hits, self.grown_hits):
@@ -102,8 +102,21 @@ class PixelCounts:
         )
 
     def largest(self) -> Floats:
-        """(N,) the largest score of each image."""
+        """(N,) the largest score of each image; none may be blackened."""
         return self.levels[self.offsets[:-1]]
+
+    def blackened(self, kept_N: Bools) -> PixelCounts:
+        """The tables with nothing predicted in the other images, at any threshold."""
+        lengths = np.where(kept_N, np.diff(self.offsets), 0)
+        rows = np.repeat(kept_N, np.diff(self.offsets))
+        return PixelCounts(
+            np.concatenate(([0], np.cumsum(lengths))),
+            self.levels[rows],
+            self.predicted[rows],
+            self.hits[rows],
+            self.grown_hits[rows],
+            self.truth,
+        )
 
     def arrays(self) -> dict[str, Array]:
         """What `from_arrays` takes back, for an .npz file."""

@@ -25,20 +25,23 @@ _NARROWEST = 8
 class FeatureNorm(nn.Module):
     """Normalises each channel of each image over its positions.
 
-    Divides by the root of the standard deviation, as the public code does, not by the standard deviation: the
-    variance of the result is not 1, and a factor on the input survives as its root. Learning rates near 1 only make
-    sense with it. Needs at least two positions. No statistics of the batch.
+    `root_std` divides by the root of the standard deviation, as the public code does: the variance of the result is
+    not 1, and a factor on the input survives as its root. Learning rates near 1 only make sense with it. `standard`
+    divides by the standard deviation. Needs at least two positions. No statistics of the batch.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.kind = "root_std"
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x = x_BCHW.float() if x_BCHW.dtype in (torch.bfloat16, torch.float16) else x_BCHW
         std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
-        return ((x - mean) * (self.scale * torch.rsqrt(std + 0.001)) + self.bias).to(x_BCHW.dtype)
+        spread = std + 0.001
+        factor = torch.rsqrt(spread) if self.kind == "root_std" else spread.reciprocal()
+        return ((x - mean) * (self.scale * factor) + self.bias).to(x_BCHW.dtype)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -190,11 +193,18 @@ class SegDecNet(nn.Module):
         return self.segment(self.up3(self.up2(self.up1(eighth, quarter), half), full))
 
 
-def build(architecture: str, in_channels: int = 3, width: float = 1.0) -> SegDecNet:
-    """A network with fresh weights from torch's global random state. ValueError for an unknown architecture."""
+def build(architecture: str, in_channels: int = 3, width: float = 1.0, norm: str = "root_std") -> SegDecNet:
+    """A network with fresh weights from torch's global random state. ValueError for an unknown architecture.
+
+    `norm` is FeatureNorm's kind.
+    """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, found {architecture!r}")
-    return SegDecNet(architecture, in_channels, width)
+    network = SegDecNet(architecture, in_channels, width)
+    for module in network.modules():
+        if isinstance(module, FeatureNorm):
+            module.kind = norm
+    return network
 
 
 def place(network: SegDecNet, device: torch.device) -> SegDecNet:

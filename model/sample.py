@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:  # reading a data set needs no torch
     from torch import Tensor
 
+    from model.metrics import Array
+
 
 class Supervision(enum.Enum):
     """What is known of an image in training. The image label is always known."""
@@ -20,14 +22,32 @@ class Supervision(enum.Enum):
     """its label alone"""
 
 
+@dataclass(frozen=True, slots=True)
+class Rle:
+    """A mask without a file of its own: runs of defect pixels, counted from 1 down the columns (Severstal's CSV)."""
+
+    file: Path
+    """the CSV, for messages"""
+    image: str
+    """the image's name there, for messages"""
+    runs: tuple[str, ...]
+    """one text 'start length start length ...' a class; a pixel of any class is a defect"""
+    height: int
+    width: int
+    """px of the image that the runs count"""
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.image}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One image of a data set. The label is stated, never read off a mask that may be absent or shrunk."""
 
     name: str
     image: Path
-    mask: Path | None
-    """None where there is no file: an unlabelled positive, or a negative"""
+    mask: Path | Rle | None
+    """None where there is none: an unlabelled positive, or a negative"""
     positive: bool
     supervision: Supervision
     group: str
@@ -38,7 +58,7 @@ class Sample:
     digest: str
     """SHA-256 of the image file"""
     mask_digest: str
-    """SHA-256 of the mask file, or empty"""
+    """SHA-256 of the mask file or of its runs, or empty"""
 
 
 class Batch(NamedTuple):
@@ -54,3 +74,5 @@ class Batch(NamedTuple):
     """float32, 0 or 1"""
     segmented_B: Tensor
     """float32, 1 for pixel supervision"""
+    rows: Array
+    """(B,) where the images stand in their split"""

@@ -29,19 +29,28 @@ class Splits(NamedTuple):
 
 
 def assign(samples: list[Sample], path: Path, validation_share: float, test_share: float, seed: int) -> Splits:
-    """Splits a data set as its index.csv says, or else at random by group.
+    """Splits a data set as its layout or index.csv says, or else at random by group.
 
+    Where a split is given for the test images alone, they stay it; of the others, validation gets its share.
     Positives and negatives are both spread by the shares; a group with an image that has no mask goes to training,
     since nothing can be measured on it. `path` is for messages. DataError if a split lacks what the method needs, or
     if a group or a file lies on both sides.
     """
-    fixed = [sample.split for sample in samples]
-    if any(fixed) and not all(fixed):
-        raise DataError(path, [f"index.csv must give a split for all images or none, found {sum(map(bool, fixed))}"])
-    if all(fixed):
-        splits = Splits(*([s for s in samples if s.split == name] for name in SPLITS))
+    given = Splits(*([s for s in samples if s.split == name] for name in SPLITS))
+    free = [s for s in samples if s.split is None]
+    if free and (given.train or given.validation):
+        raise DataError(
+            path,
+            [
+                f"index.csv must give a split for all images or none, found {len(samples) - len(free)} of "
+                f"{len(samples)}; fill the column 'split', or say test in it and nothing else"
+            ],
+        )
+    if free:
+        splits = _at_random(free, validation_share, 0.0 if given.test else test_share, seed)
+        splits = splits._replace(test=splits.test + given.test)
     else:
-        splits = _at_random(samples, validation_share, test_share, seed)
+        splits = given
     if problems := _missing_classes(splits) + _leaks(splits):
         raise DataError(path, problems)
     return splits
@@ -66,7 +75,8 @@ def _at_random(samples: list[Sample], validation_share: float, test_share: float
         if any(sample.supervision is Supervision.IMAGE for sample in members):
             target = 0
         else:
-            target = int((((wanted - held) / np.maximum(wanted, 1e-9)) @ counts).argmax())
+            room = ((wanted - held) / np.maximum(wanted, 1e-9)) @ counts
+            target = int(np.where(shares > 0, room, -np.inf).argmax())
         held[target] += counts
         chosen[target] += members
     return Splits(*(sorted(split, key=lambda sample: sample.name) for split in chosen))
@@ -101,14 +111,31 @@ def _leaks(splits: Splits) -> list[str]:
         for sides in where.values():
             if len(sides) > 1:
                 found = " and ".join(f"{sample!r} in {name}" for name, sample in sides.items())
-                problems.append(f"one {what} must not lie in two splits, found {found}; give them one group")
+                problems.append(
+                    f"one {what} must not lie in two splits, found {found}; give them one group, or where the splits "
+                    "are given, leave one side out: tuner data convert --drop-leaks"
+                )
     return problems
 
 
-def keep_masks(train: list[Sample], num_segmented: int | str) -> list[Sample]:
+def without_leaks(samples: list[Sample]) -> list[Sample]:
+    """The samples but those whose group or file also lies in a given split to the right: train, validation, test."""
+    ranks: dict[tuple[str, str], int] = defaultdict(int)
+
+    def rank(sample: Sample) -> int:
+        return SPLITS.index(sample.split or "train")
+
+    for sample in samples:
+        for key in (("group", sample.group), ("digest", sample.digest)):
+            ranks[key] = max(ranks[key], rank(sample))
+    return [s for s in samples if rank(s) == ranks["group", s.group] == ranks["digest", s.digest]]
+
+
+def keep_masks(train: list[Sample], num_segmented: int | str, seed: int = 0) -> list[Sample]:
     """The training samples of which only `num_segmented` positives keep their masks; negatives always do.
 
-    Which ones is fixed by their names, and fewer are always a part of more, so that counts can be compared.
+    Which ones is drawn once from the seed and their names, and fewer are always a part of more, so that counts can be
+    compared. (A fixed list is the column `segmented` of index.csv.)
     ValueError if there are not so many.
     """
     if num_segmented == "all":
@@ -120,7 +147,7 @@ def keep_masks(train: list[Sample], num_segmented: int | str) -> list[Sample]:
             f"num_segmented must be at most the number of positive training images with a mask, {len(segmented)}, "
             f"found {num_segmented}; use a smaller count or the word 'all'"
         )
-    ranked = sorted(segmented, key=lambda s: hashlib.sha256(s.name.encode()).digest())
+    ranked = sorted(segmented, key=lambda s: hashlib.sha256(f"{seed}:{s.name}".encode()).digest())
     hidden = {sample.name for sample in ranked[num_segmented:]}
     return [_without_mask(s) if s.name in hidden else s for s in train]
 

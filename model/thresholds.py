@@ -11,12 +11,24 @@ Rules, with the numbers that the public code gives them:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.metrics import Array, CountsBuilder, Curve, Floats, PixelCounts, count, curve, just_above, to_half
+from model.metrics import (
+    Array,
+    Bools,
+    CountsBuilder,
+    Curve,
+    Floats,
+    PixelCounts,
+    Selected,
+    count,
+    curve,
+    just_above,
+    to_half,
+)
 
 GRID = np.arange(0.01, 1, 0.005)
 """probabilities that rule grid tries"""
@@ -65,8 +77,12 @@ class ThresholdSearch:
         """Count tables of all images added."""
         return self._builder.build()
 
-    def choose(self, rule: str, factor: int = 1) -> float:
-        """The threshold, a logit, that `rule` picks. Needs an image with a defect; ValueError otherwise."""
+    def choose(self, rule: str, factor: int = 1, kept_N: Bools | None = None) -> float:
+        """The threshold, a logit, that `rule` picks. Needs an image with a defect; ValueError otherwise.
+
+        With `kept_N`, the other images are blackened before the search; where that hides every defect, no threshold
+        helps, and the search goes on as if nothing were hidden.
+        """
         counts = self.counts()
         positive = counts.truth > 0
         if not positive.any():
@@ -74,13 +90,16 @@ class ThresholdSearch:
                 "a segmentation threshold needs images with a defect to be chosen on, found none in validation; "
                 "give the split some"
             )
+        if kept_N is None or not (positive & kept_N).any():
+            kept_N = np.ones(len(counts), bool)
         if rule == "min_of_max":
-            return float(counts.largest()[positive].min())
+            return float(counts.largest()[positive & kept_N].min())
         if rule == "pr_curve":
             strided = counts if factor == 1 else self._strided[factor].build()
-            return _best_f_measure(_pixel_curve(strided.pooled()))[0]
+            return _best_f_measure(_pixel_curve(strided.blackened(kept_N).pooled()))[0]
         assert rule == "grid", rule
-        return float(logit(GRID)[counts.at(logit(GRID)).dice().mean(axis=0).argmax()])
+        swept = counts.blackened(kept_N).at(logit(GRID))
+        return float(logit(GRID)[swept.dice().mean(axis=0).argmax()])
 
 
 def _pixel_curve(pooled: PixelCounts) -> Curve:
@@ -94,6 +113,70 @@ def _best_f_measure(points: Curve) -> tuple[float, float]:
     f_measure = 2 * points.precision * points.recall / (points.precision + points.recall + 1e-8)
     best = len(f_measure) - 1 - int(f_measure[::-1].argmax())
     return float(points.thresholds[best]), float(f_measure[best])
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What decides pixels and images, found together with the weights that it belongs to, and how it is applied.
+
+    A pixel is a defect when its logit in half precision is at least `segmentation_logit`, an image when its decision
+    logit is at least `decision_logit`; without negatives there is no decision, and that is None. With `blacken`, an
+    image decided negative has an empty mask; `lower_threshold` multiplies the threshold (as a probability) once where
+    an image is decided positive and its mask is empty ([2]; 1 is off).
+    """
+
+    rule: str
+    factor: int
+    segmentation_logit: float
+    decision_logit: float | None
+    blacken: bool = False
+    lower_threshold: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the probabilities, which are for reading."""
+        decision = None if self.decision_logit is None else float(sigmoid(self.decision_logit))
+        return asdict(self) | {
+            "segmentation_probability": float(sigmoid(self.segmentation_logit)),
+            "decision_probability": decision,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Thresholds:
+        """The inverse of `to_dict`."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+
+    def decide(self, decision_logits_N: Array) -> Bools:
+        """(N,) which images have a defect; all, where there is no decision."""
+        if self.decision_logit is None:
+            return np.ones(len(decision_logits_N), bool)
+        return np.asarray(decision_logits_N >= self.decision_logit)
+
+    def visible(self, counts: PixelCounts, decision_logits_N: Array) -> PixelCounts:
+        """The tables as thresholds see them: blackened where that is asked for."""
+        return counts.blackened(self.decide(decision_logits_N)) if self.blacken else counts
+
+    def select(self, counts: PixelCounts, decision_logits_N: Array) -> Selected:
+        """What is predicted in each image: arrays (N, 1)."""
+        seen = self.visible(counts, decision_logits_N)
+        selected = seen.at(self.segmentation_logit)
+        if self.lower_threshold == 1.0:
+            return selected
+        again = self.decide(decision_logits_N)[:, None] & (selected.predicted == 0)
+        lowered = seen.at(self._lowered())
+        tables = [np.where(again, b, a) for a, b in zip(selected[:3], lowered[:3], strict=True)]
+        return Selected(tables[0], tables[1], tables[2], selected.truth)
+
+    def mask(self, logits_HW: Array, decision_logit: float) -> Bools:
+        """(H, W) the pixels of one image that are predicted to be a defect."""
+        positive = bool(self.decide(np.array([decision_logit]))[0])
+        scores = to_half(logits_HW).astype(np.float64)
+        found = scores >= self.segmentation_logit
+        if self.blacken and not positive:
+            return np.zeros_like(found)
+        return scores >= self._lowered() if positive and not found.any() and self.lower_threshold < 1 else found
+
+    def _lowered(self) -> float:
+        return float(logit(self.lower_threshold * sigmoid(self.segmentation_logit)))
 
 
 def decision_threshold(labels_N: Array, scores_N: Array) -> tuple[float, float]:

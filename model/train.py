@@ -1,23 +1,31 @@
-"""Trains one network. An epoch depends on the configuration, its number and the weights before it, on nothing else:
+"""Trains one network. An epoch depends on the configuration, its number and the state before it, on nothing else:
 going on from a checkpoint gives, on a CPU, the same weights to the bit as never having stopped.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from model.config import RunConfig
 from model.data import Cache, batches
 from model.evaluate import autocast
-from model.losses import balance, decision_loss, segmentation_loss
+from model.losses import balance, decision_loss, segmentation_losses
+from model.metrics import Array, Floats
 from model.network import SegDecNet, build, place
+from model.sample import Batch
 
 _STEPS_BETWEEN_CHECKS = 50
 """A check for a finite loss waits for the device."""
+
+_HARD_AT = (2.0, 1.0, 0.5, 0.0)
+"""standard deviations above the mean score at which an image counts as hard; the first that yields enough"""
 
 
 class TrainingDiverged(ArithmeticError):
@@ -32,6 +40,8 @@ class Training:
     network: SegDecNet
     optimizer: torch.optim.Optimizer
     epochs_done: int = 0
+    hardness: dict[str, float] = field(default_factory=dict)
+    """last mining score of each image, by its name"""
 
     @property
     def device(self) -> torch.device:
@@ -43,6 +53,7 @@ class Training:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epochs_done": self.epochs_done,
+            "hardness": self.hardness,
         }
 
 
@@ -50,7 +61,7 @@ def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None 
     """A fresh network from the configuration's seed, or one that goes on from `Training.state`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = place(build(config.architecture, width=config.width), device)
+        network = place(build(config.architecture, width=config.width, norm=config.norm), device)
     network.gradient_multiplier = 0.0 if config.gradient_adjustment else 1.0
     kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
     training = Training(config, network, kind(network.parameters(), lr=config.learning_rate))
@@ -58,6 +69,7 @@ def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None 
         network.load_state_dict(state["network"])
         training.optimizer.load_state_dict(state["optimizer"])
         training.epochs_done = state["epochs_done"]
+        training.hardness = state["hardness"]
     return training
 
 
@@ -74,36 +86,126 @@ def fit(training: Training, cache: Cache) -> Iterator[dict[str, float]]:
 
 def train_epoch(training: Training, cache: Cache) -> dict[str, float]:
     """One pass over the images of the next epoch; mean losses over images."""
-    config, network, device = training.config, training.network, training.device
-    epoch = training.epochs_done
-    # Without negatives the image label says nothing, and one class alone would drive the decision to infinity.
-    has_negatives = not cache.positive.all()
-    weight_segmentation, weight_decision = balance(
-        epoch, config.epochs, config.delta_cls_loss if has_negatives else 0.0, config.dynamic_balance
-    )
-    network.train()
+    config, device = training.config, training.device
+    step_losses = _StepLosses(training, cache)
+    for group in training.optimizer.param_groups:
+        group["lr"] = learning_rate(config, training.epochs_done)
+    training.network.train()
     sums, images = torch.zeros(2, device=device), 0
-    for step, batch in enumerate(batches(cache, config, epoch, device), start=1):
-        with autocast(config, device):
-            decision, segmentation = network(batch.images_BCHW)
-        of_segmentation = segmentation_loss(segmentation, batch.targets_B1HW, batch.segmented_B, batch.weights_B1HW)
-        of_decision = decision_loss(decision, batch.labels_B1)
+    hard = hard_rows(training.hardness, cache, config)
+    for step, batch in enumerate(batches(cache, config, training.epochs_done, device, hard), start=1):
         training.optimizer.zero_grad(set_to_none=True)
-        (weight_segmentation * of_segmentation + weight_decision * of_decision).backward()
+        for part in _micro_batches(batch, config.micro_batch):
+            total, means = step_losses(part)
+            (total * (len(part.rows) / len(batch.rows))).backward()
+            sums += means * len(part.rows)
         training.optimizer.step()
-        sums += torch.stack([of_segmentation.detach(), of_decision.detach()]) * len(batch.labels_B1)
-        images += len(batch.labels_B1)
+        images += len(batch.rows)
         if step % _STEPS_BETWEEN_CHECKS == 0:
-            _check_finite(sums, epoch)
-    _check_finite(sums, epoch)
-    mean_segmentation, mean_decision = (sums / images).tolist()
+            _check_finite(sums, training.epochs_done)
+    _check_finite(sums, training.epochs_done)
+    of_segmentation, of_decision = (sums / images).tolist()
     return {
-        "loss_segmentation": mean_segmentation,
-        "loss_decision": mean_decision,
-        "loss_total": weight_segmentation * mean_segmentation + weight_decision * mean_decision,
+        "loss_segmentation": of_segmentation,
+        "loss_decision": of_decision,
+        "loss_total": step_losses.weights[0] * of_segmentation + step_losses.weights[1] * of_decision,
     }
 
 
-def _check_finite(sums: torch.Tensor, epoch: int) -> None:
+def learning_rate(config: RunConfig, epoch: int) -> float:
+    """The step size of an epoch counted from 0: constant, cut every so many epochs, or half a cosine to 0."""
+    if config.schedule == "step":
+        return config.learning_rate * config.schedule_gamma ** (epoch // config.schedule_step)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    return config.learning_rate
+
+
+class _StepLosses:
+    """The losses of a batch in one epoch, with all their weights; notes how hard each image was."""
+
+    def __init__(self, training: Training, cache: Cache) -> None:
+        config = training.config
+        self.training, self.cache = training, cache
+        # Without negatives the image label says nothing; one class alone would drive the decision to infinity.
+        delta = config.delta_cls_loss if not cache.positive.all() else 0.0
+        self.weights = balance(training.epochs_done, config.epochs, delta, config.dynamic_balance)
+        self.pixel_weight = _or_balanced(config.pixel_positive_weight, lambda: _pixel_balance(cache, config.dilate))
+        self.image_weight = _or_balanced(
+            config.image_positive_weight, lambda: float((~cache.positive).sum() / cache.positive.sum())
+        )
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The total loss, and the means (2,) of both parts without their weights in the total."""
+        config = self.training.config
+        with autocast(config, self.training.device):
+            decision, segmentation = self.training.network(batch.images_BCHW)
+        each = segmentation_losses(
+            segmentation, batch.targets_B1HW, batch.segmented_B, batch.weights_B1HW, self.pixel_weight
+        )
+        if config.hard_mining_places:
+            scores = hardness(config.hard_mining_score, each, decision, segmentation, batch).tolist()
+            names = (self.cache.samples[row].name for row in batch.rows)
+            self.training.hardness.update(zip(names, scores, strict=True))
+        of_decision = decision_loss(decision, batch.labels_B1, self.image_weight)
+        total = self.weights[0] * each.mean() + self.weights[1] * of_decision
+        return total, torch.stack([each.mean(), of_decision]).detach()
+
+
+def _or_balanced(value: float | str, balanced: Any) -> float:
+    return balanced() if value == "balanced" else float(value)
+
+
+def _pixel_balance(cache: Cache, dilate: int) -> float:
+    """Sound over defect pixels of the training targets, [2]."""
+    targets = cache.targets(dilate)[cache.segmented]
+    defect = float(targets.sum(dtype=np.int64))
+    return (targets.size - defect) / max(defect, 1.0)
+
+
+def hardness(score: str, losses_B: Tensor, decision_B1: Tensor, map_B1HW: Tensor, batch: Batch) -> Tensor:
+    """(B,) how hard each image was, by one of the three scores of [2]; masks are cut at probability 0.5."""
+    losses = losses_B.detach()
+    if score == "loss":
+        return losses
+    probability = torch.sigmoid(map_B1HW.detach().float())
+    if score == "disagreement":
+        return (probability.amax(dim=(1, 2, 3)) - torch.sigmoid(decision_B1.detach().float())[:, 0]).abs()
+    mask, truth = probability >= 0.5, batch.targets_B1HW > 0.5
+    false_alarms = (mask & ~truth).sum(dim=(1, 2, 3))
+    misses = (~mask & truth).sum(dim=(1, 2, 3))
+    return losses * (2 * false_alarms + misses + 1)
+
+
+def hard_rows(last: dict[str, float], cache: Cache, config: RunConfig) -> Array:
+    """Rows of the images that were hard when last seen, hardest first; none before any was seen.
+
+    Images whose score is over 2, else 1, 0.5, 0 standard deviations above the mean: the first set that is at least
+    the share asked for, or the last one.
+    """
+    names = {sample.name: row for row, sample in enumerate(cache.samples)}
+    if not config.hard_mining_places or not last:
+        return np.zeros(0, np.int64)
+    rows = np.array([names[name] for name in last])
+    scores: Floats = np.array(list(last.values()))
+    chosen = rows[:0]
+    for spread in _HARD_AT:
+        over = scores > scores.mean() + spread * scores.std()
+        chosen = rows[over][np.argsort(-scores[over], kind="stable")]
+        if len(chosen) >= config.hard_mining_share * len(rows):
+            break
+    return chosen
+
+
+def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+    """Parts of a batch whose gradients, weighted by their sizes, add up to its own."""
+    if not size or size >= len(batch.rows):
+        yield batch
+        return
+    for start in range(0, len(batch.rows), size):
+        yield Batch._make(None if part is None else part[start : start + size] for part in batch)
+
+
+def _check_finite(sums: Tensor, epoch: int) -> None:
     if not torch.isfinite(sums).all():
         raise TrainingDiverged(f"the loss of epoch {epoch + 1} is not a finite number")

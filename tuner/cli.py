@@ -19,6 +19,11 @@ from rich.logging import RichHandler
 
 from tuner.records import SearchFailed
 
+_SHOWN_PAIRS = 20
+_LAYOUTS = (
+    "auto, images_masks, crack_segmentation, crack_segmentation_published, sccdnet, deepcrack, crack500, crackforest, "
+    "ksdd, ksdd2, dagm, severstal, mvtec"
+)
 _DESCRIPTION = "Hyperparameter search for surface-defect segmentation: search a space, end with one report."
 
 
@@ -109,7 +114,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def data_check(options: argparse.Namespace) -> int:
-    from model import layouts, splits
+    from model import duplicates, layouts, splits
 
     path = Path(options.path)
     samples = layouts.read(path, options.layout)
@@ -122,6 +127,21 @@ def data_check(options: argparse.Namespace) -> int:
             f"{counts['negative']} negative, {groups} groups"
         )
     print(f"fingerprint {splits.fingerprint(found)}; no broken file, no group or file in two splits")
+    alike = duplicates.near_duplicates(found)
+    print(f"{len(alike) or 'no'} pairs of near-duplicates between splits" + ("; look at them:" if alike else ""))
+    for pair in alike[:_SHOWN_PAIRS]:
+        print(f"  {pair}")
+    return 0
+
+
+def data_convert(options: argparse.Namespace) -> int:
+    from model import convert, layouts, splits
+
+    samples = layouts.read(Path(options.source), options.layout)
+    kept = splits.without_leaks(samples) if options.drop_leaks else samples
+    convert.write(kept, Path(options.out))
+    left_out = f", {len(samples) - len(kept)} left out" if options.drop_leaks else ""
+    print(f"{options.out}: {len(kept)} images{left_out}")
     return 0
 
 
@@ -197,13 +217,21 @@ def _parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="check or make a data set").add_subparsers(
         dest="data_verb", required=True, metavar="VERB"
     )
-    made = verb(data_check, "check", "count, find broken files and leaks between splits",
+    made = verb(data_check, "check", "count, find broken files, leaks and near-duplicates between splits",
                 "tuner data check ~/data/cracks", into=data)  # fmt: skip
-    made.add_argument("path", metavar="PATH", help="folder with images/ and masks/")
-    made.add_argument("--layout", default="auto", help="how files lie there")
+    made.add_argument("path", metavar="PATH", help="folder with images/ and masks/, or of another known layout")
+    made.add_argument("--layout", default="auto", help=f"how files lie there: {_LAYOUTS}")
     made.add_argument("--validation-share", type=float, default=0.15, help="share of the images")
     made.add_argument("--test-share", type=float, default=0.15, help="share of the images")
     made.add_argument("--seed", type=int, default=0, help="of the random split")
+    made = verb(data_convert, "convert", "write a data set as images/, masks/ and index.csv",
+                "tuner data convert ~/data/KolektorSDD2 ~/data/ksdd2", into=data)  # fmt: skip
+    made.add_argument("source", metavar="SRC", help="folder of any known layout")
+    made.add_argument("out", metavar="OUT", help="a new folder")
+    made.add_argument("--layout", default="auto", help=f"how files lie in SRC: {_LAYOUTS}")
+    made.add_argument(
+        "--drop-leaks", action="store_true", help="leave out images whose photo or file is in a later given split too"
+    )
     made = verb(data_synth, "synth", "write the procedural crack set", "tuner data synth --out /tmp/cracks", into=data)
     made.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     made.add_argument("--count", type=_count, default=120, help="images")

@@ -18,13 +18,13 @@ import torch
 from model import checkpoint
 from model.config import RunConfig
 from model.data import Cache, open_cache
-from model.evaluate import Scores, Thresholds, predict, score
+from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
-from model.metrics import Array, to_half
+from model.metrics import Array
 from model.network import build, describe
 from model.sample import Sample
 from model.splits import Splits
-from model.thresholds import sigmoid
+from model.thresholds import Thresholds, sigmoid
 from tuner import records
 from tuner.records import SearchFailed
 from tuner.search import Resources, newest_checkpoint, run_on_worker
@@ -139,8 +139,11 @@ def _evaluate_on_worker(
             files[f"{role}-{split}.npz"] = _split_arrays(cache, scores)
             if (role, split) == ("winner", "test"):
                 rows = _example_rows(scores, finalist.thresholds)
-                logits = np.concatenate([maps for _, maps in predict(network, cache.images[rows], config, device)])
-                files["examples.npz"] = _example_arrays(cache, rows, logits, finalist.thresholds)
+                decisions, logits = map(
+                    np.concatenate, zip(*predict(network, cache.images[rows], config, device), strict=True)
+                )
+                masks = [finalist.thresholds.mask(*answer) for answer in zip(logits, decisions, strict=True)]
+                files["examples.npz"] = _example_arrays(cache, rows, logits, np.stack(masks))
     return files
 
 
@@ -157,7 +160,7 @@ def _split_arrays(cache: Cache, scores: Scores) -> dict[str, Array]:
 
 def _example_rows(scores: Scores, thresholds: Thresholds) -> list[int]:
     """Rows from the worst Dice to the best; a third are the worst failures, the rest spread over all ranks."""
-    dice = scores.counts.at(thresholds.segmentation_logit).dice()[:, 0]
+    dice = thresholds.select(scores.counts, scores.decision_logits).dice()[:, 0]
     ranked = np.argsort(dice, kind="stable")
     if len(ranked) <= SHOWN_EXAMPLES:
         return [int(n) for n in ranked]
@@ -166,20 +169,20 @@ def _example_rows(scores: Scores, thresholds: Thresholds) -> list[int]:
     return [int(n) for n in ranked[[*range(worst), *spread]]]
 
 
-def _example_arrays(cache: Cache, rows: list[int], logits: Array, thresholds: Thresholds) -> dict[str, Array]:
+def _example_arrays(cache: Cache, rows: list[int], logits: Array, masks: Array) -> dict[str, Array]:
     return {
         "names": np.array([cache.samples[n].name for n in rows]),
         "image": np.asarray(cache.images[rows]),
         "truth": np.asarray(cache.masks[rows]).astype(bool),
         "probability": sigmoid(logits).astype(np.float16),
-        "mask": to_half(logits) >= thresholds.segmentation_logit,
+        "mask": masks,
     }
 
 
 def _architectures(config: RunConfig) -> dict[str, Any]:
     """The stages of the original network and of the one used, read off the modules without computing anything."""
     with torch.device("meta"):
-        original, used = build("segdecnet"), build(config.architecture, width=config.width)
+        original, used = build("segdecnet"), build(config.architecture, width=config.width, norm=config.norm)
     size = config.input_height, config.input_width
     return {"original": describe(original, *size), "used": describe(used, *size)}
 

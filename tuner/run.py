@@ -191,6 +191,12 @@ def _check_data_fits(space: Space, found: Splits, data: str) -> None:
             f"objective {space.objective.metric} needs images without a defect, found none in {data}; "
             "use a segmentation metric such as dice_mean"
         )
+    best_by = space.search["best_by"].samples() if "best_by" in space.search else (space.train.get("best_by"),)
+    if not found.has_negatives and {"decision", "both"} & set(best_by):
+        raise ValueError(
+            f"best_by decision or both needs images without a defect, found none in {data}; "
+            "use objective or segmentation"
+        )
     searched = space.search.get("num_segmented")
     largest = (
         searched.high if isinstance(searched, IntParam) else space.train.get("num_segmented", DEFAULTS["num_segmented"])

@@ -21,12 +21,12 @@ import torch
 from model import checkpoint, train
 from model.config import RunConfig, rule_name
 from model.data import Cache, open_cache
-from model.evaluate import Scores, Thresholds, predict, score
+from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
-from model.metrics import Array, to_half
+from model.metrics import Array
 from model.sample import Sample
 from model.splits import keep_masks
-from model.thresholds import sigmoid
+from model.thresholds import Thresholds, sigmoid
 
 Report = Callable[[dict[str, Any], Path | None], None]
 """Takes the progress (keys: `TrialTask.run`) and a sealed checkpoint folder, which it must copy."""
@@ -53,7 +53,7 @@ class TrialTask:
         """
         started = time.monotonic()
         size = config.input_height, config.input_width
-        cache = open_cache(keep_masks(self.train, config.num_segmented), *size)
+        cache = open_cache(keep_masks(self.train, config.num_segmented, config.seed), *size)
         validation = open_cache(self.validation, *size)
         with tempfile.TemporaryDirectory(prefix="segdec-trial-") as scratch:
             keeper = _Keeper(self, config, Path(scratch), resume)
@@ -106,15 +106,16 @@ class _Keeper:
 
     def add(self, training: train.Training, losses: dict[str, float], scores: Scores, validation: Cache) -> None:
         """Takes in an epoch; keeps its model if it is the best so far."""
-        thresholds = scores.choose(self.config.threshold_rule, self.config.threshold_factor)
+        thresholds = scores.choose(self.config.threshold_rule, self.config.threshold_factor, self.config)
         value = self.task.value(scores, thresholds)
         epoch = training.epochs_done
         row = {"epoch": epoch, "value": value} | losses | scores.figures(thresholds)
+        row["decision_f1"] = scores.decision()[1]
         self.progress["history"] = [*self.progress["history"], row]
         self.progress["epochs"] = epoch
-        if self.progress["value"] is not None and value <= self.progress["value"]:
+        if not is_best(self.progress["history"], self.config.best_by):
             return
-        by_rule = {rule_name(*rule): scores.choose(*rule) for rule in self.task.rules}
+        by_rule = {rule_name(*rule): scores.choose(*rule, self.config) for rule in self.task.rules}
         self.progress |= {
             "value": value,
             "best_epoch": epoch,
@@ -142,9 +143,10 @@ class _Keeper:
         rows = preview_rows(validation.positive)
         images = validation.images[rows]
         found = predict(training.network, images, self.config, training.device)
-        logits = np.concatenate([segmentation for _, segmentation in found])
+        decisions, logits = map(np.concatenate, zip(*found, strict=True))
         for n, row in enumerate(rows):
-            picture = preview(images[n], validation.masks[row], logits[n], thresholds)
+            mask = thresholds.mask(logits[n], decisions[n])
+            picture = preview(images[n], validation.masks[row], logits[n], mask)
             write_atomically(folder / f"{n}.png", cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
 
 
@@ -154,13 +156,20 @@ def preview_rows(positive_N: Array) -> list[int]:
     return [int(n) for n in (*positives[: _PREVIEWS - 1], *negatives[:1])]
 
 
-def preview(image_HW3: Array, truth_HW: Array, logits_HW: Array, thresholds: Thresholds) -> Array:
+def is_best(history: list[dict[str, Any]], best_by: str) -> bool:
+    """Whether the last epoch is the one to keep: better than all before in a figure, or (both) at least as good as
+    all before in two, the decision's F measure and the mean Dice."""
+    *before, last = history
+    if best_by == "both":
+        keys = ("decision_f1", "dice_mean")
+        return all(last[key] >= row[key] for row in before for key in keys)
+    key = {"objective": "value", "decision": "decision_f1", "segmentation": "dice_mean"}[best_by]
+    return all(last[key] > row[key] for row in before)
+
+
+def preview(image_HW3: Array, truth_HW: Array, logits_HW: Array, mask_HW: Array) -> Array:
     """Input, truth, probability and mask side by side, RGB uint8."""
-    grey = [
-        truth_HW * 255,
-        sigmoid(logits_HW) * 255,
-        (to_half(logits_HW) >= thresholds.segmentation_logit) * 255,
-    ]
+    grey = [truth_HW * 255, sigmoid(logits_HW) * 255, mask_HW * 255]
     panels = [np.asarray(image_HW3), *(np.repeat(panel.astype(np.uint8)[..., None], 3, axis=2) for panel in grey)]
     scale = min(1.0, _PREVIEW_SIDE_PX / max(truth_HW.shape))
     return np.hstack([cv2.resize(panel, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for panel in panels])

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import cv2
@@ -35,6 +36,16 @@ def test_dilations_equal_the_public_implementation(reference: Path) -> None:
 def test_sampling_equals_the_public_implementation(reference: Path) -> None:
     golden = json.loads((reference / "method.json").read_text())["frequency_of_use"]
     np.testing.assert_allclose(data.negative_probability(np.array(golden["counts"])), golden["probability"], rtol=1e-9)
+
+
+def test_golden_numbers_notice_a_changed_definition(reference: Path, monkeypatch) -> None:
+    golden = json.loads((reference / "method.json").read_text())["frequency_of_use"]
+    counts = np.array(golden["counts"])
+    monkeypatch.setattr(data.np, "median", np.mean)
+    assert not np.allclose(data.negative_probability(counts), golden["probability"], rtol=1e-3)
+    with np.load(reference / "masks.npz", allow_pickle=False) as masks:
+        cross = cv2.dilate(masks["mask"], cv2.getStructuringElement(cv2.MORPH_CROSS, (5, 5)))
+        assert (cross != masks["dilate_5"]).any()
 
 
 @given(st.integers(1, 12), st.integers(0, 12), st.integers(0, 6), st.booleans())
@@ -136,3 +147,45 @@ def test_flips_move_image_and_mask_together_and_are_fixed_by_the_seed(samples: l
         assert torch.equal(a.targets_B1HW, c.targets_B1HW.flip(((), (2,), (3,), (2, 3))[which]))
         moved += which > 0
     assert moved > 0
+
+
+def _die_while_building(samples: list[Sample], root: Path) -> None:
+    data._write_masks = lambda *_arguments, **_named: os._exit(9)
+    data.open_cache(samples, 64, 128, root)
+
+
+def test_a_builder_that_died_leaves_nothing_behind(samples: list[Sample], tmp_path: Path) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_die_while_building, args=(samples, tmp_path))
+    child.start()
+    child.join()
+    assert child.exitcode == 9
+    assert list(tmp_path.glob(".*-*"))
+    cache = data.open_cache(samples, 64, 128, tmp_path)
+    assert len(cache.images) == len(samples)
+    assert not list(tmp_path.glob(".*-*"))
+
+
+def test_the_cache_is_bounded_and_what_is_open_stays_readable(
+    samples: list[Sample], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("SEGDEC_TUNER_CACHE_GIB", "0.0005")  # half a MiB: room for one split
+    old = data.open_cache(samples, 64, 128, tmp_path)
+    pixels = np.array(old.images[-1])
+    new = data.open_cache(samples[:11], 64, 128, tmp_path)
+    assert [path for path, _ in data.cached(tmp_path)] == [new.directory]
+    np.testing.assert_array_equal(old.images[-1], pixels)
+    assert data.make_room(tmp_path, 0) == [new.directory]
+    assert data.cached(tmp_path) == []
+    data.open_cache(samples, 64, 128, tmp_path)
+
+
+def test_how_many_lines_survive_shrinking() -> None:
+    """One-pixel lines at every place, in both directions, at factors 2, 4 and 8: all do."""
+    for factor in (2, 4, 8):
+        survive = 0
+        for at in range(32):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[at] = 1
+            small = data.resize_mask(mask, (32 // factor, 32 // factor))
+            survive += bool(small.any(axis=0).all())
+        assert survive == 32

@@ -56,3 +56,24 @@ def test_losses_of_half_precision_logits_are_wide() -> None:
     loss = losses.segmentation_loss(logits, torch.zeros(1, 1, 2, 2), torch.ones(1))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(30.0)
+
+
+def test_golden_numbers_notice_a_changed_definition(reference: Path) -> None:
+    """The variants that the prose could be read as."""
+    with np.load(reference / "masks.npz", allow_pickle=False) as golden:
+        mask = golden["mask"]
+        per_image = losses.distance_weight(mask, 2, 3, per="image")
+        assert not np.allclose(per_image, golden["distance_weight_p2_max3"], rtol=1e-3)
+    row = json.loads((reference / "method.json").read_text())["dynamic_balance"][1]
+    from_one = losses.balance(row["epoch"] + 1, row["epochs"], row["delta"], dynamic=True)
+    assert from_one != pytest.approx((row["seg"], row["dec"]), rel=1e-6)
+
+
+def test_positive_weights_multiply_the_part_of_positives() -> None:
+    logits = torch.zeros(1, 1, 2, 2)
+    target = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    plain = losses.segmentation_losses(logits, target, torch.ones(1)).item()
+    weighted = losses.segmentation_losses(logits, target, torch.ones(1), positive_weight=5.0).item()
+    assert weighted == pytest.approx(plain * (5 + 3) / 4)
+    labels = torch.tensor([[1.0], [0.0]])
+    assert losses.decision_loss(torch.zeros(2, 1), labels, 3.0).item() == pytest.approx(2 * np.log(2))

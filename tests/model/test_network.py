@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
+from model import network
 from model.config import ARCHITECTURES
+from model.losses import decision_loss, segmentation_loss
 from model.network import build, describe, load_public_state
 
 CASES = [
@@ -35,6 +36,11 @@ def golden_weights(shapes: dict[str, list[int]], salt: str) -> dict[str, torch.T
 
 @pytest.mark.parametrize(("architecture", "height", "width", "batch", "multiplier"), CASES)
 def test_equals_the_public_implementation(reference: Path, architecture, height, width, batch, multiplier) -> None:
+    check_golden(reference, architecture, height, width, batch, multiplier)
+
+
+def check_golden(reference: Path, architecture: str, height: int, width: int, batch: int, multiplier: float) -> None:
+    """Forward values, both losses and every gradient norm, in float64."""
     row = next(
         row
         for row in json.loads((reference / "network.json").read_text())
@@ -52,8 +58,8 @@ def test_equals_the_public_implementation(reference: Path, architecture, height,
     labels = torch.tensor([[float(1 - n % 2)] for n in range(batch)], dtype=torch.float64)
 
     decision, segmentation = module(images)
-    loss_seg = F.binary_cross_entropy_with_logits(segmentation, truth)
-    loss_dec = F.binary_cross_entropy_with_logits(decision, labels)
+    loss_seg = segmentation_loss(segmentation, truth, torch.ones(batch, dtype=torch.float64))
+    loss_dec = decision_loss(decision, labels)
     (0.7 * loss_seg + 0.3 * loss_dec).backward()
 
     with np.load(reference / row["file"], allow_pickle=False) as golden:
@@ -65,6 +71,66 @@ def test_equals_the_public_implementation(reference: Path, architecture, height,
     norms = gradient_norms_by_public_name(module, shapes)
     for name, norm in row["gradient_norms"].items():
         assert norms[name] == pytest.approx(norm, rel=1e-8, abs=1e-14), name
+
+
+def standard_deviation(monkeypatch) -> None:
+    def forward(self, x):
+        std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
+        return (x - mean) / (std + 0.001) * self.scale + self.bias
+
+    monkeypatch.setattr(network.FeatureNorm, "forward", forward)
+
+
+def biased_deviation(monkeypatch) -> None:
+    def forward(self, x):
+        std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True, correction=0)
+        return (x - mean) / (std + 0.001).sqrt() * self.scale + self.bias
+
+    monkeypatch.setattr(network.FeatureNorm, "forward", forward)
+
+
+def map_reduced_by_its_maximum(monkeypatch) -> None:
+    monkeypatch.setattr(network.F, "avg_pool2d", torch.nn.functional.max_pool2d)
+
+
+def other_crop(monkeypatch) -> None:
+    def forward(self, x, skip):
+        return self.convolve(torch.cat([skip, self.up(x)[:, :, 1:-2, 1:-2]], dim=1))
+
+    monkeypatch.setattr(network.DecoderStep, "forward", forward)
+
+
+def upsampled_before_skip(monkeypatch) -> None:
+    def forward(self, x, skip):
+        return self.convolve(torch.cat([self.up(x)[:, :, 2:-1, 2:-1], skip], dim=1))
+
+    monkeypatch.setattr(network.DecoderStep, "forward", forward)
+
+
+def gate_of_the_maximum(monkeypatch) -> None:
+    def forward(self, x):
+        squeezed = x.amax(dim=(2, 3), keepdim=True)
+        return torch.sigmoid(self.expand(torch.nn.functional.silu(self.reduce(squeezed))))
+
+    monkeypatch.setattr(network.Gate, "forward", forward)
+
+
+def gradient_let_through(monkeypatch) -> None:
+    monkeypatch.setattr(network._ScaleGradient, "backward", staticmethod(lambda ctx, gradient: (gradient, None)))
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        standard_deviation, biased_deviation, map_reduced_by_its_maximum, other_crop, upsampled_before_skip,
+        gate_of_the_maximum, gradient_let_through,
+    ],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_golden_numbers_notice_a_changed_definition(reference: Path, monkeypatch, break_it) -> None:
+    break_it(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_golden(reference, "segdecnet_plusplus", 128, 96, 1, 0.0)
 
 
 def gradient_norms_by_public_name(module: torch.nn.Module, shapes: dict) -> dict[str, float]:
@@ -136,3 +202,16 @@ def test_a_description_covers_every_parameter() -> None:
         "branch": "trunk", "name": "trunk1.0", "operation": "conv 5x5, norm, ReLU",
         "channels": 32, "height": 96, "width": 128, "parameters": 0,
     }  # fmt: skip
+
+
+def test_the_standard_norm_has_unit_variance_and_the_default_has_not() -> None:
+    x = torch.randn(2, 3, 16, 16) * 9
+    deviations = {}
+    for kind in ("root_std", "standard"):
+        norm = network.FeatureNorm(3)
+        norm.kind = kind
+        deviations[kind] = norm(x).std(dim=(2, 3)).mean().item()
+    assert deviations["standard"] == pytest.approx(1, abs=0.01)
+    assert deviations["root_std"] == pytest.approx(3, rel=0.1)
+    built = build("segdecnet", width=0.1, norm="standard")
+    assert {m.kind for m in built.modules() if isinstance(m, network.FeatureNorm)} == {"standard"}

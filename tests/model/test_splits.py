@@ -82,6 +82,49 @@ def test_leaks_between_given_splits_are_refused() -> None:
         splits.assign([many()[0], *fixed[1:]], HERE, 0.2, 0.2, 0)
 
 
+def test_a_test_split_that_is_given_stays_as_it_is() -> None:
+    given = [dataclasses.replace(s, split="test") if n < 12 else s for n, s in enumerate(many())]
+    for seed in range(5):
+        found = splits.assign(given, HERE, 0.25, 0.25, seed)
+        assert found.test == given[:12]
+        assert [splits.counts(split)["positive"] for split in found[:2]] == [24, 8]
+        assert [splits.counts(split)["negative"] for split in found[:2]] == [12, 4]
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=40, max_size=80), st.integers(0, 9))
+def test_what_is_not_given_never_comes_into_the_test_split(rows, seed) -> None:
+    """Whatever the sizes of the groups, which may overfill both other sides."""
+    samples = [sample(f"{n:03}", positive, f"g{group}") for n, (group, positive) in enumerate(rows)]
+    test = [sample(f"t{n}", n > 0, split="test") for n in range(2)]
+    try:
+        found = splits.assign(samples + test, HERE, 0.3, 0.3, seed)
+    except DataError:
+        return  # too few groups for both classes on each side
+    assert found.test == test
+
+
+def test_a_split_for_some_is_for_the_test_images_alone() -> None:
+    mixed = [dataclasses.replace(s, split=("test", "train", None)[n % 3]) for n, s in enumerate(many())]
+    with pytest.raises(
+        DataError, match=r"for all images or none, found 40 of 60; .* or say test in it and nothing else"
+    ):
+        splits.assign(mixed, HERE, 0.2, 0.2, 0)
+
+
+def test_leaks_into_a_given_split_can_be_left_out() -> None:
+    given = [dataclasses.replace(s, split="test") if n < 12 else s for n, s in enumerate(many())]
+    given[20] = dataclasses.replace(given[20], group="000")  # a crop of a test photo
+    given[30] = dataclasses.replace(given[30], digest="001")  # a copy of a test file
+    with pytest.raises(
+        DataError, match=r"where the splits are given, leave one side out: tuner data convert --drop-leaks"
+    ):
+        splits.assign(given, HERE, 0.25, 0.25, 0)
+    kept = splits.without_leaks(given)
+    assert [s.name for s in given if s not in kept] == ["020", "030"]
+    assert splits.assign(kept, HERE, 0.25, 0.25, 0).test == given[:12]
+    assert splits.without_leaks(many()) == many()
+
+
 def test_fewer_masks_are_a_part_of_more() -> None:
     train = many()
     kept = [

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from model import metrics, thresholds
-from model.thresholds import ThresholdSearch
+from model.thresholds import Thresholds, ThresholdSearch
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +126,52 @@ def test_figures_that_need_both_classes_are_nan(labels: list[bool]) -> None:
     points = metrics.curve(np.array(labels), np.array([0.1, 0.9]))
     assert np.isnan(metrics.average_precision(points))
     assert np.isnan(metrics.area_under_roc(points))
+
+
+@given(
+    TRUTHS, LOGITS, hnp.arrays(np.float64, 3, elements=st.sampled_from([-1.0, 0.0, 2.0])), st.booleans(),
+    st.sampled_from([1.0, 0.9, 0.5]), st.sampled_from([-1.0, 0.5, 12.0]), st.sampled_from([None, 0.0, 1.0]),
+)  # fmt: skip
+def test_tables_and_masks_apply_thresholds_alike(truth, logits, decisions, blacken, lower, threshold, decision) -> None:
+    """One way for figures (from tables) and one for pictures (from maps): they must select the same pixels."""
+    applied = Thresholds("grid", 1, threshold, decision, blacken, lower)
+    selected = applied.select(metrics.count(truth, metrics.to_half(logits)), decisions)
+    for n in range(3):
+        mask = applied.mask(logits[n], decisions[n])
+        assert selected.predicted[n, 0] == mask.sum()
+        assert selected.hits[n, 0] == (mask & truth[n]).sum()
+        if blacken and decision is not None and decisions[n] < decision:
+            assert not mask.any()
+    assert Thresholds.from_dict(applied.to_dict()) == applied
+
+
+def test_lowering_happens_once_and_only_where_a_positive_is_empty() -> None:
+    below = float(thresholds.logit(0.46))
+    logits = np.array([[[below, -3.0]], [[below, 1.0]], [[float(thresholds.logit(0.44)), -3.0]]], np.float32)
+    counts = metrics.count(np.ones((3, 1, 2)), metrics.to_half(logits))
+    applied = Thresholds("grid", 1, 0.0, 0.0, blacken=False, lower_threshold=0.9)
+    assert applied.select(counts, np.array([1.0, 1.0, 1.0])).predicted[:, 0].tolist() == [1, 1, 0]
+    assert applied.select(counts, np.array([-1.0, 1.0, 1.0])).predicted[:, 0].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("rule", ["min_of_max", "pr_curve", "grid"])
+def test_blackening_comes_before_the_search(rule: str) -> None:
+    """A loud false alarm in an image that is decided negative no longer drives the threshold up."""
+    search = ThresholdSearch()
+    search.add(np.array([[1, 0, 0, 0]]), np.array([[0.5, -2.0, -2.0, -2.0]]))
+    search.add(np.array([[0, 0, 0, 0]]), np.array([[5.0, 5.0, 5.0, 0.6]]))
+    kept = np.array([True, False])
+    chosen = search.choose(rule, 1, kept)
+    assert -2.0 < chosen <= 0.5
+    assert search.counts().blackened(kept).at(chosen).dice().tolist() == [[1.0], [1.0]]
+
+
+def test_with_all_positives_blackened_every_rule_still_answers() -> None:
+    search = ThresholdSearch()
+    search.add(np.array([[1, 0]]), np.array([[0.5, -2.0]]))
+    search.add(np.array([[0, 0]]), np.array([[0.1, -2.0]]))
+    for rule in ("min_of_max", "pr_curve", "grid"):
+        for kept in ([False, True], [False, False]):
+            threshold = search.choose(rule, 1, np.array(kept))
+            assert np.isfinite(threshold)
+            assert search.counts().blackened(np.array(kept)).at(threshold).predicted[0, 0] == 0

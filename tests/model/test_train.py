@@ -1,15 +1,18 @@
 """Training itself: learns, repeats to the bit, goes on as if it had not stopped."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from model import checkpoint, evaluate, layouts, synthetic, train
+from model import checkpoint, data, evaluate, layouts, splits, synthetic, train
 from model.config import RunConfig
 from model.data import Cache, open_cache
-from model.evaluate import Thresholds
+from model.losses import segmentation_losses
+from model.sample import Batch
+from model.thresholds import Thresholds
 
 SMALL = {"width": 0.1, "input_height": 64, "input_width": 128, "epochs": 3, "precision": "float32"}
 CPU = torch.device("cpu")
@@ -94,23 +97,27 @@ def test_divergence_is_an_error_at_once(cache: Cache) -> None:
         next(train.fit(training, cache))
 
 
-def test_a_batch_gives_the_mean_of_its_images(cache: Cache) -> None:
-    """One step on a batch equals the mean of single-image gradients (FeatureNorm knows no batch)."""
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_a_batch_is_the_mean_of_its_images_however_it_is_cut(cache: Cache, micro_batch: int, monkeypatch) -> None:
+    """FeatureNorm knows no batch, so one pass gives the mean of the single images' gradients. In float64."""
+    hidden = dataclasses.replace(cache, samples=splits.keep_masks(cache.samples, 2))
 
-    def step(batch_size: int, lr: float) -> torch.Tensor:
-        config = RunConfig(**SMALL | {"epochs": 1}, batch_size=batch_size, learning_rate=lr, dynamic_balance=False)
+    def weights_after(micro: int) -> torch.Tensor:
+        config = RunConfig(
+            **SMALL | {"epochs": 1}, batch_size=8, micro_batch=micro, learning_rate=1.0, dynamic_balance=False,
+            delta_cls_loss=0.5, pixel_positive_weight=3.0, gradient_adjustment=False,
+        )  # fmt: skip
         training = train.start(config, CPU)
         training.network.double()
-        grads = []
-        for batch in train.batches(cache, config, 0, CPU):
-            training.optimizer.zero_grad()
-            decision, segmentation = training.network(batch.images_BCHW.double())
-            loss = train.segmentation_loss(segmentation, batch.targets_B1HW, batch.segmented_B)
-            (loss + 0.01 * train.decision_loss(decision, batch.labels_B1)).backward()
-            grads.append(torch.cat([p.grad.flatten() for p in training.network.parameters() if p.grad is not None]))
-        return torch.stack(grads).mean(dim=0)
+        train.train_epoch(training, hidden)
+        return weights(training)
 
-    torch.testing.assert_close(step(8, 1.0), step(1, 1.0), rtol=1e-7, atol=1e-10)
+    def in_double(*arguments):
+        return plain(*arguments).double()
+
+    plain = data.to_input
+    monkeypatch.setattr(data, "to_input", in_double)
+    torch.testing.assert_close(weights_after(micro_batch), weights_after(0), rtol=1e-9, atol=1e-12)
 
 
 def test_bfloat16_trains_like_float32(cache: Cache) -> None:
@@ -125,7 +132,7 @@ def test_a_model_folder_gives_the_same_scores(cache: Cache, tmp_path: Path) -> N
     config = RunConfig(**SMALL)
     training = train.start(config, CPU)
     scores = evaluate.score(training.network, cache, config, CPU)
-    thresholds = scores.choose("pr_curve", 1)
+    thresholds = scores.choose("pr_curve", 1, config)
     checkpoint.save_model(tmp_path / "m", training.network.state_dict(), config, thresholds, epoch=1)
     network, loaded, again = checkpoint.load_model(tmp_path / "m", CPU)
     assert (loaded, again) == (config, thresholds)
@@ -165,7 +172,7 @@ def test_figures_of_a_split_equal_those_of_its_masks(cache: Cache) -> None:
     config = RunConfig(**SMALL)
     network = train.start(config, CPU).network
     scores = evaluate.score(network, cache, config, CPU)
-    thresholds = scores.choose("grid", 1)
+    thresholds = scores.choose("grid", 1, config)
     figures = scores.figures(thresholds)
     logits = np.concatenate([maps for _, maps in evaluate.predict(network, cache.images, config, CPU)])
     masks = logits.astype(np.float16) >= thresholds.segmentation_logit
@@ -175,3 +182,70 @@ def test_figures_of_a_split_equal_those_of_its_masks(cache: Cache) -> None:
     assert figures["dice_positive_mean"] == pytest.approx(np.mean(np.array(dice)[cache.positive]))
     assert figures["precision"] == pytest.approx((masks & truth).sum() / masks.sum())
     assert Thresholds.from_dict(thresholds.to_dict()) == thresholds
+
+
+def test_schedules() -> None:
+    steps = RunConfig(schedule="step", schedule_step=2, schedule_gamma=0.5, learning_rate=1.0, epochs=6)
+    assert [train.learning_rate(steps, epoch) for epoch in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    cosine = RunConfig(schedule="cosine", learning_rate=2.0, epochs=4)
+    found = [train.learning_rate(cosine, epoch) for epoch in range(4)]
+    assert found[0] == 2.0
+    assert found[2] == pytest.approx(1.0)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] > 0
+
+
+def test_the_step_size_of_an_epoch_is_used(cache: Cache) -> None:
+    still = RunConfig(**SMALL, schedule="step", schedule_step=1, schedule_gamma=0.0, learning_rate=1.0)
+    training = train.start(still, CPU)
+    epochs = train.fit(training, cache)
+    next(epochs)
+    after_one = weights(training)
+    next(epochs)
+    assert torch.equal(weights(training), after_one)
+
+
+def test_hard_images_take_extra_places_and_survive_a_stop(cache: Cache, tmp_path: Path) -> None:
+    config = RunConfig(**SMALL, batch_size=4, hard_mining_places=2, hard_mining_share=0.2, learning_rate=0.5)
+    straight = train.start(config, CPU)
+    losses = list(train.fit(straight, cache))
+    assert set(straight.hardness) <= {sample.name for sample in cache.samples}
+    assert len(straight.hardness) > 4
+
+    hard = train.hard_rows(straight.hardness, cache, config)
+    scores = straight.hardness
+    mean = np.mean(list(scores.values()))
+    assert len(hard)
+    assert all(scores[cache.samples[row].name] > mean for row in hard)
+    first, *_ = data.batches(cache, config, 1, CPU, hard)
+    assert len(first.rows) == 4 + min(2, len(hard))
+    assert set(first.rows[4:]) <= set(hard)
+
+    broken = train.start(config, CPU)
+    first_losses = next(train.fit(broken, cache))
+    checkpoint.save_training(tmp_path, broken.state())
+    resumed = train.start(config, CPU, checkpoint.load_training(tmp_path, CPU))
+    assert [first_losses, *train.fit(resumed, cache)] == losses
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+@pytest.mark.parametrize("score", ["loss", "errors", "disagreement"])
+def test_what_is_hard(score: str) -> None:
+    """A missed defect is harder than a found one, by each score."""
+    target = torch.zeros(2, 1, 4, 4)
+    target[:, :, 0] = 1
+    maps = torch.full((2, 1, 4, 4), -8.0)
+    maps[1, :, 0] = 8.0
+    none = torch.zeros(0)
+    batch = Batch(none, target, None, torch.ones(2, 1), torch.ones(2), np.arange(2))
+    each = segmentation_losses(maps, target, torch.ones(2))
+    missed, found = train.hardness(score, each, torch.full((2, 1), 8.0), maps, batch).tolist()
+    assert missed > found
+
+
+def test_balanced_weights_count_training_targets(cache: Cache) -> None:
+    config = RunConfig(**SMALL, pixel_positive_weight="balanced", image_positive_weight="balanced", dilate=3)
+    losses = train._StepLosses(train.start(config, CPU), cache)
+    targets = np.asarray(cache.targets(3))
+    assert losses.pixel_weight == pytest.approx((targets == 0).sum() / (targets == 1).sum())
+    assert losses.image_weight == pytest.approx((~cache.positive).sum() / cache.positive.sum())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -11,12 +13,13 @@ import numpy as np
 import pytest
 import yaml
 
-from model import synthetic
+from model import layouts, synthetic
 from tests.tuner.conftest import small_space
 from tuner import cli
 
 VERBS = (
-    ["search"], ["resume"], ["status"], ["finals"], ["report"], ["data", "check"], ["data", "synth"], ["schema"],
+    ["search"], ["resume"], ["status"], ["finals"], ["report"], ["data", "check"], ["data", "synth"],
+    ["data", "convert"], ["schema"],
 )  # fmt: skip
 
 
@@ -30,8 +33,6 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def data(made: Path, tmp_path: Path, monkeypatch) -> Path:
     """A copy that may be spoilt, in the current folder."""
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made, "set")
     Path("small.yaml").write_text(yaml.safe_dump(small_space().to_dict()))
@@ -126,6 +127,8 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
         (["report", "nowhere"], "must be the folder of a run"),
         (["data", "check", "nowhere"], "there is no such folder"),
         (["data", "synth", "--out", "set"], "set"),
+        (["data", "convert", "set", "set"], "a converted set needs a new or empty folder, but set is in use"),
+        (["data", "convert", "set", "new", "--layout", "voc"], "data.layout must be one of auto, images_masks"),
         (["data", "synth", "--out", "new", "--height", "100"], "100"),
         (["serch"], "invalid choice: 'serch'"),
     ],
@@ -152,6 +155,51 @@ def test_data_check_counts(data: Path, capsys) -> None:
     out = capsys.readouterr().out
     assert out.startswith("train ")
     assert re.search(r"fingerprint [0-9a-f]{16}; no broken file, no group or file in two splits", out)
+
+
+def test_data_check_names_near_duplicates(data: Path, capsys) -> None:
+    """The same picture, brighter and as a JPEG file, in a test split that is given."""
+    with (data / "index.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    picture = cv2.imread(str(data / "images" / f"{rows[0]['name']}.png"))
+    cv2.imwrite(str(data / "images" / "copy.jpg"), cv2.convertScaleAbs(picture, beta=9))
+    shutil.copy(data / "masks" / f"{rows[0]['name']}.png", data / "masks" / "copy.png")
+    lines = [f"{row['name']},{row['group']},{'test' if n >= 16 else ''}" for n, row in enumerate(rows)]
+    (data / "index.csv").write_text("\n".join(["name,group,split", *lines, "copy,copy,test"]) + "\n")
+    assert cli.main(["data", "check", "set", "--validation-share", "0.3"]) == 0
+    found = capsys.readouterr().out
+    assert re.search(r"pairs of near-duplicates between splits; look at them:", found)
+    assert re.search(
+        rf"{rows[0]['name']}\.png \(\w+\) and set/images/copy\.jpg \(test\) look alike: .* of 256 bits", found
+    )
+
+
+def test_data_check_names_a_photo_and_a_file_on_two_sides(data: Path, capsys) -> None:
+    names = sorted(path.stem for path in data.glob("images/*"))
+    shutil.copy(data / "images" / f"{names[0]}.png", data / "images" / f"{names[23]}.png")
+    sides = ["train"] * 8 + ["validation"] * 8 + ["test"] * 8
+    lines = [
+        f"{name},{'one' if n in (1, 9) else n},{side}" for n, (name, side) in enumerate(zip(names, sides, strict=True))
+    ]
+    (data / "index.csv").write_text("\n".join(["name,group,split", *lines]) + "\n")
+    shutil.copy(data / "masks" / f"{names[0]}.png", data / "masks" / f"{names[23]}.png")
+    message = refused(capsys, "data", "check", "set")
+    assert (
+        f"one group must not lie in two splits, found '{names[1]}' in train and '{names[9]}' in validation" in message
+    )
+    assert (
+        f"one image file must not lie in two splits, found '{names[0]}' in train and '{names[23]}' in test" in message
+    )
+
+
+def test_convert_writes_what_check_reads(data: Path, capsys) -> None:
+    assert cli.main(["data", "convert", "set", "plain", "--drop-leaks"]) == 0
+    assert capsys.readouterr().out == "plain: 24 images, 0 left out\n"
+    assert cli.main(["data", "check", "plain", "--test-share", "0.25", "--validation-share", "0.25"]) == 0
+
+
+def test_help_names_every_layout() -> None:
+    assert ", ".join(layouts.LAYOUTS) == cli._LAYOUTS
 
 
 def test_synth_writes_what_check_reads(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -15,7 +15,8 @@ import torch
 from model import checkpoint, layouts, splits, synthetic
 from model.config import RunConfig
 from model.data import open_cache
-from model.evaluate import Thresholds, score
+from model.evaluate import score
+from model.thresholds import Thresholds
 from tuner.trial import TrialTask
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from model.metrics import Bools, Floats, Ints, Selected, bootstrap
+from model.metrics import Bools, Floats, Ints, PixelCounts, Selected, bootstrap
 from model.metrics import figures as metric_figures
-from model.thresholds import sigmoid
+from model.thresholds import Thresholds, sigmoid
 from tuner.report.inputs import Candidate, Json, Run, Split
 
 Figure = float | int | None
@@ -46,7 +46,16 @@ class Judged:
     @cached_property
     def selected(self) -> Selected:
         """Arrays (N, 1)."""
-        return self.split.counts.at(self.thresholds["segmentation_logit"])
+        return self._applied.select(self.split.counts, self.split.decision_logits)
+
+    @cached_property
+    def seen(self) -> PixelCounts:
+        """The count tables as thresholds see them."""
+        return self._applied.visible(self.split.counts, self.split.decision_logits)
+
+    @cached_property
+    def _applied(self) -> Thresholds:
+        return Thresholds.from_dict(self.thresholds)
 
     @cached_property
     def dice(self) -> Floats:

@@ -102,6 +102,8 @@ def make_thresholds(negatives: bool, logit: float) -> dict[str, Any]:
         "segmentation_logit": logit,
         "segmentation_probability": float(sigmoid(logit)),
         "decision_logit": decision,
+        "blacken": False,
+        "lower_threshold": 1.0,
         "decision_probability": float(sigmoid(decision)) if decision is not None else None,
     }
 
