@@ -154,6 +154,17 @@ def data_synth(options: argparse.Namespace) -> int:
     return 0
 
 
+def data_cache(options: argparse.Namespace) -> int:
+    from model.data import cache_limit, cache_root, cached, make_room
+
+    root = cache_root()
+    gone = make_room(root, 0) if options.clear else []
+    for path, size in cached(root):
+        print(f"{path}  {size / 2**20:,.1f} MiB")
+    print(f"{root}: {len(gone)} removed; at most {cache_limit() / 2**30:g} GiB are kept ($SEGDEC_TUNER_CACHE_GIB)")
+    return 0
+
+
 def schema(_options: argparse.Namespace) -> int:
     from tuner.space_file import schema
 
@@ -238,6 +249,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--height", type=int, default=128, help="px")
     made.add_argument("--width", type=int, default=128, help="px")
     made.add_argument("--seed", type=int, default=0, help="another set")
+
+    made = verb(data_cache, "cache", "the decoded splits of this machine, which all trials share",
+                "tuner data cache --clear", into=data)  # fmt: skip
+    made.add_argument("--clear", action="store_true", help="remove them; they are made again when needed")
 
     verb(schema, "schema", "print the JSON schema of a search-space file", "tuner schema > space.schema.json")
     return parser

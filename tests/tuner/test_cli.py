@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 from model import layouts, synthetic
+from model.data import open_cache
 from tests.tuner.conftest import small_space
 from tuner import cli
 
 VERBS = (
     ["search"], ["resume"], ["status"], ["finals"], ["report"], ["data", "check"], ["data", "synth"],
-    ["data", "convert"], ["schema"],
+    ["data", "convert"], ["data", "cache"], ["schema"],
 )  # fmt: skip
 
 
@@ -207,6 +208,16 @@ def test_synth_writes_what_check_reads(tmp_path: Path, monkeypatch, capsys) -> N
     assert cli.main(["data", "synth", "--out", "cracks", "--count", "30", "--height", "64"]) == 0
     assert capsys.readouterr().out == "cracks\n"
     assert cli.main(["data", "check", "cracks"]) == 0
+
+
+def test_the_cache_is_listed_and_cleared(made: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path / "cache"))
+    cache = open_cache(layouts.read(made), 64, 128)
+    assert cli.main(["data", "cache"]) == 0
+    assert str(cache.directory) in capsys.readouterr().out
+    assert cli.main(["data", "cache", "--clear"]) == 0
+    assert "1 removed" in capsys.readouterr().out
+    assert not cache.directory.exists()
 
 
 def test_the_schema_is_printed(capsys) -> None:
