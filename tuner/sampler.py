@@ -148,6 +148,7 @@ class SearchStudy:
                 "value": source["rules"][rule],
                 "thresholds": source["rule_thresholds"][rule],
                 "replayed_from": source["trial"],
+                "started": None,
                 "seconds": 0.0,
                 "device_seconds": 0.0,
             },
