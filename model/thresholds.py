@@ -142,8 +142,13 @@ class Thresholds:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Thresholds:
-        """The inverse of `to_dict`."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        """The inverse of `to_dict`; what an older file does not say is off. KeyError for anything else missing."""
+        needed = ("rule", "factor", "segmentation_logit", "decision_logit")
+        return cls(
+            **{name: values[name] for name in needed},
+            blacken=values.get("blacken", False),
+            lower_threshold=values.get("lower_threshold", 1.0),
+        )
 
     def decide(self, decision_logits_N: Array) -> Bools:
         """(N,) which images have a defect; all, where there is no decision."""

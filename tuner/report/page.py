@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
+import numpy as np
+
 from model.config import REFERENCES, RULES
 from tuner.report import architecture, examples, tables, winner_page, words
 from tuner.report.gallery import Block, Card, Cards, Gallery, Page, Picture, Pictures, Section, Table, Tables, Text
@@ -88,16 +90,22 @@ def verdict(run: Run, results: Results) -> str:
 def _comparison(run: Run, results: Results) -> str:
     if run.is_baseline:
         return "The search found nothing better than the baseline: the winner is the baseline."
-    gain = tables.difference(results)
+    if run.baseline is None:
+        return "There is no baseline to compare with."
+    labels = results.test.split.labels
+    sentences = [_difference("test image", tables.difference(results, np.ones_like(labels)))]
+    if not labels.all():
+        sentences.append(_difference("test image with a defect", tables.difference(results, labels)))
+    return " ".join(sentences)
+
+
+def _difference(images: str, gain: tables.Difference | None) -> str:
+    """Winner against baseline on some images, in a sentence."""
     if gain is None:
-        return (
-            "There is no baseline to compare with."
-            if run.baseline is None
-            else "No positive test images to compare on."
-        )
-    images = words.plural(gain.images, "positive test image")
+        return f"There is no {images} to compare on."
+    counted = words.plural(gain.images, "test image") + images.removeprefix("test image")
     text = (
-        f"On the same {images} the winner's Dice is {abs(gain.mean):.3f} {'higher' if gain.mean >= 0 else 'lower'} "
+        f"On the same {counted} the winner's Dice is {abs(gain.mean):.3f} {'higher' if gain.mean >= 0 else 'lower'} "
         f"than the baseline's on average"
     )
     if gain.interval is None:
@@ -109,8 +117,8 @@ def _comparison(run: Run, results: Results) -> str:
     if low > 0:
         return text + ", which chance in the choice of test images does not explain."
     if high < 0:
-        return text + ": what looked best on validation is worse here."
-    return text + ": the interval holds zero, so the test split does not tell the two apart."
+        return text + ": there the winner is worse."
+    return text + ": the interval holds zero, so these images do not tell the two apart."
 
 
 def _best_configuration(run: Run) -> Table:

@@ -125,7 +125,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Difference:
-    """Winner minus baseline on the same positive test images."""
+    """Winner minus baseline on the same test images."""
 
     mean: float
     interval: list[float] | None
@@ -160,16 +160,16 @@ def results(run: Run) -> Results:
     return Results(validation, test, judge(run.baseline, "validation"), judge(run.baseline, "test"))
 
 
-def difference(results: Results) -> Difference | None:
-    """None without a baseline of its own or without positive images. ValueError if the images differ."""
+def difference(results: Results, rows: Bools) -> Difference | None:
+    """Of some of the test images. None without a baseline of its own or without images. ValueError if the images of
+    the two differ."""
     winner, baseline = results.test, results.baseline_test
-    if baseline is None or baseline is winner or not winner.split.labels.any():
+    if baseline is None or baseline is winner or not rows.any():
         return None
     if winner.split.names != baseline.split.names:
         raise ValueError("winner and baseline were judged on different test images; run `tuner finals` again")
-    positive = np.flatnonzero(winner.split.labels)
-    gain = (winner.dice - baseline.dice)[positive]
-    groups = group_codes(winner.split)[positive]
+    gain = (winner.dice - baseline.dice)[rows]
+    groups = group_codes(winner.split)[rows]
     interval = None
     if len(np.unique(groups)) > 1:
         interval = [float(x) for x in bootstrap(lambda rows: gain[rows].mean(), groups)]
