@@ -176,7 +176,7 @@ def test_kill_9_loses_nothing_that_was_finished(place: Path) -> None:
 
 def test_a_search_that_fails_says_why(place: Path) -> None:
     (place / "cache").write_text("a file where the folder should be")
-    code, out, err = call(place, "search", "small.yaml", "--data", "set", "--wandb", "off")
+    code, out, err = call(place, "search", "small.yaml", "--data", "set", "--wandb", "off", "--concurrent", "1")
     assert (code, out) == (1, "")
     assert "tuner search: 3 trials in a row failed, the last one so: " in err
     assert "Traceback" not in err

@@ -357,8 +357,10 @@ def test_events_before_the_search_are_refused() -> None:
 
 
 DRIVER = """
-    import os, pathlib, sys, time
+    import os, pathlib, signal, sys, time
     from tuner.tracking import RunInfo, WandbTracker
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands down "ignore"
 
     run = RunInfo("cracks", "3fa91c", pathlib.Path(sys.argv[1]), {}, None, 10, None, "dice_mean", "max")
     tracker = WandbTracker("offline")
