@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from model.config import RunConfig
 from model.files import write_json
-from model.network import SegDecNet, build, place
+from model.network import SegDecNet, build
 from model.thresholds import Thresholds
 
 _MANIFEST = "manifest.json"
@@ -45,7 +45,7 @@ def load_model(directory: Path, device: torch.device) -> tuple[SegDecNet, RunCon
         raise ValueError(
             f"{directory} must hold model.safetensors, config.json and thresholds.json of one model ({error})"
         ) from error
-    return place(network, device), config, thresholds
+    return network.to(device), config, thresholds
 
 
 def seal(directory: Path) -> None:

@@ -207,11 +207,6 @@ def build(architecture: str, in_channels: int = 3, width: float = 1.0, norm: str
     return network
 
 
-def place(network: SegDecNet, device: torch.device) -> SegDecNet:
-    """A network on its device, its weights in the memory order that images come in (bench/training_step.py)."""
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-
-
 def load_public_state(module: SegDecNet, state: Mapping[str, Tensor], channels: str | None = None) -> None:
     """Loads weights under the public checkpoints' parameter names.
 

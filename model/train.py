@@ -18,7 +18,7 @@ from model.data import Cache, batches
 from model.evaluate import autocast
 from model.losses import balance, decision_loss, segmentation_losses
 from model.metrics import Array, Floats
-from model.network import SegDecNet, build, place
+from model.network import SegDecNet, build
 from model.sample import Batch
 
 _STEPS_BETWEEN_CHECKS = 50
@@ -61,7 +61,7 @@ def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None 
     """A fresh network from the configuration's seed, or one that goes on from `Training.state`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = place(build(config.architecture, width=config.width, norm=config.norm), device)
+        network = build(config.architecture, width=config.width, norm=config.norm).to(device)
     network.gradient_multiplier = 0.0 if config.gradient_adjustment else 1.0
     kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
     training = Training(config, network, kind(network.parameters(), lr=config.learning_rate))

@@ -189,3 +189,29 @@ def test_how_many_lines_survive_shrinking() -> None:
             small = data.resize_mask(mask, (32 // factor, 32 // factor))
             survive += bool(small.any(axis=0).all())
         assert survive == 32
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"augment_brightness": 0.3}, {"augment_color": 0.3}, {"augment_quarter_turns": True}],
+    ids=lambda f: next(iter(f)),
+)
+def test_each_augmentation_does_its_own(tmp_path: Path, field: dict) -> None:
+    """Light and colour leave the target alone; a turn moves both, and repeats with the seed."""
+    synthetic.write(tmp_path / "square", count=6, height=128, width=128)
+    cache = data.open_cache(layouts.read(tmp_path / "square"), 128, 128, tmp_path / "cache")
+    device = torch.device("cpu")
+    size = {"input_height": 128, "input_width": 128}
+    still = list(data.batches(cache, RunConfig(**size), 2, device))
+    first, again = (list(data.batches(cache, RunConfig(**size, **field), 2, device)) for _ in range(2))
+    changed = 0
+    for a, b, c in zip(first, again, still, strict=True):
+        assert torch.equal(a.images_BCHW, b.images_BCHW)
+        assert torch.equal(a.targets_B1HW, b.targets_B1HW)
+        changed += not torch.equal(a.images_BCHW, c.images_BCHW)
+        if "augment_quarter_turns" in field:
+            turns = [k for k in range(4) if torch.equal(c.images_BCHW.rot90(k, (2, 3)), a.images_BCHW)]
+            assert torch.equal(c.targets_B1HW.rot90(turns[0], (2, 3)), a.targets_B1HW)
+        else:
+            assert torch.equal(a.targets_B1HW, c.targets_B1HW)
+    assert changed > 0

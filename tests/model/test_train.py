@@ -47,6 +47,13 @@ def test_going_on_equals_never_having_stopped(cache: Cache, tmp_path: Path, opti
     assert resumed.epochs_done == 3
 
 
+def test_one_seed_is_one_training(cache: Cache) -> None:
+    config = RunConfig(**SMALL, learning_rate=0.5, augment_flips=True, augment_brightness=0.2)
+    first, second = (train.start(config, CPU) for _ in range(2))
+    assert list(train.fit(first, cache)) == list(train.fit(second, cache))
+    assert torch.equal(weights(first), weights(second))
+
+
 def test_a_network_learns(cache: Cache) -> None:
     config = RunConfig(**SMALL | {"epochs": 6}, learning_rate=1.0)
     losses = [epoch["loss_segmentation"] for epoch in train.fit(train.start(config, CPU), cache)]

@@ -58,6 +58,11 @@ def test_a_decision_needs_negatives(crackforest: Path, tmp_path: Path) -> None:
         runs.create(space, crackforest, tmp_path)
 
 
+def test_an_epoch_by_decision_needs_negatives(crackforest: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="best_by decision or both needs images without a defect, found none"):
+        runs.create(small_space(train={"best_by": "both"}), crackforest, tmp_path)
+
+
 def test_data_that_changed_are_refused(data: Path, tmp_path: Path) -> None:
     run = runs.create(small_space(), data, tmp_path)
     run.note(data=run.info["data"] | {"fingerprint": "other"})

@@ -17,7 +17,7 @@ from model.config import RunConfig
 from model.data import open_cache
 from model.evaluate import score
 from model.thresholds import Thresholds
-from tuner.trial import TrialTask
+from tuner.trial import TrialTask, is_best
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig(
@@ -127,3 +127,34 @@ def test_a_trial_that_diverges_says_so(task: TrialTask, tmp_path: Path, monkeypa
     assert [(p["status"], p["reason"]) for p in reports.progress] == [
         ("diverged", "the loss of epoch 1 is not a finite number")
     ]
+
+
+@pytest.mark.parametrize(
+    ("best_by", "kept"),
+    [("objective", [1, 3]), ("decision", [1, 2]), ("segmentation", [1, 3, 4]), ("both", [1, 4, 5])],
+)
+def test_which_epochs_are_kept(best_by: str, kept: list[int]) -> None:
+    rows = [
+        {"value": 0.5, "decision_f1": 0.8, "dice_mean": 0.4},
+        {"value": 0.4, "decision_f1": 0.9, "dice_mean": 0.3},
+        {"value": 0.6, "decision_f1": 0.7, "dice_mean": 0.5},
+        {"value": 0.6, "decision_f1": 0.9, "dice_mean": 0.6},
+        {"value": 0.1, "decision_f1": 0.9, "dice_mean": 0.6},
+    ]
+    found = [n for n in range(1, 6) if is_best(rows[:n], best_by)]
+    assert found == kept
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_blackening_in_a_trial_is_what_its_figures_say(task: TrialTask, tmp_path: Path) -> None:
+    reports = Reports(tmp_path)
+    config = RunConfig(**CONFIG.to_dict() | {"epochs": 1, "blacken": True, "lower_threshold": 0.9})
+    task.run(config, CPU, None, reports)
+    network, _, thresholds = checkpoint.load_model(tmp_path / "1" / "best", CPU)
+    assert (thresholds.blacken, thresholds.lower_threshold) == (True, 0.9)
+    cache = open_cache(task.validation, 64, 128)
+    scores = score(network, cache, config, CPU)
+    selected = thresholds.select(scores.counts, scores.decision_logits)
+    assert not selected.predicted[~thresholds.decide(scores.decision_logits)].any()
+    assert scores.figures(thresholds)["dice_positive_mean"] == pytest.approx(reports.progress[0]["value"])
