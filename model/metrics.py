@@ -62,13 +62,13 @@ class PixelCounts:
 
     offsets: Ints
     """(N + 1,)"""
-    levels: Floats
-    """(M,) distinct scores of each image, falling"""
-    predicted: Ints
-    """(M,) pixels that score at least the level"""
-    hits: Ints
+    levels: Array
+    """(M,) distinct scores of each image, falling; float32, which holds half precision, or float64"""
+    predicted: Array
+    """(M,) pixels that score at least the level; int32, or int64 where images are pooled"""
+    hits: Array
     """(M,) of these, pixels of the truth"""
-    grown_hits: Ints
+    grown_hits: Array
     """(M,) of these, pixels of the truth grown by the tolerance"""
     truth: Ints
     """(N,) pixels of the truth"""
@@ -82,7 +82,7 @@ class PixelCounts:
         out = np.zeros((3, len(self), len(thresholds)), np.int64)
         for n in range(len(self)):
             rows = slice(self.offsets[n], self.offsets[n + 1])
-            rank = np.searchsorted(-self.levels[rows], -thresholds, side="right")
+            rank = np.searchsorted(-self.levels[rows].astype(np.float64), -thresholds, side="right")
             for table, source in zip(out, (self.predicted, self.hits, self.grown_hits), strict=True):
                 table[n] = np.concatenate(([0], source[rows]))[rank]
         return Selected(out[0], out[1], out[2], self.truth[:, None])
@@ -90,10 +90,10 @@ class PixelCounts:
     def pooled(self) -> PixelCounts:
         """The table of all images taken as one."""
         starts = self.offsets[:-1][np.diff(self.offsets) > 0]
-        levels, inverse = np.unique(-self.levels, return_inverse=True)
+        levels, inverse = np.unique(-self.levels.astype(np.float64), return_inverse=True)
         columns = []
         for cumulative in (self.predicted, self.hits, self.grown_hits):
-            each = np.diff(cumulative, prepend=0)
+            each = np.diff(cumulative.astype(np.int64), prepend=0)
             each[starts] = cumulative[starts]
             columns.append(np.cumsum(np.bincount(inverse, each, len(levels))).astype(np.int64))
         predicted, hits, grown_hits = columns
@@ -180,13 +180,13 @@ class CountsBuilder:
             # Bit 0 the truth, bit 1 the grown truth: one histogram holds all four kinds of pixel.
             kinds = np.bincount(keys * 4 + truth + 2 * grown, minlength=4 * _HALF_KEYS).reshape(-1, 4)
             present = np.flatnonzero(kinds.any(axis=1))[::-1]
-            levels = _half_of_key(present.astype(np.uint16)).astype(np.float64)
+            levels: Array = _half_of_key(present.astype(np.uint16)).astype(np.float32)
             kinds = kinds[present]
         else:
             distinct, inverse = np.unique(-scores.astype(np.float64), return_inverse=True)
             levels = -distinct
             kinds = np.bincount(inverse * 4 + truth + 2 * grown, minlength=4 * len(levels)).reshape(-1, 4)
-        cumulative = np.cumsum(kinds, axis=0)
+        cumulative = np.cumsum(kinds, axis=0).astype(np.int32)
         hits = cumulative[:, 1] + cumulative[:, 3]
         grown_hits = cumulative[:, 2] + cumulative[:, 3]
         self._columns.append((levels, cumulative.sum(axis=1), hits, grown_hits))

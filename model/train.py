@@ -158,9 +158,9 @@ def _or_balanced(value: float | str, balanced: Any) -> float:
 
 def _pixel_balance(cache: Cache, dilate: int) -> float:
     """Sound over defect pixels of the training targets, [2]."""
-    targets = cache.targets(dilate)[cache.segmented]
-    defect = float(targets.sum(dtype=np.int64))
-    return (targets.size - defect) / max(defect, 1.0)
+    targets, rows = cache.targets(dilate), np.flatnonzero(cache.segmented)
+    defect = sum(int(np.count_nonzero(targets[row])) for row in rows)  # one at a time: a split may not fit in memory
+    return (len(rows) * targets[0].size - defect) / max(defect, 1)
 
 
 def hardness(score: str, losses_B: Tensor, decision_B1: Tensor, map_B1HW: Tensor, batch: Batch) -> Tensor:
