@@ -2,8 +2,9 @@
 
     python -m bench.cache_memory [--images 2000] [--side 448] [--trials 1 2 4]
 
-Every process goes through one epoch of batches (or of its own tensors) and then reports the memory that is its alone.
-Linux only: it reads /proc/self/smaps_rollup. A case that would not fit into memory is left out and said so.
+Every process goes through one epoch of batches (or of its own tensors) and then reports its anonymous memory: pages of
+the cache's files belong to the kernel, which shares them between processes and drops them when it needs room. Linux
+only: it reads /proc/self/smaps_rollup. A case that would not fit into memory is left out and said so.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ def write_set(folder: Path, images: int, side: int) -> None:
         cv2.imwrite(str(folder / f"masks/{n:05}.png"), mask)
 
 
-def private_mib() -> float:
-    """Memory of this process that no other shares."""
+def own_mib() -> float:
+    """Memory of this process that is no file's."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 
 def trial(kind: str, samples: list[Sample], side: int, root: Path, together: Barrier) -> tuple[float, float, float]:
-    """Seconds until the data are ready, private MiB before and after an epoch through them."""
+    """Seconds until the data are ready, own MiB before and after an epoch through them."""
     device = torch.device("cpu")
     torch.set_num_threads(1)
-    before = private_mib()
+    before = own_mib()
     began = time.perf_counter()
     if kind == "cache":
         cache = open_cache(samples, side, side, root)
@@ -66,7 +67,7 @@ def trial(kind: str, samples: list[Sample], side: int, root: Path, together: Bar
         for image in images:
             image.sum()
     together.wait()
-    after = private_mib()
+    after = own_mib()
     together.wait()
     return ready, before, after
 
@@ -92,7 +93,7 @@ def main() -> None:
         folder, root = Path(scratch) / "set", Path(scratch) / "cache"
         write_set(folder, options.images, options.side)
         samples = layouts.read(folder)
-        print("| data | trials | s until ready (slowest) | private MiB a trial | of that, data |")
+        print("| data | trials | s until ready (slowest) | own MiB a trial | of that, since it began |")
         print("| --- | --- | --- | --- | --- |")
         for kind in ("cache", "tensors"):
             for count in options.trials:

@@ -249,10 +249,7 @@ def batches(
 
 
 def to_input(images_BHWC: Array, device: torch.device) -> torch.Tensor:
-    """uint8 RGB images as the networks take them: (B, 3, H, W) float32 in 0..1, no mean or deviation removed.
-
-    Their memory stays in the order of the bytes (channels last), which bfloat16 on a CPU wants (see bench).
-    """
+    """uint8 RGB images as the networks take them: (B, 3, H, W) float32 in 0..1, no mean or deviation removed."""
     images = torch.from_numpy(np.array(images_BHWC)).to(device, non_blocking=True)  # torch wants memory it may write to
     return images.permute(0, 3, 1, 2).float().div_(255)
 
