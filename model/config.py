@@ -24,7 +24,7 @@ ARCHITECTURES = ("segdecnet", "segdecnet_decoder", "segdecnet_plusplus")
 THRESHOLD_RULES = ("min_of_max", "pr_curve", "grid")
 
 THRESHOLD_FIELDS = frozenset({"threshold_rule", "threshold_factor"})
-"""Fields that act after training: two configurations equal but for these share one trained network."""
+"""Fields that each trained network replays: two configurations equal but for these share one training."""
 
 STRIDE = 8
 """px of the input for each position of the trunk's last map, in each direction."""
@@ -210,7 +210,7 @@ class RunConfig:
         return cls(**values)
 
     def training_fields(self) -> dict[str, Any]:
-        """The fields that decide the trained weights: all but those that act on the finished network."""
+        """The fields that decide the trained weights: all but those whose every value is replayed on them."""
         return {name: value for name, value in self.to_dict().items() if name not in THRESHOLD_FIELDS}
 
 

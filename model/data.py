@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -27,6 +28,9 @@ from model.inspection import decode_image, decode_mask
 from model.losses import distance_weight
 from model.metrics import Array, Bools, Floats, Ints
 from model.sample import Batch, Sample, Supervision
+
+_NAME_LENGTH = 24
+"""hex digits of a cache's folder"""
 
 _USED = "used"
 """A file whose time says when a cache was last opened."""
@@ -56,6 +60,8 @@ class Cache:
     """(N, H, W, 3) uint8 RGB, memory-mapped"""
     masks: Array
     """(N, H, W) uint8 0/1, memory-mapped: the undilated truth that every trial is scored against"""
+    use: IO[str] | None = None
+    """an open file whose lock keeps the cache from being removed"""
 
     @cached_property
     def positive(self) -> Bools:
@@ -86,7 +92,7 @@ def open_cache(samples: list[Sample], height: int, width: int, root: Path | None
     """
     key = hashlib.sha256(json.dumps([_FORMAT, height, width, [(s.digest, s.mask_digest) for s in samples]]).encode())
     root = root or cache_root()
-    directory = root / key.hexdigest()[:24]
+    directory = root / key.hexdigest()[:_NAME_LENGTH]
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / f"{directory.name}.lock"):
         if not directory.exists():
@@ -101,13 +107,15 @@ def open_cache(samples: list[Sample], height: int, width: int, root: Path | None
                 shutil.rmtree(building, ignore_errors=True)
             make_room(root, cache_limit(), keep=directory)
         (directory / _USED).touch()
-    arrays = [np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in ("images.npy", "masks.npy")]
-    return Cache(samples, directory, *arrays)
+        use = _use_file(directory).open("a")
+        fcntl.flock(use, fcntl.LOCK_SH)  # for as long as the cache is open: nobody removes it
+    images, masks = (np.load(directory / n, mmap_mode="r", allow_pickle=False) for n in ("images.npy", "masks.npy"))
+    return Cache(samples, directory, images, masks, use)
 
 
 def cached(root: Path) -> list[tuple[Path, int]]:
     """The decoded splits of this node with their bytes, the one opened longest ago first."""
-    found = [path for path in root.glob("*/") if not path.name.startswith((".", "synthetic")) and path.is_dir()]
+    found = [path for path in root.glob("[0-9a-f]" * _NAME_LENGTH) if (path / "images.npy").is_file()]
     found.sort(key=lambda path: (path / _USED).stat().st_mtime if (path / _USED).exists() else 0)
     return [(path, sum(file.stat().st_size for file in path.iterdir())) for path in found]
 
@@ -115,7 +123,7 @@ def cached(root: Path) -> list[tuple[Path, int]]:
 def make_room(root: Path, limit_bytes: int, keep: Path | None = None) -> list[Path]:
     """Removes what was opened longest ago until the rest fits; what is gone.
 
-    A trial that has it open keeps its files until it closes them: the kernel sees to that.
+    What some process has open stays.
     """
     entries = cached(root)
     total = sum(size for _, size in entries)
@@ -123,12 +131,25 @@ def make_room(root: Path, limit_bytes: int, keep: Path | None = None) -> list[Pa
     for path, size in entries:
         if total <= limit_bytes:
             break
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
-            (root / f"{path.name}.lock").unlink(missing_ok=True)
+        if path != keep and _remove_unused(path):
             gone.append(path)
             total -= size
     return gone
+
+
+def _remove_unused(directory: Path) -> bool:
+    """Removes a cache unless a process has it open; lock files stay, since others may wait at them."""
+    with _use_file(directory).open("a") as use:
+        try:
+            fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        shutil.rmtree(directory, ignore_errors=True)
+        return True
+
+
+def _use_file(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.use")
 
 
 @contextmanager

@@ -119,16 +119,21 @@ def perceptual_hashes(images: list[Path]) -> np.ndarray:
 def _ask(requests: Iterable[list[Any]]) -> list[Any]:
     """Answers of a process of its own, in order."""
     answer = subprocess.run(
-        [sys.executable, "-m", "model.inspection"],
+        [sys.executable, "-P", "-m", "model.inspection"],  # -P: nothing of the current folder is imported
         input="\n".join(map(json.dumps, requests)),
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OPENCV_LOG_LEVEL": "SILENT"},
+        env={**os.environ, "OPENCV_LOG_LEVEL": "SILENT", "PYTHONPATH": _import_path()},
     )
     if answer.returncode:
         raise RuntimeError(f"looking through the data set failed:\n{answer.stderr}")
     return [json.loads(line) for line in answer.stdout.splitlines()]
+
+
+def _import_path() -> str:
+    """Where this package lies, before whatever the user has set."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 
 def _to_json(mask: Path | Rle | None) -> Any:

@@ -50,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tuner {options.verb}: {kind}{error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print(f"tuner {options.verb}: stopped at once", file=sys.stderr)
+        print(
+            f"tuner {options.verb}: stopped at once; what a run has finished is kept: `tuner resume RUN` goes on",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -60,22 +63,24 @@ def search(options: argparse.Namespace) -> int:
     names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
              "address", "wandb", "seed")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
-    return _ended(run_search(options.space, options.data, console=options.console, **chosen), not options.no_report)
+    if options.data is None:
+        options.console.print("no --data: searching the procedural crack set", style="yellow")
+    return _ended(run_search(options.space, options.data or "synthetic", console=options.console, **chosen))
 
 
 def resume(options: argparse.Namespace) -> int:
     from tuner.pipeline import go_on
     from tuner.run import load
 
-    return _ended(go_on(load(options.run), console=options.console), with_report=True)
+    return _ended(go_on(load(options.run), console=options.console))
 
 
-def _ended(run: Any, with_report: bool) -> int:
+def _ended(run: Any) -> int:
     """Says how to go on, or where the report is."""
     if run.info["state"] == "stopped":
         print(f"stopped; nothing is lost. Go on with: tuner resume {run.directory}")
         return 130
-    print(run.directory / "report" / "index.html" if with_report else run.directory)
+    print(run.directory if run.options.no_report else run.directory / "report" / "index.html")
     return 0
 
 
@@ -201,12 +206,14 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--hours", metavar="H", type=_positive, help="instead of the space's budget")
     made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit if not given")
     made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")
-    made.add_argument("--gpus-per-trial", metavar="F", type=float, help="GPUs that a trial holds, or a share of one")
+    made.add_argument(
+        "--gpus-per-trial", metavar="F", type=_not_negative, help="GPUs that a trial holds, or a share of one"
+    )
     made.add_argument("--address", metavar="ADDR", type=_address, help="a running Ray cluster, host:port or auto")
     made.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
     )
-    made.add_argument("--seed", metavar="S", type=int, help="instead of the space's")
+    made.add_argument("--seed", metavar="S", type=_seed, help="instead of the space's")
     made.add_argument("--no-report", action="store_true", help="search alone; the test split stays sealed")
 
     made = verb(resume, "resume", "go on with a run after any kind of stop", "tuner resume runs/demo")
@@ -232,8 +239,8 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner data check ~/data/cracks", into=data)  # fmt: skip
     made.add_argument("path", metavar="PATH", help="folder with images/ and masks/, or of another known layout")
     made.add_argument("--layout", default="auto", help=f"how files lie there: {_LAYOUTS}")
-    made.add_argument("--validation-share", type=float, default=0.15, help="share of the images")
-    made.add_argument("--test-share", type=float, default=0.15, help="share of the images")
+    made.add_argument("--validation-share", type=_share, default=0.15, help="share of the images")
+    made.add_argument("--test-share", type=_share, default=0.15, help="share of the images")
     made.add_argument("--seed", type=int, default=0, help="of the random split")
     made = verb(data_convert, "convert", "write a data set as images/, masks/ and index.csv",
                 "tuner data convert ~/data/KolektorSDD2 ~/data/ksdd2", into=data)  # fmt: skip
@@ -276,6 +283,21 @@ def _positive(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, found {text!r}")
     return number
+
+
+def _not_negative(text: str) -> float:
+    return 0.0 if text.strip() in ("0", "0.0") else _positive(text)
+
+
+def _seed(text: str) -> int:
+    return 0 if text.strip() == "0" else _count(text)
+
+
+def _share(text: str) -> float:
+    share = _positive(text)
+    if share >= 0.9:
+        raise argparse.ArgumentTypeError(f"must be a share below 0.9, found {text!r}")
+    return share
 
 
 def _address(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ def run_search(
     *,
     name: str | None = None,
     runs: str | Path = "runs",
-    no_report: bool = False,
     console: Console | None = None,
     **options: Any,
 ) -> Run:
@@ -37,14 +37,19 @@ def run_search(
     chosen = Options(**options)
     if chosen.wandb == "online":
         tracking.check_online()
-    return go_on(create(space, data, Path(runs), name, chosen), no_report, console)
+    run = create(space, data, Path(runs), name, chosen)
+    try:
+        return go_on(run, console)
+    except ValueError:  # what only the cluster knew was wrong: the name stays free
+        if not (run.directory / "study.journal").exists():
+            shutil.rmtree(run.directory)
+        raise
 
 
-def go_on(run: Run, no_report: bool = False, console: Console | None = None) -> Run:
+def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     with run.locked(), cluster(run.options.address):
-        finished = _search(run, console) == "finished"
-        if finished and not no_report:
+        if _search(run, console) == "finished" and not run.options.no_report:
             if not (run.directory / "evaluation" / "selection.json").exists():
                 evaluate(run)
             report.write(run.directory)
@@ -52,7 +57,12 @@ def go_on(run: Run, no_report: bool = False, console: Console | None = None) -> 
 
 
 def evaluate(run: Run, open_test: bool = False) -> None:
-    """Evaluates winner and baseline; needs a cluster and the lock."""
+    """Evaluates winner and baseline; needs a cluster and the lock. ValueError while trials are left to run: the winner
+    of a part of a search would be frozen with its look at the test split."""
+    if (state := run.info["state"]) != "finished":
+        raise ValueError(
+            f"finals need a search that is finished, found one that is {state}; run `tuner resume {run.directory}`"
+        )
     options = run.options
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     finals.evaluate(run.directory, run.splits(), run.space.objective.metric, resources, open_test)
@@ -64,18 +74,29 @@ def _search(run: Run, console: Console | None) -> str:
     found = run.splits()
     task = TrialTask(found.train, found.validation, space.objective.metric, space.threshold_rules())
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
+    sessions = _closed(run, info["sessions"])
     study = SearchStudy(space, info["id"], run.directory / "study.journal")
     trackers = tracking.build(options.wandb, terminal=console is not None, console=console)
     trackers.search_started(_watched(run))
     session = {"started": time.time(), "ended": None}
-    run.note(state="running", sessions=[*info["sessions"], session])
+    run.note(state="running", sessions=[*sessions, session])
     state = "failed"
     try:
         state = run_trials(study, task, run.directory, space.budget, resources, trackers)
+    except KeyboardInterrupt:  # a second Ctrl-C
+        state = "stopped"
+        raise
     finally:
         trackers.search_ended(state)
-        run.note(state=state, sessions=[*info["sessions"], session | {"ended": time.time()}])
+        run.note(state=state, sessions=[*sessions, session | {"ended": time.time()}])
     return state
+
+
+def _closed(run: Run, sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A session that was killed ended when the study was last written."""
+    journal = run.directory / "study.journal"
+    last = journal.stat().st_mtime if journal.exists() else 0.0
+    return [s if s["ended"] else s | {"ended": max(s["started"], last)} for s in sessions]
 
 
 def _watched(run: Run) -> tracking.RunInfo:

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model import layouts, splits, synthetic
-from model.config import DEFAULTS
 from model.data import cache_root
 from model.files import write_json
 from model.splits import Splits
 from tuner import records, space_file
-from tuner.space import DECISION_METRICS, IntParam, Space, is_name
+from tuner.space import DECISION_METRICS, Space, is_name
 
 SYNTHETIC = "synthetic"
 _PACKAGES = ("segdec-tuner", "torch", "ray", "optuna", "wandb", "numpy", "opencv-python-headless", "albumentations")
@@ -42,6 +41,8 @@ class Options:
     address: str | None = None
     wandb: Literal["off", "offline", "online"] = "offline"
     seed: int | None = None
+    no_report: bool = False
+    """the search alone: the test split stays sealed, also when the run is resumed"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Run:
         """Whether some process holds the lock."""
         with (self.directory / "run.lock").open("a") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
             return False
@@ -122,6 +123,8 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
     name = name or space.name
     if not is_name(name):
         raise ValueError(f"a run's name must be letters, digits, - and _, found {name!r}")
+    if runs.exists() and not runs.is_dir():
+        raise ValueError(f"--runs must be a folder, found the file {runs}")
     directory = runs / name
     if directory.exists():
         raise ValueError(
@@ -139,7 +142,7 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
             "name": directory.name,
             "id": secrets.token_hex(3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["tuner", *sys.argv[1:]]) if sys.argv[0].endswith("tuner") else "tuner.run_search",
+            "command": _command(),
             "space": space.to_dict(),
             "space_fingerprint": space.fingerprint(),
             "data_path": data,
@@ -168,7 +171,9 @@ def load(directory: str | Path) -> Run:
 
 def _with_options(space: Space, options: Options) -> Space:
     budget = replace(
-        space.budget, trials=options.trials or space.budget.trials, hours=options.hours or space.budget.hours
+        space.budget,
+        trials=space.budget.trials if options.trials is None else options.trials,
+        hours=space.budget.hours if options.hours is None else options.hours,
     )
     return replace(space, budget=budget, seed=space.seed if options.seed is None else options.seed)
 
@@ -198,10 +203,9 @@ def _check_data_fits(space: Space, found: Splits, data: str) -> None:
             "use objective or segmentation"
         )
     searched = space.search.get("num_segmented")
-    largest = (
-        searched.high if isinstance(searched, IntParam) else space.train.get("num_segmented", DEFAULTS["num_segmented"])
-    )
-    splits.keep_masks(found.train, largest)
+    counts = searched.samples() if searched else (space.train.get("num_segmented", "all"),)
+    for count in counts:
+        splits.keep_masks(found.train, count)
 
 
 def _data_facts(space: Space, found: Splits) -> dict[str, Any]:
@@ -216,6 +220,13 @@ def _data_facts(space: Space, found: Splits) -> dict[str, Any]:
         "groups": {name: len({sample.group for sample in split}) for name, split in named.items()},
         "has_negatives": found.has_negatives,
     }
+
+
+def _command() -> str:
+    """The command line, where this process is one."""
+    name = Path(sys.argv[0])
+    is_ours = name.name == "tuner" or name.parts[-2:] == ("tuner", "__main__.py")
+    return shlex.join(["tuner", *sys.argv[1:]]) if is_ours else "tuner.run_search"
 
 
 def _versions() -> dict[str, str]:

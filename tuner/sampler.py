@@ -63,6 +63,8 @@ class SearchStudy:
         self.space = space
         self.run_id = run_id
         self._baseline_asked = False
+        self._running: dict[int | None, Proposal] = {}
+        self._waits = False
         storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
         self._storage = storage
         self._study = optuna.create_study(
@@ -92,23 +94,42 @@ class SearchStudy:
     # Asking
 
     def ask(self) -> Proposal | None:
-        """The next trial that needs training; the baseline before any other. None when nothing new is left.
+        """The next trial that needs training; the baseline before any other. None when nothing new is left now.
 
-        Proposals whose network is trained already are told from its replay on the way.
+        Proposals whose network is trained already are told from its replay on the way; one whose network is being
+        trained waits, and so does whoever asks.
         """
+        if self._waits or self._attr("exhausted_at") == self._trained():
+            return None
         if not (self._attr("baseline_in_space") or self._attr("baseline") or self._baseline_asked):
             self._baseline_asked = True
             config = self.space.baseline_config(self.space.seed)
-            return Proposal(self.trial_id(None), None, self._outside_params(config), config, True)
+            baseline = Proposal(self.trial_id(None), None, self._outside_params(config), config, True)
+            self._running[None] = baseline
+            return baseline
         for _ in range(MAX_REPLAYS_IN_A_ROW):
             trial = self._study.ask()
             params = self._suggest(trial)
             proposal = self._proposal(trial.number, params)
+            if self._is_being_trained(proposal):
+                self.put_back(trial.number)
+                self._waits = True
+                return None
             source = self._trained_twin(proposal)
             if source is None:
+                self._running[trial.number] = proposal
                 return proposal
             self._tell_from_replay(proposal, source)
+        self._study.set_user_attr("exhausted_at", self._trained())
         return None
+
+    def _trained(self) -> int:
+        """How many networks have been trained; the space is exhausted until there is another."""
+        return sum(not record["replayed_from"] for record in self.records())
+
+    def _is_being_trained(self, proposal: Proposal) -> bool:
+        wanted = proposal.config.training_fields()
+        return any(other.config.training_fields() == wanted for other in self._running.values())
 
     def _suggest(self, trial: optuna.trial.Trial) -> dict[str, Any]:
         """Every parameter whose conditions hold, in the order of the space."""
@@ -149,6 +170,7 @@ class SearchStudy:
                 "thresholds": source["rule_thresholds"][rule],
                 "replayed_from": source["trial"],
                 "started": None,
+                "ended": None,
                 "seconds": 0.0,
                 "device_seconds": 0.0,
             },
@@ -163,6 +185,8 @@ class SearchStudy:
 
     def finish(self, proposal: Proposal, record: dict[str, Any]) -> None:
         """The end of a trial: its record, then its state."""
+        self._waits = False
+        self._running.pop(proposal.number, None)
         if proposal.number is None:
             self._study.set_user_attr("baseline", record)
             return
@@ -172,6 +196,7 @@ class SearchStudy:
 
     def put_back(self, number: int | None) -> None:
         """A running trial that was not finished: it is asked for again, with its parameters."""
+        self._running.pop(number, None)
         if number is not None:
             self._storage.set_trial_state_values(self._storage_id(number), TrialState.WAITING)
 

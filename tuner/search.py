@@ -55,7 +55,7 @@ class Resources:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """A Ray that this process is connected to: one that runs already, one at `address`, or a local one of its own."""
+    """A Ray that this process is connected to: already, at `address`, or a local one of its own."""
     if ray.is_initialized():
         yield
         return
@@ -63,7 +63,7 @@ def cluster(address: str | None) -> Iterator[None]:
     # Ray speaks of things that this search does not use: its own results, its snapshots, its token.
     logging.getLogger("ray").setLevel(logging.ERROR)
     ray.init(
-        address=address,
+        address=address or "local",  # never by chance the cluster of somebody else on this machine
         include_dashboard=None if address else False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -158,7 +158,7 @@ def _previews(trials: Path, trial: str) -> dict[str, bytes]:
 
 def asha_stops(value: float, others: list[float], reduction: int) -> bool:
     """Asynchronous successive halving (Li et al., MLSys 2020) at one rung: whether a value is outside the best
-    1/reduction of those that reached the rung so far. The first to arrive go on."""
+    1/reduction of those that reached the rung so far, and at least of the best one. The first to arrive goes on."""
     better = sum(other > value for other in others)
     return better >= max(1, (len(others) + 1) // reduction) if others else False
 
@@ -183,6 +183,8 @@ class _Session:
         self.live: dict[str, Proposal] = {}
         self.progress: dict[str, dict[str, Any]] = {}
         self.started: dict[str, float] = {}
+        self.judged: dict[str, int] = {}
+        """the last epoch at which a trial was compared in this session"""
         self.reason_stopped: dict[str, str] = {}
         self.stop_asked = False
         self.failure: str | None = None
@@ -216,7 +218,11 @@ class _Session:
             return None if self.live else Searcher.FINISHED
         checkpoint_folder = newest_checkpoint(self.trials, proposal.trial)
         epoch = checkpoint.load_progress(checkpoint_folder)["epochs"] if checkpoint_folder else 0
+        if checkpoint_folder:  # the driver may have died between the checkpoint and the study
+            for row in checkpoint.load_progress(checkpoint_folder)["history"]:
+                self.study.report(proposal.number, row["epoch"], row["value"])
         self.live[key] = proposal
+        self.judged[key] = 0
         self.started[key] = self.elapsed()
         self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), epoch)
         return {
@@ -229,13 +235,14 @@ class _Session:
         """Whether no further trial may start."""
         used = records.charged(self.study.records())
         limits = self.budget
-        device_hours = sum(record["device_seconds"] for record in used) / 3600
-        baseline_is_done = records.baseline(used) is not None
+        running = sum(progress["seconds"] for progress in self.progress.values()) * self.resources.devices
+        device_hours = (sum(record["device_seconds"] for record in used) + running) / 3600
+        baseline_has_begun = records.baseline(used) is not None or self._baseline_runs()
         return (
             self.stop_asked
             or self.failure is not None
             or (limits.trials is not None and len(used) + len(self.live) >= limits.trials)
-            or (baseline_is_done and self.time_is_up())
+            or (baseline_has_begun and self.time_is_up())
             or (limits.device_hours is not None and device_hours >= limits.device_hours)
             or (limits.money is not None and device_hours * (limits.price_per_device_hour or 0) >= limits.money)
         )
@@ -245,6 +252,8 @@ class _Session:
     def reported(self, key: str, progress: dict[str, Any]) -> bool:
         """Takes in a trial's progress; False when it is to stop."""
         proposal = self.live[key]
+        if progress["status"] == Status.FAILED and key in self.progress:  # what it had reached stays known
+            progress = self.progress[key] | {"status": progress["status"], "reason": progress["reason"]}
         self.progress[key] = progress
         if progress["status"] in (Status.DIVERGED, Status.FAILED) or not progress["history"]:
             return True
@@ -255,13 +264,28 @@ class _Session:
         self.trackers.epoch_ended(proposal.trial, row, previews)
         if progress["status"] == Status.COMPLETED or proposal.is_baseline:
             return True
-        if row["epoch"] in rungs(self.study.space.scheduler, proposal.config.epochs):
-            others = self.study.values_at(row["epoch"])
-            others.pop(proposal.number or 0, None)
-            if asha_stops(row["value"], list(others.values()), self.study.space.scheduler.reduction):
-                self.reason_stopped[key] = f"not among the best at epoch {row['epoch']}"
-                return False
-        return True
+        if self.time_is_up():
+            self.reason_stopped[key] = _TIME_IS_UP
+            return False
+        return not self._is_cut(key, proposal, progress["history"])
+
+    def _is_cut(self, key: str, proposal: Proposal, history: list[dict[str, Any]]) -> bool:
+        """Whether the scheduler stops a trial at the last rung that it has passed since it was last compared; after a
+        resume that may be an earlier one than its epoch."""
+        epoch = history[-1]["epoch"]
+        scheduler = self.study.space.scheduler
+        passed = [rung for rung in rungs(scheduler, proposal.config.epochs) if self.judged[key] < rung <= epoch]
+        self.judged[key] = epoch
+        if not passed:
+            return False
+        rung = passed[-1]
+        value = next(row["value"] for row in history if row["epoch"] == rung)
+        others = self.study.values_at(rung)
+        others.pop(proposal.number or 0, None)
+        if asha_stops(value, list(others.values()), scheduler.reduction):
+            self.reason_stopped[key] = f"not among the best at epoch {rung}"
+            return True
+        return False
 
     def ended(self, key: str, crashed: bool) -> None:
         """A trial has left its worker."""
@@ -275,7 +299,7 @@ class _Session:
         elif crashed:
             status, reason = Status.FAILED, "its worker process died; the system may have run out of memory"
         elif status == "running" and self.time_is_up() and not self.stop_asked and not proposal.is_baseline:
-            status, reason = Status.STOPPED_EARLY, "the hours of the budget were used up"
+            status, reason = Status.STOPPED_EARLY, _TIME_IS_UP
         elif status == "running":
             self.study.put_back(proposal.number)
             return
@@ -290,6 +314,7 @@ class _Session:
             "params": proposal.params,
             "config": proposal.config.to_dict(),
             "started": started,
+            "ended": self.elapsed(),
             "device_seconds": progress["seconds"] * self.resources.devices,
             "replayed_from": None,
             **progress,
@@ -317,7 +342,10 @@ class _Session:
         """Whether all running trials are to end now. The baseline always runs to its end."""
         if self.stop_asked or self.failure is not None:
             return True
-        return self.time_is_up() and not any(proposal.is_baseline for proposal in self.live.values())
+        return self.time_is_up() and not self._baseline_runs()
+
+    def _baseline_runs(self) -> bool:
+        return any(proposal.is_baseline for proposal in self.live.values())
 
     def time_is_up(self) -> bool:
         return self.budget.hours is not None and self.elapsed() >= self.budget.hours * 3600
@@ -331,6 +359,8 @@ class _Session:
         self.study.add_wall_seconds(now - self._saved)
         self._saved = now
 
+
+_TIME_IS_UP = "the hours of the budget were used up"
 
 _NOTHING: dict[str, Any] = {
     "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,

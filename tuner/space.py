@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.config import RunConfig
+from model.config import DEFAULTS, RunConfig
 
 SAMPLERS = ("tpe", "random")
 SCHEDULERS = ("asha", "none")
@@ -19,13 +19,15 @@ SEGMENTATION_METRICS = (
 DECISION_METRICS = ("decision_ap", "decision_auc")
 METRICS = SEGMENTATION_METRICS + DECISION_METRICS
 
-BASELINE = {
+SHARED_WITH_BASELINE = ("width", "epochs", "batch_size", "micro_batch", "precision")
+"""What the baseline takes over from a space, besides data and input size; so these cannot be searched."""
+
+BASELINE = {name: value for name, value in DEFAULTS.items() if name not in SHARED_WITH_BASELINE} | {
     "architecture": "segdecnet_decoder", "optimizer": "sgd", "learning_rate": 1.0, "delta_cls_loss": 0.01,
     "dilate": 1, "dynamic_balance": True, "gradient_adjustment": True, "frequency_sampling": True,
-    "weighted_loss": False, "num_segmented": "all", "augment_flips": False, "augment_quarter_turns": False,
-    "augment_brightness": 0.0, "threshold_rule": "pr_curve", "threshold_factor": 1,
+    "weighted_loss": False, "num_segmented": "all", "threshold_rule": "pr_curve", "threshold_factor": 1,
 }  # fmt: skip
-"""The method of the results page. A search adds its own data, input size, width, epochs, batch and precision."""
+"""The method of the results page: what it states, and the default, which is off, of all that came later."""
 
 
 class SpaceError(ValueError):
@@ -167,7 +169,7 @@ class Space:
 
     def baseline_config(self, seed: int) -> RunConfig:
         """The results page's method on this space's data, size, width, epochs, batch and precision."""
-        own = {name: value for name, value in self.train.items() if name not in BASELINE}
+        own = {name: value for name, value in self.train.items() if name in SHARED_WITH_BASELINE}
         size = {"input_height": self.data.height, "input_width": self.data.width}
         return RunConfig(**{**own, **BASELINE, **size, "seed": seed})
 

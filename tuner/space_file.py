@@ -20,6 +20,7 @@ from tuner.space import (
     METRICS,
     SAMPLERS,
     SCHEDULERS,
+    SHARED_WITH_BASELINE,
     Budget,
     ChoiceParam,
     DataOptions,
@@ -231,6 +232,10 @@ class _Reader:
                 continue
             if name in train:
                 self.problem(f"search.{name}", "is fixed under train as well", way_out="remove one of the two")
+            if name in SHARED_WITH_BASELINE:
+                self.problem(
+                    f"search.{name}", "is what all trials share with the baseline", way_out="fix it under train"
+                )
             if param := self.param(f"search.{name}", described):
                 for sample in param.samples():
                     if not self.fits("search", name, sample):

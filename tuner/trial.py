@@ -82,9 +82,12 @@ class TrialTask:
 
 
 def take_device(gpus: float, threads: int) -> torch.device:
-    """The device that this process was given, with as many CPU threads as it may use."""
+    """The device that this process was given, with as many CPU threads as it may use. RuntimeError if it was given a
+    GPU that torch cannot use: a silent CPU would take days."""
     torch.set_num_threads(max(1, threads))
-    return torch.device("cuda" if gpus > 0 and torch.cuda.is_available() else "cpu")
+    if gpus > 0 and not torch.cuda.is_available():
+        raise RuntimeError("this trial holds a GPU, but torch finds no CUDA here; install a CUDA build of torch")
+    return torch.device("cuda" if gpus > 0 else "cpu")
 
 
 class _Keeper:

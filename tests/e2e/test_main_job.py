@@ -137,6 +137,9 @@ def test_no_test_pixel_is_seen_before_the_finals(place: Path) -> None:
     for sample in found.test:
         assert not (cached == decode_image(sample.image)).all(axis=(1, 2, 3)).any()
     assert not (place / "runs/small/evaluation").exists()
+    code, out, err = call(place, "resume", "runs/small")
+    assert (code, out) == (0, "runs/small\n"), err
+    assert not (place / "runs/small/evaluation").exists()  # sealed still: nobody asked for more
 
     code, out, err = call(place, "finals", "runs/small")
     assert code == 0, err
@@ -153,6 +156,9 @@ def test_ctrl_c_stops_cleanly_and_resume_goes_on(place: Path) -> None:
     assert out == "stopped; nothing is lost. Go on with: tuner resume runs/small\n"
     status = json.loads(call(place, "status", "runs/small", "--json")[1])
     assert (status["state"], status["running"]) == ("stopped", 0)
+    code, _, err = call(place, "finals", "runs/small")
+    assert code == 2
+    assert "finals need a search that is finished, found one that is stopped" in err
 
     code, out, err = call(place, "resume", "runs/small")
     assert (code, out) == (0, "runs/small/report/index.html\n"), err

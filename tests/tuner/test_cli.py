@@ -120,6 +120,10 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
         (["search", "nothing.yaml"], "there is no such file, and no shipped search space of this name"),
         (["search", "small.yaml", "--data", "nowhere"], "there is no such folder; give --data the folder"),
         (["search", "small.yaml", "--trials", "0"], "must be a whole number of at least 1, found '0'"),
+        (["search", "small.yaml", "--seed", "-5"], "must be a whole number of at least 1, found '-5'"),
+        (["search", "small.yaml", "--gpus-per-trial", "nan"], "must be a number above 0, found 'nan'"),
+        (["search", "small.yaml", "--data", "set", "--runs", "small.yaml"], "--runs must be a folder, found the file"),
+        (["data", "check", "set", "--test-share", "1.5"], "must be a share below 0.9, found '1.5'"),
         (["search", "small.yaml", "--hours", "-1"], "must be a number above 0, found '-1'"),
         (["search", "small.yaml", "--address", "ray://head:10001"], "must be host:port of a Ray cluster, or auto"),
         (["search", "small.yaml", "--data", "set", "--name", "../up"], "a run's name must be letters, digits"),
@@ -203,6 +207,11 @@ def test_help_names_every_layout() -> None:
     assert ", ".join(layouts.LAYOUTS) == cli._LAYOUTS
 
 
+def test_nothing_of_the_current_folder_is_run(data: Path, capsys) -> None:
+    Path("model.py").write_text("raise SystemExit('a user file was imported')")
+    assert cli.main(["data", "check", "set", "--test-share", "0.25", "--validation-share", "0.25"]) == 0
+
+
 def test_synth_writes_what_check_reads(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "synth", "--out", "cracks", "--count", "30", "--height", "64"]) == 0
@@ -215,6 +224,7 @@ def test_the_cache_is_listed_and_cleared(made: Path, tmp_path: Path, monkeypatch
     cache = open_cache(layouts.read(made), 64, 128)
     assert cli.main(["data", "cache"]) == 0
     assert str(cache.directory) in capsys.readouterr().out
+    cache.use.close()
     assert cli.main(["data", "cache", "--clear"]) == 0
     assert "1 removed" in capsys.readouterr().out
     assert not cache.directory.exists()

@@ -119,6 +119,10 @@ def test_a_trained_network_answers_other_threshold_rules(journal: Path) -> None:
     records = study.records()
     assert len(records) == 1 + MAX_REPLAYS_IN_A_ROW
     by_rule = {"min_of_max": 0.1, "pr_curve": 0.4, "grid": 0.5}
+    assert study.ask() is None
+    again = SearchStudy(space, "abc123", journal)
+    assert again.ask() is None
+    assert len(again.records()) == len(records)  # asking again, and resuming, adds nothing
     for record in records[1:]:
         assert record["replayed_from"] == baseline.trial
         assert record["value"] == by_rule[record["params"]["threshold_rule"]]
@@ -179,3 +183,19 @@ def test_the_clock_runs_over_all_sessions(space: Space, journal: Path) -> None:
     study = SearchStudy(space, "abc123", journal)
     study.add_wall_seconds(5)
     assert study.wall_seconds() == 15
+
+
+def test_a_network_that_is_being_trained_is_waited_for(journal: Path) -> None:
+    space = small_space(
+        search={"threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]}},
+        train={"width": 0.1, "epochs": 3, "learning_rate": 1.0},
+        budget={"trials": 5},
+    )
+    study = SearchStudy(space, "abc123", journal)
+    baseline = study.ask()
+    assert study.ask() is None
+    assert study.ask() is None
+    assert count_running(journal) == 1
+    study.finish(baseline, ended(baseline))
+    assert study.ask() is None
+    assert {record["replayed_from"] for record in study.records()} == {None, baseline.trial}

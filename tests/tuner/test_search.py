@@ -208,6 +208,37 @@ def test_when_the_hours_are_over_what_runs_is_stopped_early(ray_cluster, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
+def test_a_slow_baseline_does_not_stretch_the_hours_for_others(ray_cluster, tmp_path: Path) -> None:
+    """The baseline waits until the time is up: what runs beside it is stopped at its next epoch, and nothing starts."""
+    space = scripted_space([1.0, 2.0, 3.0, 4.0], hours=1e-6)
+    release = threading.Timer(3.0, (tmp_path / "go").touch)
+    release.start()
+    assert run(space, tmp_path, concurrent=2, _0_01="wait") == "finished"
+    assert ends(tmp_path)[0] == (0.01, "completed")
+    assert len(ends(tmp_path)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_an_epoch_that_the_driver_did_not_live_to_see_is_compared_after_all(ray_cluster, tmp_path: Path) -> None:
+    """The checkpoint of a rung's epoch was stored, and the driver died before the study knew."""
+    space = scripted_space([5.0, 1.0], {"name": "asha", "min_epochs": 2, "reduction": 2})
+    (tmp_path / "trials").mkdir()
+    folder = tmp_path / "trials/attempt-1/abc123-0002/checkpoint_000001"
+    folder.mkdir(parents=True)
+    rows = [{"epoch": epoch, "value": 0.1 + epoch / 1000} for epoch in (1, 2)]
+    reached = ScriptedTask(tmp_path).fresh() | {"epochs": 2, "history": rows, "value": 0.102, "best_epoch": 2}
+    write_json(folder / "progress.json", reached)
+    checkpoint.seal(folder)
+    assert run(space, tmp_path) == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (5, "completed"), (1, "stopped_early")]
+    found = records.read(tmp_path)[2]
+    assert found["reason"] == "not among the best at epoch 2"
+    assert [row["epoch"] for row in found["history"]] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
 def test_trials_run_side_by_side_and_the_budget_is_exact(ray_cluster, tmp_path: Path) -> None:
     space = scripted_space([1.0, 2.0, 3.0], trials=6)
     assert run(space, tmp_path, concurrent=2) == "finished"
@@ -262,5 +293,5 @@ def test_watching_changes_nothing(ray_cluster, tmp_path: Path) -> None:
     for name, tracker in (("off", None), ("on", Events()), ("raising", Raising())):
         (tmp_path / name).mkdir()
         assert run(space, tmp_path / name, tracker=tracker) == "finished"
-        found.append([record | {"started": 0} for record in records.read(tmp_path / name)])
+        found.append([record | {"started": 0, "ended": 0} for record in records.read(tmp_path / name)])
     assert found[0] == found[1] == found[2]

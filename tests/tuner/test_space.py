@@ -146,6 +146,27 @@ def test_the_baseline_is_a_point_of_the_space_only_if_everything_fits() -> None:
     assert (baseline.optimizer, baseline.learning_rate, baseline.epochs, baseline.width) == ("sgd", 1.0, 9, 0.25)
 
 
+def test_the_baseline_has_nothing_that_came_after_the_results_page() -> None:
+    later = {
+        "schedule": "cosine", "hard_mining_places": 1, "blacken": True, "lower_threshold": 0.9, "norm": "standard",
+        "pixel_positive_weight": 20.0, "augment_color": 0.2, "best_by": "segmentation",
+    }  # fmt: skip
+    space = space_file.parse(changed(train=GOOD["train"] | later))
+    assert space.baseline_params() is None
+    assert space.baseline_config(0) == space_file.parse(GOOD).baseline_config(0)
+
+
+@pytest.mark.parametrize("name", ["width", "epochs", "batch_size"])
+def test_what_the_baseline_shares_cannot_be_searched(name: str) -> None:
+    document = changed()
+    document["train"].pop(name, None)
+    document["search"][name] = {"type": "categorical", "choices": [1, 2]}
+    with pytest.raises(
+        SpaceError, match=f"search.{name}: is what all trials share with the baseline; fix it under train"
+    ):
+        space_file.parse(document)
+
+
 def test_the_fingerprint_knows_what_is_searched_and_not_what_may_be_spent() -> None:
     prints = [space_file.parse(d).fingerprint() for d in (GOOD, changed(budget__trials=9), changed(train__epochs=5))]
     assert prints[0] == prints[1] != prints[2]

@@ -220,6 +220,8 @@ def search_figures(run: Run) -> Json:
 
 def ended(record: Json) -> float | None:
     """Seconds since the search began."""
+    if record.get("ended") is not None:
+        return float(record["ended"])
     if record["started"] is None or record["seconds"] is None:
         return None
     return float(record["started"] + record["seconds"])

@@ -83,7 +83,7 @@ class Runs:
             # Nothing may be lost: from here on as if offline. The id that failed is still taken in this process.
             self._mode = "offline"
             reason = " ".join(str(error).split())
-            print(f"no way online, further trials are kept for `tuner sync`: {reason}", flush=True)
+            print(f"no way online, further trials are kept for `wandb sync`: {reason}", flush=True)
             run = self._init(trial, f"{trial}-offline", config, baseline, resumed_epoch)
         run.define_metric("*", step_metric="epoch")
         self._open[trial] = run

@@ -118,7 +118,7 @@ class WandbTracker(Tracker):
             self._process.wait()
             raise RuntimeError(
                 f"the W&B logger process did not finish within {self._finish_wait_s:g} s after the search had "
-                f"{state} and was ended; what it wrote lies in {self._log.parent}, see `tuner sync`"
+                f"{state} and was ended; what it wrote lies in {self._log.parent}: upload it with `wandb sync`"
             ) from None
         if code != 0:
             raise RuntimeError(self._death(code))
@@ -189,7 +189,7 @@ def check_online() -> None:
         raise RuntimeError(f"wandb could not look for an API key: {result.stderr.strip()[-500:]}")
     raise ValueError(
         f"--wandb online needs a W&B API key, found {result.stdout.strip() or 'none'}; "
-        "run `wandb login`, set WANDB_API_KEY, or take --wandb offline and upload later with `tuner sync`"
+        "run `wandb login`, set WANDB_API_KEY, or take --wandb offline and upload later with `wandb sync`"
     )
 
 
