@@ -124,14 +124,15 @@ class _Reader:
         )
         scheduler = self.scheduler(document.get("scheduler", "none"), train.get("epochs", DEFAULTS["epochs"]))
         budget = self.budget(document.get("budget", {}))
-        start_from = document.get("start_from", [])
-        if self.problems:  # what follows needs the parts to be right
-            return None
         space = Space(
             name=name, data=data, train=train, search=search, objective=objective, sampler=sampler,
             scheduler=scheduler, budget=budget, start_from=(), seed=seed,
         )  # fmt: skip
-        return self.whole(space, start_from)
+        self.late_decision(space)
+        points = self.start_from(space, document.get("start_from", []))
+        if not self.problems:  # what follows needs the single values to be right
+            self.corners(space)
+        return None if self.problems else Space(**{**fields_of(space), "start_from": points})
 
     def problem(self, key: str, rule: str, found: Any = _MISSING, way_out: str = "") -> None:
         shown = "" if found is _MISSING else f", found {_shown(found)}"
@@ -248,7 +249,7 @@ class _Reader:
         if not isinstance(value, dict):
             self.problem(key, "must be a mapping such as {type: float, low: 0.1, high: 1.0}", value)
             return None
-        if value.get("type") not in kinds:
+        if value.get("type") not in tuple(kinds):
             self.problem(f"{key}.type", f"must be one of {', '.join(kinds)}", value.get("type", "nothing"))
             return None
         when = self.when(key, value.get("when", {}))
@@ -363,33 +364,38 @@ class _Reader:
             self.problem("budget", "money and price_per_device_hour go together", list(value), "add the other one")
         return Budget(trials=trials, **limits)
 
-    def whole(self, space: Space, start_from: Any) -> Space | None:
-        """Rules that look at several parts at once."""
+    def late_decision(self, space: Space) -> None:
+        """A rung compares nothing that has not begun to learn."""
         late = space.train.get("dynamic_balance", DEFAULTS["dynamic_balance"]) or "dynamic_balance" in space.search
         if space.objective.metric in DECISION_METRICS and space.scheduler.name != "none" and late:
             self.problem(
-                    "scheduler", "must be none for a decision metric with dynamic_balance: the decision learns late, "
-                    "so early epochs say nothing of it", space.scheduler.name, "or set train.dynamic_balance: false",
-                )  # fmt: skip
+                "scheduler", "must be none for a decision metric with dynamic_balance: the decision learns late, "
+                "so early epochs say nothing of it", space.scheduler.name, "or set train.dynamic_balance: false",
+            )  # fmt: skip
+
+    def start_from(self, space: Space, value: Any) -> tuple[dict[str, Any], ...]:
+        """Points to begin with; judged only against a search that is right itself."""
+        if not isinstance(value, list) or not all(isinstance(point, dict) for point in value):
+            self.problem("start_from", "must be a list of configurations, each a mapping of parameters", value)
+            return ()
+        if any(problem.startswith("search") for problem in self.problems):
+            return ()
+        for n, point in enumerate(value):
+            if not space.contains(point):
+                active = ", ".join(space.active(point)) or "nothing"
+                rule = f"must give each searched parameter a value in its range (here: {active})"
+                self.problem(f"start_from[{n}]", rule, point)
+        return tuple(value)
+
+    def corners(self, space: Space) -> None:
+        """What fields ask of each other, at both ends of the search."""
         for corner in (0, -1):
             params: dict[str, Any] = {name: param.samples()[corner] for name, param in space.search.items()}
             try:
                 space.config({name: params[name] for name in space.active(params)}, space.seed)
             except ValueError as error:
                 self.problem("train", str(error))
-                break
-        if not isinstance(start_from, list) or not all(isinstance(point, dict) for point in start_from):
-            self.problem("start_from", "must be a list of configurations, each a mapping of parameters", start_from)
-            return None
-        for n, point in enumerate(start_from):
-            if not space.contains(point):
-                active = ", ".join(space.active(point)) or "nothing"
-                self.problem(
-                    f"start_from[{n}]",
-                    "must give each searched parameter a value in its range (here: " + active + ")",
-                    point,
-                )
-        return Space(**{**fields_of(space), "start_from": tuple(start_from)}) if not self.problems else None
+                return
 
 
 def schema() -> dict[str, Any]:

@@ -1,8 +1,11 @@
 import copy
+from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tuner import space_file
 from tuner.space import FloatParam, IntParam, SpaceError
@@ -98,6 +101,16 @@ def test_all_problems_come_in_one_error() -> None:
     assert len(caught.value.problems) == 5
 
 
+def test_rules_between_keys_come_in_the_same_error() -> None:
+    document = changed(
+        train__learning_rat=1, objective={"metric": "decision_ap"}, scheduler="asha", start_from=[{"dilate": 2}]
+    )
+    with pytest.raises(SpaceError) as caught:
+        space_file.parse(document)
+    keys = [problem.split(":")[0] for problem in caught.value.problems]
+    assert keys == ["train.learning_rat", "scheduler", "start_from[0]"]
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("name: a\nname: b\n")
@@ -178,3 +191,28 @@ def test_the_schema_takes_good_files_and_refuses_misspelt_ones() -> None:
     validator.validate(GOOD)
     for bad in (changed(nane=1), changed(train__epoch=3), changed(search__dilate__type="real"), changed(sampler="x")):
         assert not validator.is_valid(bad)
+
+
+JUNK = st.sampled_from(
+    [None, -1, 0, 1.5, float("nan"), "x", "1e-3", True, [], [1], [{}], {}, {"a": 1}, {"type": "int"}]
+)
+
+
+@given(st.data())
+def test_whatever_stands_in_a_file_is_a_space_or_a_list_of_problems(data: st.DataObject) -> None:
+    """Any one or two nodes of a good file replaced by anything."""
+    document = changed(start_from=[{"learning_rate": 0.1, "dilate": 3, "threshold_rule": "grid"}], sampler="tpe")
+    for _ in range(data.draw(st.integers(1, 2))):
+        node: Any = document
+        while True:
+            key = data.draw(st.sampled_from(sorted(node, key=str) if isinstance(node, dict) else range(len(node))))
+            inside = node[key]
+            if not inside or not isinstance(inside, dict | list) or data.draw(st.booleans()):
+                node[key] = copy.deepcopy(data.draw(JUNK))
+                break
+            node = inside
+    try:
+        space = space_file.parse(document)
+    except SpaceError:
+        return  # any other error would be ours
+    assert space_file.parse(space.to_dict()) == space
