@@ -45,14 +45,14 @@ def main() -> None:
         best_value, best_epoch = -1.0, 0
         for _ in train.fit(training, cache):
             scores = score(training.network, validation, config, device)
-            thresholds = scores.choose("grid", 1, config)
-            value = scores.figures(thresholds)["dice_positive_mean"] or 0.0
+            thresholds = scores.choose(config.judgement())
+            value = scores.figures([thresholds])[0]["dice_positive_mean"] or 0.0
             if value > best_value:
                 best_value, best_epoch, chosen = value, training.epochs_done, thresholds
                 weights = copy.deepcopy(training.network.state_dict())
         minutes = (time.perf_counter() - began) / 60
         training.network.load_state_dict(weights)
-        figures = score(training.network, test, config, device).figures(chosen)
+        figures = score(training.network, test, config, device).figures([chosen])[0]
         shown = " | ".join(f"{figures[key]:.4f}" for key in ("dice_positive_mean", "dice_mean", "decision_ap"))
         print(f"| {count} of {masks} | {best_epoch} | {shown} | {minutes:.1f} |", flush=True)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 REFERENCES = (
     "[1] Božič, Tabernik, Skočaj: Mixed supervision for surface-defect detection: from weakly to fully supervised "
@@ -23,8 +24,8 @@ REFERENCES = (
 ARCHITECTURES = ("segdecnet", "segdecnet_decoder", "segdecnet_plusplus")
 THRESHOLD_RULES = ("min_of_max", "pr_curve", "grid")
 
-THRESHOLD_FIELDS = frozenset({"threshold_rule", "threshold_factor"})
-"""Fields that each trained network replays: two configurations equal but for these share one training."""
+JUDGING_FIELDS = ("threshold_rule", "threshold_factor", "blacken", "lower_threshold", "best_by")
+"""Fields that decide how a training is judged and not how it goes: each trained network can replay them."""
 
 STRIDE = 8
 """px of the input for each position of the trunk's last map, in each direction."""
@@ -101,7 +102,9 @@ class RunConfig:
     )
     schedule_step: int = _field(10, int, "schedule step: epochs between two cuts", low=1, high=10_000)
     schedule_gamma: float = _field(0.9, float, "schedule step: factor of a cut", low=0, high=1)
-    delta_cls_loss: float = _field(0.01, float, "delta: weight of the decision loss, [1]", low=0, high=1000)
+    delta_cls_loss: float = _field(
+        0.01, float, "delta: weight of the decision loss, [1] 'End-to-end learning', equation 1", low=0, high=1000
+    )
     dynamic_balance: bool = _field(
         True, bool, "lambda falls from 1 to 1/epochs: segmentation first, decision later, [1]"
     )
@@ -210,8 +213,33 @@ class RunConfig:
         return cls(**values)
 
     def training_fields(self) -> dict[str, Any]:
-        """The fields that decide the trained weights: all but those whose every value is replayed on them."""
-        return {name: value for name, value in self.to_dict().items() if name not in THRESHOLD_FIELDS}
+        """The fields that decide the weights of each epoch."""
+        return {name: value for name, value in self.to_dict().items() if name not in JUDGING_FIELDS}
+
+    def judgement(self) -> Judgement:
+        """The other fields: how a training is judged."""
+        return Judgement.of({name: getattr(self, name) for name in JUDGING_FIELDS})
+
+
+class Judgement(NamedTuple):
+    """JUDGING_FIELDS of a RunConfig. The factor of a rule that has none is 1, so that equal judgements are equal."""
+
+    threshold_rule: str
+    threshold_factor: int
+    blacken: bool
+    lower_threshold: float
+    best_by: str
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Judgement:
+        """From JUDGING_FIELDS."""
+        found = cls(**{name: values[name] for name in JUDGING_FIELDS})
+        return found if found.threshold_rule == "pr_curve" else found._replace(threshold_factor=1)
+
+    @property
+    def rule(self) -> str:
+        """The threshold rule and its factor under the one name that records use."""
+        return rule_name(self.threshold_rule, self.threshold_factor)
 
 
 RULES: dict[str, Rule] = {f.name: f.metadata["rule"] for f in dataclasses.fields(RunConfig)}

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
+from model.arrays import Array, Bools, Floats, Ints
 from model.config import RunConfig
 from model.inspection import decode_image, decode_mask
 from model.losses import distance_weight
-from model.metrics import Array, Bools, Floats, Ints
 from model.sample import Batch, Sample, Supervision
 
 _NAME_LENGTH = 24

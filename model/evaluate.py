@@ -1,82 +1,128 @@
-"""Applies a network to a split: one pass that leaves count tables, decision scores and nothing of the images."""
+"""Applies a network to a split: one pass that leaves count tables, decision scores and nothing of the images.
+
+B images of a batch, N of a split, H x W px.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from model import metrics
-from model.config import RunConfig
+from model.arrays import Array, Floats
+from model.centre_lines import CentreLines, trace
+from model.config import Judgement, RunConfig
+from model.counts import CountsBuilder, PixelCounts, tally, to_half
 from model.data import Cache, to_input
-from model.metrics import Array, Floats, PixelCounts
 from model.network import SegDecNet
-from model.thresholds import Thresholds, ThresholdSearch, decision_threshold, sigmoid
+from model.thresholds import Thresholds, ThresholdSearch, decision_threshold, select_all, sigmoid
 
 
 @dataclass(frozen=True)
 class Scores:
     """What a network says of a split of N images."""
 
-    search: ThresholdSearch
     counts: PixelCounts
+    strided: dict[int, PixelCounts]
+    """of every n-th pixel of the split, by n"""
     labels: Array
     """(N,) bool"""
     decision_logits: Floats
     """(N,)"""
+    centre_lines: CentreLines | None = None
+    """where they were asked for"""
 
-    def choose(self, rule: str, factor: int, config: RunConfig) -> Thresholds:
-        """Thresholds by a rule, with the configuration's way of applying them; only ever asked of validation."""
-        decision, _ = self.decision()
-        kept = self.decision_logits >= decision if config.blacken and decision is not None else None
-        threshold = self.search.choose(rule, factor, kept)
-        return Thresholds(rule, factor, threshold, decision, config.blacken, config.lower_threshold)
+    def choose(self, judgement: Judgement, chosen_on: str = "validation") -> Thresholds:
+        """Thresholds as a judgement wants them."""
+        decision, _ = self.decision
+        search = self._search_blackened if judgement.blacken else self._search
+        rule, factor = judgement.threshold_rule, judgement.threshold_factor
+        found = search.choose(rule, factor)
+        return Thresholds(rule, factor, found, decision, judgement.blacken, judgement.lower_threshold, chosen_on)
 
+    @cached_property
+    def _search(self) -> ThresholdSearch:
+        return ThresholdSearch(self.counts, self.strided, np.ones(len(self.labels), bool))
+
+    @cached_property
+    def _search_blackened(self) -> ThresholdSearch:
+        decision, _ = self.decision
+        kept = self._search.kept_N if decision is None else self.decision_logits >= decision
+        return ThresholdSearch(self.counts, self.strided, kept)
+
+    @cached_property
     def decision(self) -> tuple[float | None, float | None]:
         """The decision threshold, a logit, and its F measure; None without both classes."""
         if self.labels.all() or not self.labels.any():
             return None, None
         return decision_threshold(self.labels, self.decision_logits)
 
-    def figures(self, thresholds: Thresholds) -> dict[str, float | None]:
-        """The figures of a split at given thresholds, under the names of records; None for what cannot exist."""
-        selected = thresholds.select(self.counts, self.decision_logits)
-        found = metrics.figures(selected, self.labels, self.decision_logits)
-        found["threshold"] = float(sigmoid(thresholds.segmentation_logit))
-        return {name: None if np.isnan(value) else value for name, value in found.items()}
+    def figures(self, found: list[Thresholds]) -> list[dict[str, float | None]]:
+        """The figures of a split at each of some thresholds, under the names of records; None for what cannot exist."""
+        out = []
+        for one, selected in zip(found, select_all(found, self.counts, self.decision_logits), strict=True):
+            values = metrics.figures(selected, self.labels, self.decision_logits)
+            values["threshold"] = float(sigmoid(one.segmentation_logit))
+            out.append({name: None if np.isnan(value) else value for name, value in values.items()})
+        return out
 
 
 def predict(
     network: SegDecNet, images_NHWC: Array, config: RunConfig, device: torch.device, batch_size: int = 8
-) -> Iterator[tuple[Array, Array]]:
-    """(decision logits (B,), segmentation logits (B, H, W)) of one batch after another, as float32."""
-    network.eval()
-    with torch.inference_mode(), autocast(config, device):
-        for start in range(0, len(images_NHWC), batch_size):
-            decision, segmentation = network(to_input(images_NHWC[start : start + batch_size], device))
-            yield decision[:, 0].float().cpu().numpy(), segmentation[:, 0].float().cpu().numpy()
-
-
-def score(
-    network: SegDecNet, cache: Cache, config: RunConfig, device: torch.device, factors: tuple[int, ...] = (1,)
-) -> Scores:
-    """One pass over a split. `factors` are those that rule pr_curve may be asked for.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(decision logits (B,), segmentation logits (B, H, W)) of one batch after another, float32 on the device.
 
     FloatingPointError if the network returns a number that is not finite.
     """
-    search = ThresholdSearch(factors)
-    decisions = []
-    row = 0
-    for decision, segmentation in predict(network, cache.images, config, device):
-        if not (np.isfinite(decision).all() and np.isfinite(segmentation).all()):
+    network.eval()
+    for start in range(0, len(images_NHWC), batch_size):
+        with torch.inference_mode(), autocast(config, device):
+            answers = network(to_input(images_NHWC[start : start + batch_size], device))
+        decision, segmentation = (answer[:, 0].float() for answer in answers)
+        if not (decision.isfinite().all() and segmentation.isfinite().all()):
             raise FloatingPointError("the network returned a number that is not finite")
-        for logits_HW in segmentation:
-            search.add(cache.masks[row], logits_HW)
-            row += 1
-        decisions.append(decision)
-    return Scores(search, search.counts(), cache.positive, np.concatenate(decisions).astype(np.float64))
+        yield decision, segmentation
+
+
+def score(
+    network: SegDecNet,
+    cache: Cache,
+    config: RunConfig,
+    device: torch.device,
+    factors: tuple[int, ...] = (1,),
+    centre_lines_at: Thresholds | None = None,
+) -> Scores:
+    """One pass over a split. `factors` are those that rule pr_curve may be asked for; where thresholds are known, the
+    centre lines of the masks that they give are traced too."""
+    counts = CountsBuilder()
+    strided = {factor: CountsBuilder() for factor in factors if factor > 1}
+    lines: list[CentreLines] = []
+    decisions: list[float] = []
+    for decision, segmentation in predict(network, cache.images, config, device):
+        for decision_logit, half_HW in zip(decision.tolist(), to_half(segmentation), strict=True):
+            row = len(decisions)
+            mask_HW = np.array(cache.masks[row])
+            truth_HW = torch.from_numpy(mask_HW).to(device)
+            counts.add(tally(torch, half_HW, truth_HW))
+            for factor, builder in strided.items():
+                # Every n-th pixel of the flattened split: the first one here depends on the images before.
+                first = -row * half_HW.numel() % factor
+                every = half_HW.ravel()[None, first::factor], truth_HW.ravel()[None, first::factor]
+                builder.add(tally(torch, *every, tolerance=0))
+            if centre_lines_at:
+                lines.append(trace(mask_HW, centre_lines_at.mask(half_HW.cpu().numpy(), decision_logit)))
+            decisions.append(decision_logit)
+    return Scores(
+        counts.build(),
+        {factor: builder.build() for factor, builder in strided.items()},
+        cache.positive,
+        np.array(decisions),
+        CentreLines(*np.array(lines).T) if lines else None,
+    )
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

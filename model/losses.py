@@ -11,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.metrics import Array, Floats
+from model.arrays import Array, Floats
 
 
 def segmentation_losses(

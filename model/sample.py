@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:  # reading a data set needs no torch
     from torch import Tensor
 
-    from model.metrics import Array
+    from model.arrays import Array
 
 
 class Supervision(enum.Enum):

@@ -1,6 +1,6 @@
-"""How a segmentation threshold and a decision threshold are chosen, always on validation.
+"""How a segmentation threshold and a decision threshold are chosen, always on validation, and how they are applied.
 
-Inside the project thresholds are chosen on count tables of logits (`choose`) and applied as score >= threshold.
+Inside the project thresholds are chosen on count tables of logits and applied as score >= threshold.
 The three public functions take whole arrays and follow the public code, whose masks are `probability > threshold`.
 Rules, with the numbers that the public code gives them:
 
@@ -11,24 +11,17 @@ Rules, with the numbers that the public code gives them:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.metrics import (
-    Array,
-    Bools,
-    CountsBuilder,
-    Curve,
-    Floats,
-    PixelCounts,
-    Selected,
-    count,
-    curve,
-    just_above,
-    to_half,
-)
+from model.arrays import Array, Bools, Floats
+from model.counts import PixelCounts, Selected, select, to_half
+from model.curves import best_f_measure, curve
+from model.metrics import just_above
 
 GRID = np.arange(0.01, 1, 0.005)
 """probabilities that rule grid tries"""
@@ -47,72 +40,50 @@ def sigmoid(logits: Array | float) -> Floats:
     return np.where(x >= 0, 1, small) / (1 + small)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ThresholdSearch:
-    """What one validation pass leaves: count tables, and the pixel curve of every n-th pixel for each factor asked.
+    """Chooses thresholds on the count tables of a split."""
 
-    Feed it images in the order of the split; it holds none of them.
-    """
+    counts: PixelCounts
+    strided: Mapping[int, PixelCounts]
+    """of every n-th pixel of the flattened split, for the factors above 1 that may be asked for"""
+    kept_N: Bools
+    """(N,) the images that are not blackened before the search"""
 
-    factors: tuple[int, ...] = (1,)
-    _builder: CountsBuilder = field(default_factory=CountsBuilder)
-    _strided: dict[int, CountsBuilder] = field(default_factory=dict)
-    _pixels: int = 0
+    def choose(self, rule: str, factor: int = 1) -> float:
+        """The threshold, a logit, that `rule` picks. ValueError if no image has a defect.
 
-    def add(self, truth_HW: Array, logits_HW: Array) -> None:
-        """One image: its undilated truth and its logits at full resolution."""
-        scores = to_half(logits_HW)
-        self._builder.add(truth_HW, scores)
-        for factor in self.factors:
-            if factor > 1:
-                # Every n-th pixel of the flattened split: the first one here depends on the images before.
-                first = -self._pixels % factor
-                builder = self._strided.setdefault(factor, CountsBuilder(tolerance=0))
-                pixels = truth_HW.reshape(1, -1)[:, first::factor], scores.reshape(1, -1)[:, first::factor]
-                if pixels[0].size:
-                    builder.add(*pixels)
-        self._pixels += truth_HW.size
-
-    def counts(self) -> PixelCounts:
-        """Count tables of all images added."""
-        return self._builder.build()
-
-    def choose(self, rule: str, factor: int = 1, kept_N: Bools | None = None) -> float:
-        """The threshold, a logit, that `rule` picks. Needs an image with a defect; ValueError otherwise.
-
-        With `kept_N`, the other images are blackened before the search; where that hides every defect, no threshold
-        helps, and the search goes on as if nothing were hidden.
+        Where blackening hides every defect, no threshold helps, and the search goes on as if nothing were hidden.
         """
-        counts = self.counts()
-        positive = counts.truth > 0
+        if rule == "min_of_max":
+            return float(self.counts.largest()[self._positive & self._kept].min())
+        if rule == "pr_curve":
+            return self._on_curve(factor)
+        assert rule == "grid", rule
+        return self._on_grid
+
+    @cached_property
+    def _positive(self) -> Bools:
+        positive = self.counts.truth() > 0
         if not positive.any():
             raise ValueError(
                 "a segmentation threshold needs images with a defect to be chosen on, found none in validation; "
                 "give the split some"
             )
-        if kept_N is None or not (positive & kept_N).any():
-            kept_N = np.ones(len(counts), bool)
-        if rule == "min_of_max":
-            return float(counts.largest()[positive & kept_N].min())
-        if rule == "pr_curve":
-            strided = counts if factor == 1 else self._strided[factor].build()
-            return _best_f_measure(_pixel_curve(strided.blackened(kept_N).pooled()))[0]
-        assert rule == "grid", rule
-        swept = counts.blackened(kept_N).at(logit(GRID))
+        return np.asarray(positive)
+
+    @cached_property
+    def _kept(self) -> Bools:
+        return self.kept_N if (self._positive & self.kept_N).any() else np.ones(len(self.counts), bool)
+
+    def _on_curve(self, factor: int) -> float:
+        counts = self.counts if factor == 1 else self.strided[factor]
+        return best_f_measure(counts.pixel_curve(self._kept))[0]
+
+    @cached_property
+    def _on_grid(self) -> float:
+        swept = self.counts.at(logit(GRID)).blackened(self._kept)
         return float(logit(GRID)[swept.dice().mean(axis=0).argmax()])
-
-
-def _pixel_curve(pooled: PixelCounts) -> Curve:
-    return Curve(pooled.levels, pooled.hits.astype(float), (pooled.predicted - pooled.hits).astype(float))
-
-
-def _best_f_measure(points: Curve) -> tuple[float, float]:
-    """Threshold and value of the best F measure; the lowest threshold where several are best."""
-    if points.true_positives[-1] == 0:
-        return float(points.thresholds[0]), 0.0
-    f_measure = 2 * points.precision * points.recall / (points.precision + points.recall + 1e-8)
-    best = len(f_measure) - 1 - int(f_measure[::-1].argmax())
-    return float(points.thresholds[best]), float(f_measure[best])
 
 
 @dataclass(frozen=True)
@@ -131,6 +102,8 @@ class Thresholds:
     decision_logit: float | None
     blacken: bool = False
     lower_threshold: float = 1.0
+    chosen_on: str = "validation"
+    """the split that they were chosen on; test only where somebody asked for it"""
 
     def to_dict(self) -> dict[str, Any]:
         """With the probabilities, which are for reading."""
@@ -148,6 +121,7 @@ class Thresholds:
             **{name: values[name] for name in needed},
             blacken=values.get("blacken", False),
             lower_threshold=values.get("lower_threshold", 1.0),
+            chosen_on=values.get("chosen_on", "validation"),
         )
 
     def decide(self, decision_logits_N: Array) -> Bools:
@@ -156,20 +130,13 @@ class Thresholds:
             return np.ones(len(decision_logits_N), bool)
         return np.asarray(decision_logits_N >= self.decision_logit)
 
-    def visible(self, counts: PixelCounts, decision_logits_N: Array) -> PixelCounts:
-        """The tables as thresholds see them: blackened where that is asked for."""
-        return counts.blackened(self.decide(decision_logits_N)) if self.blacken else counts
+    def kept(self, decision_logits_N: Array) -> Bools:
+        """(N,) the images that are not blackened."""
+        return self.decide(decision_logits_N) if self.blacken else np.ones(len(decision_logits_N), bool)
 
     def select(self, counts: PixelCounts, decision_logits_N: Array) -> Selected:
         """What is predicted in each image: arrays (N, 1)."""
-        seen = self.visible(counts, decision_logits_N)
-        selected = seen.at(self.segmentation_logit)
-        if self.lower_threshold == 1.0:
-            return selected
-        again = self.decide(decision_logits_N)[:, None] & (selected.predicted == 0)
-        lowered = seen.at(self._lowered())
-        tables = [np.where(again, b, a) for a, b in zip(selected[:3], lowered[:3], strict=True)]
-        return Selected(tables[0], tables[1], tables[2], selected.truth)
+        return select_all([self], counts, decision_logits_N)[0]
 
     def mask(self, logits_HW: Array, decision_logit: float) -> Bools:
         """(H, W) the pixels of one image that are predicted to be a defect."""
@@ -178,15 +145,37 @@ class Thresholds:
         found = scores >= self.segmentation_logit
         if self.blacken and not positive:
             return np.zeros_like(found)
-        return scores >= self._lowered() if positive and not found.any() and self.lower_threshold < 1 else found
+        return scores >= self.lowered() if positive and not found.any() and self.lower_threshold < 1 else found
 
-    def _lowered(self) -> float:
-        return float(logit(self.lower_threshold * sigmoid(self.segmentation_logit)))
+    def lowered(self) -> float:
+        """The logit of the lowered threshold."""
+        if self.lower_threshold == 1:
+            return self.segmentation_logit
+        # In logarithms, so that a sure threshold neither overflows nor becomes 1.
+        log_probability = np.log(self.lower_threshold) - np.logaddexp(0, -self.segmentation_logit)
+        return float(log_probability - np.log1p(-np.exp(log_probability)))
+
+
+def select_all(found: Sequence[Thresholds], counts: PixelCounts, decision_logits_N: Array) -> list[Selected]:
+    """What each of some thresholds selects, arrays (N, 1), in one pass over the tables."""
+    logits = [one.segmentation_logit for one in found] + [one.lowered() for one in found]
+    tables = counts.at(np.array(logits))
+    out = []
+    for k, one in enumerate(found):
+        selected = tables.columns([k])
+        if one.lower_threshold < 1:
+            empty = one.decide(decision_logits_N)[:, None] & (selected.predicted == 0)
+            lowered = tables.columns([len(found) + k])
+            selected = selected.over(
+                np.where(empty, b, a) for a, b in zip(selected.tables, lowered.tables, strict=True)
+            )
+        out.append(selected.blackened(one.kept(decision_logits_N)))
+    return out
 
 
 def decision_threshold(labels_N: Array, scores_N: Array) -> tuple[float, float]:
     """Threshold and value of the best F measure of image scores; a score at the threshold counts as a defect."""
-    return _best_f_measure(curve(labels_N, scores_N))
+    return best_f_measure(curve(labels_N, scores_N))
 
 
 def min_of_max(truth_NHW: Array, probability_NHW: Array) -> float:
@@ -199,10 +188,7 @@ def min_of_max(truth_NHW: Array, probability_NHW: Array) -> float:
 
 def pr_curve(truth_NHW: Array, probability_NHW: Array, factor: int = 1) -> tuple[float, float]:
     """Rule 2 on whole arrays: (threshold, F measure) over every `factor`-th pixel, a pixel counting at >=."""
-    truth, scores = truth_NHW.reshape(1, -1)[:, ::factor], probability_NHW.reshape(1, -1)[:, ::factor]
-    builder = CountsBuilder(tolerance=0)
-    builder.add(truth, scores)
-    return _best_f_measure(_pixel_curve(builder.build()))
+    return best_f_measure(curve(truth_NHW.ravel()[::factor], probability_NHW.ravel()[::factor]))
 
 
 class Sweep(NamedTuple):
@@ -218,7 +204,7 @@ class Sweep(NamedTuple):
 
 def sweep(truth_NHW: Array, probability_NHW: Array, thresholds_K: Array) -> Sweep:
     """Rule 3's figures on whole arrays, for masks `probability > threshold`."""
-    selected = count(truth_NHW, probability_NHW, tolerance=0).at(just_above(thresholds_K))
+    selected = select(truth_NHW, probability_NHW, just_above(thresholds_K), tolerance=0)
     dice, iou = selected.dice(), selected.iou()
     return Sweep(
         dice.mean(axis=0),

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.arrays import Array, Floats
 from model.config import RunConfig
 from model.data import Cache, batches
 from model.evaluate import autocast
 from model.losses import balance, decision_loss, segmentation_losses
-from model.metrics import Array, Floats
 from model.network import SegDecNet, build
 from model.sample import Batch
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from model import checkpoint
-from model.config import RunConfig
+from model.arrays import Array
+from model.config import Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
-from model.metrics import Array
-from model.network import build, describe
+from model.network import SegDecNet, build, describe
 from model.sample import Sample
 from model.splits import Splits
 from model.thresholds import Thresholds, sigmoid
@@ -57,7 +57,11 @@ class Finalist:
 
 
 def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resources, open_test: bool = False) -> None:
-    """Writes evaluation/ and best/. ValueError if the test split was opened before, unless `open_test` says so."""
+    """Writes evaluation/ and best/.
+
+    ValueError if the test split was opened before, unless `open_test` asks for it: then the thresholds, too, are chosen
+    on test, as the public scripts do, and say so wherever they go. Configuration and epoch stay those of validation.
+    """
     evaluation = run_directory / "evaluation"
     check_test_is_sealed(run_directory, open_test)
     found = records.read(run_directory)
@@ -69,11 +73,14 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
 
     evaluation.mkdir(exist_ok=True)
     _note_opening(evaluation, [finalist.trial for finalist in finalists.values()], again=open_test)
-    files = run_on_worker(_evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources)
+    files, applied = run_on_worker(
+        _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test
+    )
     for name, arrays in files.items():
         _write_arrays(evaluation / name, arrays)
     write_json(evaluation / "architecture.json", _architectures(winner.config))
-    _write_best(run_directory / "best", winner)
+    finalists = {role: replace(finalist, thresholds=applied[role]) for role, finalist in finalists.items()}
+    _write_best(run_directory / "best", finalists["winner"])
     write_json(
         evaluation / "selection.json",
         {
@@ -81,7 +88,7 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
             "baseline": baseline.trial if baseline else None,
             "metric": metric,
             "mode": "max",
-            "trials": {f.trial: f.describe() for f in (winner, baseline) if f},
+            "trials": {finalist.trial: finalist.describe() for finalist in finalists.values()},
         },
     )
 
@@ -101,15 +108,27 @@ def check_test_is_sealed(run_directory: Path, open_test: bool) -> None:
 
 
 def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | None:
+    """The trained network of a record. SearchFailed if its checkpoint is gone, or is of another epoch or threshold
+    than the record: they are one thing."""
     if record is None or record["status"] != records.Status.COMPLETED:
         return None
-    folder = newest_checkpoint(run_directory / "trials", record["replayed_from"] or record["trial"])
+    config = RunConfig.from_dict(record["config"])
+    source = record["replayed_from"] or record["trial"]
+    folder = newest_checkpoint(run_directory / "trials", source)
     if folder is None:
-        raise SearchFailed(f"the checkpoint of trial {record['trial']} is gone from {run_directory / 'trials'}")
+        raise SearchFailed(f"the checkpoint of trial {source} is gone from {run_directory / 'trials'}")
+    replays = checkpoint.load_progress(folder)["replays"]
+    kept = next(replay for replay in replays if Judgement.of(replay) == config.judgement())
+    model = folder / "best" / str(record["best_epoch"])
+    if (kept["epoch"], kept["thresholds"]) != (record["best_epoch"], record["thresholds"]) or not model.exists():
+        raise SearchFailed(
+            f"the checkpoint {folder} must hold epoch {record['best_epoch']} of trial {source} with the thresholds of "
+            f"its record, found epoch {kept['epoch']}; it was changed, or is older than records.jsonl"
+        )
     return Finalist(
         record["trial"],
-        str((folder / "best").resolve()),
-        RunConfig.from_dict(record["config"]),
+        str(model.resolve()),
+        config,
         Thresholds.from_dict(record["thresholds"]),
         record["best_epoch"],
         record["value"],
@@ -119,41 +138,57 @@ def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | 
 def _note_opening(evaluation: Path, trials: list[str], again: bool) -> None:
     path = evaluation / "openings.jsonl"
     before = path.read_text() if path.exists() else ""
-    why = "asked for with --open-test" if again else "the final evaluation of winner and baseline"
+    why = (
+        "asked for with --open-test, to choose thresholds on it"
+        if again
+        else "the final evaluation of winner and baseline"
+    )
     line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "trials": trials, "why": why}
     write_atomically(path, (before + json.dumps(line) + "\n").encode())
 
 
 def _evaluate_on_worker(
-    finalists: dict[str, Finalist], validation: list[Sample], test: list[Sample], resources: Resources
-) -> dict[str, dict[str, Array]]:
-    """Arrays by the name of their file; nothing is written here, for a worker may have another disk."""
+    finalists: dict[str, Finalist],
+    validation: list[Sample],
+    test: list[Sample],
+    resources: Resources,
+    choose_on_test: bool,
+) -> tuple[dict[str, dict[str, Array]], dict[str, Thresholds]]:
+    """Arrays by the name of their file, and the thresholds that were applied, by role. Nothing is written here, for a
+    worker may have another disk."""
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     files: dict[str, dict[str, Array]] = {}
+    applied = {}
     for role, finalist in finalists.items():
         network, _, _ = checkpoint.load_model(Path(finalist.model), device)
         config = finalist.config
-        for split, samples in (("validation", validation), ("test", test)):
-            cache = open_cache(samples, config.input_height, config.input_width)
-            scores = score(network, cache, config, device)
+        caches = {
+            split: open_cache(samples, config.input_height, config.input_width)
+            for split, samples in (("validation", validation), ("test", test))
+        }
+        thresholds = finalist.thresholds
+        if choose_on_test:
+            judgement = config.judgement()
+            scores = score(network, caches["test"], config, device, (judgement.threshold_factor,))
+            thresholds = scores.choose(judgement, chosen_on="test")
+        for split, cache in caches.items():
+            scores = score(network, cache, config, device, centre_lines_at=thresholds)
             files[f"{role}-{split}.npz"] = _split_arrays(cache, scores)
             if (role, split) == ("winner", "test"):
-                rows = _example_rows(scores, finalist.thresholds)
-                decisions, logits = map(
-                    np.concatenate, zip(*predict(network, cache.images[rows], config, device), strict=True)
-                )
-                masks = [finalist.thresholds.mask(*answer) for answer in zip(logits, decisions, strict=True)]
-                files["examples.npz"] = _example_arrays(cache, rows, logits, np.stack(masks))
-    return files
+                files["examples.npz"] = _example_arrays(network, cache, config, device, thresholds, scores)
+        applied[role] = thresholds
+    return files, applied
 
 
 def _split_arrays(cache: Cache, scores: Scores) -> dict[str, Array]:
+    assert scores.centre_lines is not None
     return {
         "names": np.array([sample.name for sample in cache.samples]),
         "groups": np.array([sample.group for sample in cache.samples]),
         "sources": np.array([sample.source for sample in cache.samples]),
         "labels": scores.labels,
         "decision_logits": scores.decision_logits.astype(np.float32),
+        "centre_lines": np.stack(scores.centre_lines, axis=1),
         **scores.counts.arrays(),
     }
 
@@ -169,13 +204,19 @@ def _example_rows(scores: Scores, thresholds: Thresholds) -> list[int]:
     return [int(n) for n in ranked[[*range(worst), *spread]]]
 
 
-def _example_arrays(cache: Cache, rows: list[int], logits: Array, masks: Array) -> dict[str, Array]:
+def _example_arrays(
+    network: SegDecNet, cache: Cache, config: RunConfig, device: torch.device, thresholds: Thresholds, scores: Scores
+) -> dict[str, Array]:
+    rows = _example_rows(scores, thresholds)
+    answers = predict(network, cache.images[rows], config, device)
+    decisions, logits = (torch.cat(part).cpu().numpy() for part in zip(*answers, strict=True))
+    masks = [thresholds.mask(*answer) for answer in zip(logits, decisions, strict=True)]
     return {
         "names": np.array([cache.samples[n].name for n in rows]),
         "image": np.asarray(cache.images[rows]),
         "truth": np.asarray(cache.masks[rows]).astype(bool),
         "probability": sigmoid(logits).astype(np.float16),
-        "mask": masks,
+        "mask": np.stack(masks),
     }
 
 

@@ -72,7 +72,7 @@ def _search(run: Run, console: Console | None) -> str:
     """Runs the trials that are left; how it ended: finished or stopped."""
     space, options, info = run.space, run.options, run.info
     found = run.splits()
-    task = TrialTask(found.train, found.validation, space.objective.metric, space.threshold_rules())
+    task = TrialTask(found.train, found.validation, space.objective.metric, space.replayed_values())
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     sessions = _closed(run, info["sessions"])
     study = SearchStudy(space, info["id"], run.directory / "study.journal")

@@ -28,7 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 
-from model.config import RunConfig, rule_name
+from model.config import Judgement, RunConfig
 from tuner.space import FloatParam, IntParam, Param, Space
 
 MAX_REPLAYS_IN_A_ROW = 20
@@ -146,17 +146,21 @@ class SearchStudy:
         return Proposal(self.trial_id(number), number, params, config, is_baseline)
 
     def _trained_twin(self, proposal: Proposal) -> dict[str, Any] | None:
-        """The record of a finished trial that trained the same network and replayed the proposed threshold rule."""
+        """The record of a trial that trained the same network, as far as the same search would have let it, and was
+        judged in the proposed way too. One that crashed may do better another time."""
         wanted = proposal.config.training_fields()
-        rule = rule_name(proposal.config.threshold_rule, proposal.config.threshold_factor)
         for record in self.records():
-            usable = record["status"] == "completed" and not record["replayed_from"] and rule in record["rules"]
-            if usable and RunConfig.from_dict(record["config"]).training_fields() == wanted:
+            if record["replayed_from"] or record["status"] == "failed":
+                continue
+            known = record["status"] == "diverged" or _replay(record, proposal.config)
+            if known and RunConfig.from_dict(record["config"]).training_fields() == wanted:
                 return record
         return None
 
     def _tell_from_replay(self, proposal: Proposal, source: dict[str, Any]) -> None:
-        rule = rule_name(proposal.config.threshold_rule, proposal.config.threshold_factor)
+        replay = _replay(source, proposal.config) or {"value": None, "epoch": None, "thresholds": None}
+        if replay["value"] is not None:
+            self.report(proposal.number, replay["epoch"], replay["value"])
         self.finish(
             proposal,
             source
@@ -166,8 +170,9 @@ class SearchStudy:
                 "baseline": False,
                 "params": proposal.params,
                 "config": proposal.config.to_dict(),
-                "value": source["rules"][rule],
-                "thresholds": source["rule_thresholds"][rule],
+                "value": replay["value"],
+                "best_epoch": replay["epoch"],
+                "thresholds": replay["thresholds"],
                 "replayed_from": source["trial"],
                 "started": None,
                 "ended": None,
@@ -207,12 +212,12 @@ class SearchStudy:
     # Reading
 
     def values_at(self, epoch: int) -> dict[int, float]:
-        """The objective at an epoch of every trial that reported it, by number; without the baseline."""
+        """The objective at an epoch of every trial that was trained to it, by number; without the baseline."""
         first = 1 if self._attr("baseline_in_space") else 0
         return {
             trial.number: trial.intermediate_values[epoch]
             for trial in self._study.get_trials(deepcopy=False)
-            if trial.number >= first and epoch in trial.intermediate_values
+            if trial.number >= first and epoch in trial.intermediate_values and not _is_replay(trial)
         }
 
     def records(self) -> list[dict[str, Any]]:
@@ -241,6 +246,16 @@ class SearchStudy:
         fixed = RunConfig(**{**self.space.train, "seed": self.space.seed}).to_dict()
         skip = ("input_height", "input_width")
         return {k: v for k, v in baseline.to_dict().items() if k not in skip and v != fixed[k]}
+
+
+def _is_replay(trial: optuna.trial.FrozenTrial) -> bool:
+    return bool(trial.user_attrs.get("record", {}).get("replayed_from"))
+
+
+def _replay(record: dict[str, Any], config: RunConfig) -> dict[str, Any] | None:
+    """What a trained network gave when it was judged as a configuration wants it."""
+    wanted = config.judgement()
+    return next((replay for replay in record["replays"] if Judgement.of(replay) == wanted), None)
 
 
 def _suggest(trial: optuna.trial.Trial, name: str, param: Param) -> Any:

@@ -31,7 +31,7 @@ from tuner.records import SearchFailed, Status
 from tuner.sampler import Proposal, SearchStudy
 from tuner.space import Budget, Scheduler
 from tuner.tracking import Trackers
-from tuner.trial import TrialTask, take_device
+from tuner.trial import TrialTask, nothing_yet, take_device
 
 _FAILURES_IN_A_ROW = 3
 """So many trials that crashed one after another are a bug or a broken machine, not bad luck."""
@@ -292,7 +292,7 @@ class _Session:
         if key not in self.live:
             return
         proposal = self.live.pop(key)
-        progress = self.progress.pop(key, None) or dict(_NOTHING)
+        progress = self.progress.pop(key, None) or nothing_yet()
         status, reason = progress["status"], progress["reason"]
         if key in self.reason_stopped:
             status, reason = Status.STOPPED_EARLY, self.reason_stopped.pop(key)
@@ -362,11 +362,6 @@ class _Session:
 
 _TIME_IS_UP = "the hours of the budget were used up"
 
-_NOTHING: dict[str, Any] = {
-    "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,
-    "thresholds": None, "rules": {}, "rule_thresholds": {}, "seconds": 0.0,
-}  # fmt: skip
-
 
 class _StudySearcher(Searcher):
     """Lets Ray Tune ask the study, and tells it what became of a trial."""
@@ -430,7 +425,7 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resourc
         task.run(RunConfig.from_dict(config["config"]), device, resume, report)
     except Exception as error:  # a trial that crashes is a result, with its reason
         logger.exception("trial %s failed", config["trial"])
-        report(_NOTHING | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}, None)
+        report(nothing_yet() | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}, None)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.config import DEFAULTS, RunConfig
+from model.config import DEFAULTS, JUDGING_FIELDS, RunConfig
 
 SAMPLERS = ("tpe", "random")
 SCHEDULERS = ("asha", "none")
 SEGMENTATION_METRICS = (
-    "dice_mean", "dice_positive_mean", "iou_mean", "precision", "recall", "f1", "two_pixel_f1",
+    "dice_mean", "dice_positive_mean", "iou_mean", "iou_positive_mean", "precision", "recall", "f1", "iou_pooled",
+    "two_pixel_f1", "tolerance_f1",
 )  # fmt: skip
 DECISION_METRICS = ("decision_ap", "decision_auc")
 METRICS = SEGMENTATION_METRICS + DECISION_METRICS
@@ -28,6 +29,10 @@ BASELINE = {name: value for name, value in DEFAULTS.items() if name not in SHARE
     "weighted_loss": False, "num_segmented": "all", "threshold_rule": "pr_curve", "threshold_factor": 1,
 }  # fmt: skip
 """The method of the results page: what it states, and the default, which is off, of all that came later."""
+
+
+_MOST_REPLAYED = 20
+"""values of one field; with more, each is trained for"""
 
 
 class SpaceError(ValueError):
@@ -55,6 +60,11 @@ class FloatParam:
         """Values that show whether a field accepts the whole range."""
         return (self.low, self.high) if self.step is None else (self.low, self.low + self.step, self.high)
 
+    def values(self) -> tuple[float, ...]:
+        """All of them; there must be a step."""
+        assert self.step is not None
+        return tuple(self.low + n * self.step for n in range(round((self.high - self.low) / self.step) + 1))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntParam:
@@ -74,6 +84,10 @@ class IntParam:
         """Values that show whether a field accepts the whole range."""
         return (self.low, min(self.low + self.step, self.high), self.high)
 
+    def values(self) -> tuple[int, ...]:
+        """All of them."""
+        return tuple(range(self.low, self.high + 1, self.step))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceParam:
@@ -87,6 +101,10 @@ class ChoiceParam:
 
     def samples(self) -> tuple[Any, ...]:
         """Values that show whether a field accepts all choices."""
+        return self.choices
+
+    def values(self) -> tuple[Any, ...]:
+        """All of them."""
         return self.choices
 
 
@@ -182,16 +200,18 @@ class Space:
             return None
         return params if self.config(params, baseline.seed) == baseline else None
 
-    def threshold_rules(self) -> tuple[tuple[str, int], ...]:
-        """Every threshold rule with the factors that a trial of this space may use, and the three plain ones."""
-        factor = self.search.get("threshold_factor")
-        if isinstance(factor, IntParam):
-            factors = set(range(factor.low, factor.high + 1, factor.step))
-        elif isinstance(factor, ChoiceParam):
-            factors = set(factor.choices)
-        else:
-            factors = {self.train.get("threshold_factor", 1)}
-        return (("min_of_max", 1), *(("pr_curve", f) for f in sorted(factors | {1})), ("grid", 1))
+    def replayed_values(self) -> dict[str, tuple[Any, ...]]:
+        """For each field that judges a trained network, the values that this space may propose, where they are few
+        enough to try all on every network."""
+        found = {}
+        for name in JUDGING_FIELDS:
+            if param := self.search.get(name):
+                values = () if isinstance(param, FloatParam) and param.step is None else param.values()
+                if param.when:  # where it does not apply, the fixed value does
+                    values = (*values, self.train.get(name, DEFAULTS[name]))
+                if 0 < len(values) <= _MOST_REPLAYED:
+                    found[name] = values
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """As in its YAML file, with every default written out; `parse` takes it back."""

@@ -6,10 +6,11 @@ folder. The test split is not among its arguments.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 
 from model import checkpoint, train
-from model.config import RunConfig, rule_name
+from model.arrays import Array
+from model.config import JUDGING_FIELDS, Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
-from model.metrics import Array
 from model.sample import Sample
 from model.splits import keep_masks
 from model.thresholds import Thresholds, sigmoid
@@ -42,14 +43,14 @@ class TrialTask:
     train: list[Sample]
     validation: list[Sample]
     metric: str
-    rules: tuple[tuple[str, int], ...]
-    """threshold rules and factors that are replayed on every trained network"""
+    replayed: Mapping[str, tuple[Any, ...]]
+    """values of JUDGING_FIELDS that a trained network is also judged by, beside the trial's own"""
 
     def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
         """Trains to the end, from the checkpoint folder `resume` if there is one, reporting every epoch.
 
         Progress: `status` (running, completed or diverged), `reason`, `epochs`, `history`, `value` (the objective at
-        the best epoch), `best_epoch`, `thresholds`, `rules`, `rule_thresholds`, `seconds`.
+        the best epoch), `best_epoch`, `thresholds`, `rules`, `replays`, `seconds`.
         """
         started = time.monotonic()
         size = config.input_height, config.input_width
@@ -57,14 +58,14 @@ class TrialTask:
         validation = open_cache(self.validation, *size)
         with tempfile.TemporaryDirectory(prefix="segdec-trial-") as scratch:
             keeper = _Keeper(self, config, Path(scratch), resume)
-            if resume and keeper.progress["epochs"] == config.epochs:
-                report(keeper.progress, resume)  # it was done, and only the word of it was lost
+            if keeper.progress["epochs"] == config.epochs:
+                report(keeper.progress, keeper.directory)  # it was done, and only the word of it was lost
                 return
             training = train.start(config, device, checkpoint.load_training(resume, device) if resume else None)
             before = keeper.progress["seconds"]
+            factors = tuple({judgement.threshold_factor for judgement in keeper.judgements})
             try:
                 for losses in train.fit(training, cache):
-                    factors = tuple(factor for rule, factor in self.rules if rule == "pr_curve")
                     scores = score(training.network, validation, config, device, factors)
                     keeper.add(training, losses, scores, validation)
                     keeper.progress["seconds"] = before + time.monotonic() - started
@@ -76,9 +77,24 @@ class TrialTask:
                 keeper.progress["seconds"] = before + time.monotonic() - started
                 report(keeper.progress, None)
 
-    def value(self, scores: Scores, thresholds: Thresholds) -> float:
-        """The objective; 0, the worst, where this network has no such figure (precision of nothing predicted)."""
-        return scores.figures(thresholds)[self.metric] or 0.0
+    def judgements(self, config: RunConfig) -> list[Judgement]:
+        """How a network of this configuration is judged: its own way first, then all others that the search may
+        propose for the same weights."""
+        own = config.judgement()
+        choices = [(*self.replayed.get(name, ()), getattr(config, name)) for name in JUDGING_FIELDS]
+        others = {
+            Judgement.of(dict(zip(JUDGING_FIELDS, chosen, strict=True))) for chosen in itertools.product(*choices)
+        }
+        return [own, *sorted(others - {own})]
+
+
+def plain_rules(judgements: list[Judgement]) -> Iterator[Judgement]:
+    """The own judgement under every threshold rule, with the factors that any of them has, and 1."""
+    own = judgements[0]
+    yield own._replace(threshold_rule="min_of_max", threshold_factor=1)
+    for factor in sorted({1} | {j.threshold_factor for j in judgements}):
+        yield own._replace(threshold_rule="pr_curve", threshold_factor=factor)
+    yield own._replace(threshold_rule="grid", threshold_factor=1)
 
 
 def take_device(gpus: float, threads: int) -> torch.device:
@@ -91,43 +107,68 @@ def take_device(gpus: float, threads: int) -> torch.device:
 
 
 class _Keeper:
-    """The progress of a trial and its files: the best model so far and what it takes to go on."""
+    """The progress of a trial and its files: the best models so far and what it takes to go on.
+
+    Each judgement has a best epoch of its own; the weights of all these epochs are kept in `best/EPOCH`.
+    """
 
     def __init__(self, task: TrialTask, config: RunConfig, scratch: Path, resume: Path | None) -> None:
-        self.task = task
+        self.metric = task.metric
         self.config = config
+        self.judgements = task.judgements(config)
+        self.rules = list(plain_rules(self.judgements))
         self.directory = scratch / "checkpoint"
-        self.progress: dict[str, Any] = {
-            "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,
-            "thresholds": None, "rules": {}, "rule_thresholds": {}, "seconds": 0.0,
-        }  # fmt: skip
+        self.progress = nothing_yet()
+        all_judgements = dict.fromkeys([*self.judgements, *self.rules])
+        self.progress["replays"] = [judgement._asdict() | _UNJUDGED for judgement in all_judgements]
+        self.highest: list[dict[str, float]] = [{} for _ in all_judgements]
+        """what `is_best` compares with, for each replay"""
         if resume:
             shutil.copytree(resume, self.directory)
             self.progress = checkpoint.load_progress(resume)
+            self.highest = self.progress.pop("highest")
         else:
             self.directory.mkdir()
 
     def add(self, training: train.Training, losses: dict[str, float], scores: Scores, validation: Cache) -> None:
-        """Takes in an epoch; keeps its model if it is the best so far."""
-        thresholds = scores.choose(self.config.threshold_rule, self.config.threshold_factor, self.config)
-        value = self.task.value(scores, thresholds)
+        """Takes in an epoch; keeps its weights if some judgement finds them the best so far."""
         epoch = training.epochs_done
-        row = {"epoch": epoch, "value": value} | losses | scores.figures(thresholds)
-        row["decision_f1"] = scores.decision()[1]
-        self.progress["history"] = [*self.progress["history"], row]
-        self.progress["epochs"] = epoch
-        if not is_best(self.progress["history"], self.config.best_by):
-            return
-        by_rule = {rule_name(*rule): scores.choose(*rule, self.config) for rule in self.task.rules}
+        replays = [dict(replay) for replay in self.progress["replays"]]
+        found = [scores.choose(Judgement.of(replay)) for replay in replays]
+        judged = scores.figures(found)
+        decision_f1 = scores.decision[1]
+        for replay, highest, thresholds, figures in zip(replays, self.highest, found, judged, strict=True):
+            # The objective is 0, the worst, where this network has no such figure (precision of nothing predicted).
+            row = {"value": figures[self.metric] or 0.0, "decision_f1": decision_f1, "dice_mean": figures["dice_mean"]}
+            if is_best(row, highest, replay["best_by"]):
+                replay |= {"value": row["value"], "epoch": epoch, "thresholds": thresholds.to_dict()}
+            highest |= {key: max(highest.get(key, value), value) for key, value in row.items() if value is not None}
+        own = replays[0]
+        history_row = {"epoch": epoch, "value": judged[0][self.metric] or 0.0} | losses | judged[0]
         self.progress |= {
-            "value": value,
-            "best_epoch": epoch,
-            "thresholds": thresholds.to_dict(),
-            "rules": {name: self.task.value(scores, found) for name, found in by_rule.items()},
-            "rule_thresholds": {name: found.to_dict() for name, found in by_rule.items()},
+            "epochs": epoch,
+            "history": [*self.progress["history"], history_row | {"decision_f1": decision_f1}],
+            "replays": replays,
+            "value": own["value"],
+            "best_epoch": own["epoch"],
+            "thresholds": own["thresholds"],
+            "rules": {j.rule: _entry(replays, j)["value"] for j in self.rules},
         }
-        checkpoint.save_model(self.directory / "best", training.network.state_dict(), self.config, thresholds, epoch)
-        self._draw(training, validation, thresholds)
+        self._keep_weights(training, found[0])
+        if own["epoch"] == epoch:
+            self._draw(training, validation, found[0])
+
+    def _keep_weights(self, training: train.Training, thresholds: Thresholds) -> None:
+        """Those of each epoch that is the best by a judgement of this configuration or one the search may propose."""
+        best = self.directory / "best"
+        epochs = {_entry(self.progress["replays"], judgement)["epoch"] for judgement in self.judgements}
+        for folder in best.glob("*"):
+            if int(folder.name) not in epochs:
+                shutil.rmtree(folder)
+        epoch = training.epochs_done
+        if epoch in epochs:
+            weights = training.network.state_dict()
+            checkpoint.save_model(best / str(epoch), weights, self.config, thresholds, epoch)
 
     def checkpoint(self, training: train.Training | None) -> Path:
         """A sealed folder; without what it takes to go on where the trial is done."""
@@ -135,7 +176,7 @@ class _Keeper:
             checkpoint.save_training(self.directory, training.state())
         else:
             (self.directory / "training.pt").unlink(missing_ok=True)
-        write_json(self.directory / "progress.json", self.progress)
+        write_json(self.directory / "progress.json", self.progress | {"highest": self.highest})
         checkpoint.seal(self.directory)
         return self.directory
 
@@ -145,12 +186,27 @@ class _Keeper:
         folder.mkdir(exist_ok=True)
         rows = preview_rows(validation.positive)
         images = validation.images[rows]
-        found = predict(training.network, images, self.config, training.device)
-        decisions, logits = map(np.concatenate, zip(*found, strict=True))
+        answers = predict(training.network, images, self.config, training.device)
+        decisions, logits = (torch.cat(part).cpu().numpy() for part in zip(*answers, strict=True))
         for n, row in enumerate(rows):
             mask = thresholds.mask(logits[n], decisions[n])
             picture = preview(images[n], validation.masks[row], logits[n], mask)
             write_atomically(folder / f"{n}.png", cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
+
+
+_UNJUDGED: dict[str, Any] = {"value": None, "epoch": None, "thresholds": None}
+
+
+def nothing_yet() -> dict[str, Any]:
+    """The progress of a trial that has not begun."""
+    return {
+        "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,
+        "thresholds": None, "rules": {}, "replays": [], "seconds": 0.0,
+    }  # fmt: skip
+
+
+def _entry(replays: list[dict[str, Any]], judgement: Judgement) -> dict[str, Any]:
+    return next(replay for replay in replays if Judgement.of(replay) == judgement)
 
 
 def preview_rows(positive_N: Array) -> list[int]:
@@ -159,15 +215,13 @@ def preview_rows(positive_N: Array) -> list[int]:
     return [int(n) for n in (*positives[: _PREVIEWS - 1], *negatives[:1])]
 
 
-def is_best(history: list[dict[str, Any]], best_by: str) -> bool:
-    """Whether the last epoch is the one to keep: better than all before in a figure, or (both) at least as good as
-    all before in two, the decision's F measure and the mean Dice."""
-    *before, last = history
+def is_best(row: Mapping[str, Any], highest: Mapping[str, Any], best_by: str) -> bool:
+    """Whether an epoch is the one to keep: better than all before in a figure, or (both) at least as good as all
+    before in two, the decision's F measure and the mean Dice. `highest` holds the highest figures so far."""
     if best_by == "both":
-        keys = ("decision_f1", "dice_mean")
-        return all(last[key] >= row[key] for row in before for key in keys)
+        return all(row[key] >= highest.get(key, -np.inf) for key in ("decision_f1", "dice_mean"))
     key = {"objective": "value", "decision": "decision_f1", "segmentation": "dice_mean"}[best_by]
-    return all(last[key] > row[key] for row in before)
+    return bool(row[key] > highest.get(key, -np.inf))
 
 
 def preview(image_HW3: Array, truth_HW: Array, logits_HW: Array, mask_HW: Array) -> Array:

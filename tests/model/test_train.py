@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import checkpoint, data, evaluate, layouts, splits, synthetic, train
+from model.centre_lines import CentreLines, trace
 from model.config import RunConfig
 from model.data import Cache, open_cache
 from model.losses import segmentation_losses
@@ -139,11 +140,11 @@ def test_a_model_folder_gives_the_same_scores(cache: Cache, tmp_path: Path) -> N
     config = RunConfig(**SMALL)
     training = train.start(config, CPU)
     scores = evaluate.score(training.network, cache, config, CPU)
-    thresholds = scores.choose("pr_curve", 1, config)
+    thresholds = scores.choose(config.judgement())
     checkpoint.save_model(tmp_path / "m", training.network.state_dict(), config, thresholds, epoch=1)
     network, loaded, again = checkpoint.load_model(tmp_path / "m", CPU)
     assert (loaded, again) == (config, thresholds)
-    assert evaluate.score(network, cache, config, CPU).figures(again) == scores.figures(thresholds)
+    assert evaluate.score(network, cache, config, CPU).figures([again]) == scores.figures([thresholds])
     (tmp_path / "m" / "thresholds.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"must hold model\.safetensors, config\.json and thresholds\.json of one model"
@@ -176,12 +177,12 @@ def test_a_training_file_cannot_run_code(tmp_path: Path) -> None:
 
 
 def test_figures_of_a_split_equal_those_of_its_masks(cache: Cache) -> None:
-    config = RunConfig(**SMALL)
+    config = RunConfig(**SMALL, threshold_rule="grid")
     network = train.start(config, CPU).network
-    scores = evaluate.score(network, cache, config, CPU)
-    thresholds = scores.choose("grid", 1, config)
-    figures = scores.figures(thresholds)
-    logits = np.concatenate([maps for _, maps in evaluate.predict(network, cache.images, config, CPU)])
+    thresholds = evaluate.score(network, cache, config, CPU).choose(config.judgement())
+    scores = evaluate.score(network, cache, config, CPU, centre_lines_at=thresholds)
+    figures = scores.figures([thresholds])[0]
+    logits = np.concatenate([maps.numpy() for _, maps in evaluate.predict(network, cache.images, config, CPU)])
     masks = logits.astype(np.float16) >= thresholds.segmentation_logit
     truth = np.asarray(cache.masks).astype(bool)
     dice = [(2 * (m & t).sum() + 1e-15) / (m.sum() + t.sum() + 1e-15) for m, t in zip(masks, truth, strict=True)]
@@ -189,6 +190,9 @@ def test_figures_of_a_split_equal_those_of_its_masks(cache: Cache) -> None:
     assert figures["dice_positive_mean"] == pytest.approx(np.mean(np.array(dice)[cache.positive]))
     assert figures["precision"] == pytest.approx((masks & truth).sum() / masks.sum())
     assert Thresholds.from_dict(thresholds.to_dict()) == thresholds
+    assert scores.centre_lines is not None
+    lines = CentreLines(*np.array([trace(t, m) for t, m in zip(truth, masks, strict=True)]).T)
+    np.testing.assert_array_equal(scores.centre_lines, lines)
 
 
 def test_schedules() -> None:

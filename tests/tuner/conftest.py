@@ -45,7 +45,11 @@ def ended(proposal: Proposal, status: str = "completed", value: float | None = 0
         "device_seconds": 10.0,
         "thresholds": thresholds,
         "rules": {"min_of_max": 0.1, "pr_curve/1": 0.4, "grid": 0.5},
-        "rule_thresholds": dict.fromkeys(("min_of_max", "pr_curve/1", "grid"), thresholds),
+        "replays": [
+            proposal.config.judgement()._replace(threshold_rule=rule)._asdict()
+            | {"value": found, "epoch": 1 if rule == "grid" else 2, "thresholds": thresholds | {"rule": rule}}
+            for rule, found in (("min_of_max", 0.1), ("pr_curve", 0.4), ("grid", 0.5))
+        ],
         "replayed_from": None,
         "history": [],
     } | more

@@ -1,6 +1,7 @@
 """The study at its border: a real Optuna journal on disk, opened again as after a kill."""
 
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -126,20 +127,38 @@ def test_a_trained_network_answers_other_threshold_rules(journal: Path) -> None:
     for record in records[1:]:
         assert record["replayed_from"] == baseline.trial
         assert record["value"] == by_rule[record["params"]["threshold_rule"]]
+        assert record["best_epoch"] == (1 if record["params"]["threshold_rule"] == "grid" else 2)
         assert record["seconds"] == record["device_seconds"] == 0
         assert record["config"]["threshold_rule"] == record["params"]["threshold_rule"]
     assert set(states(journal)) == {TrialState.COMPLETE}
 
 
-def test_a_stopped_trial_answers_for_no_other(journal: Path) -> None:
-    space = small_space(
-        search={"threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]}},
-        train={"width": 0.1, "epochs": 3, "learning_rate": 1.0},
-    )
+@pytest.mark.parametrize(
+    ("status", "value", "state"),
+    [("diverged", None, TrialState.FAIL), ("stopped_early", 0.3, TrialState.PRUNED), ("failed", None, None)],
+)
+def test_how_a_training_ended_holds_for_its_replays(journal: Path, status: str, value: Any, state: Any) -> None:
+    """The same weights diverge again, and are cut again; a crash may not come again."""
+    search = {
+        "learning_rate": {"type": "categorical", "choices": [1.0]},
+        "threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]},
+    }
+    space = small_space(search=search, sampler="random")
     study = SearchStudy(space, "abc123", journal)
     baseline = study.ask()
-    study.finish(baseline, ended(baseline, "diverged", value=None))
-    assert study.ask() is not None
+    replays = [] if status == "diverged" else ended(baseline)["replays"]
+    study.finish(baseline, ended(baseline, status, value=value, replays=replays))
+    again = study.ask()
+    if state is None:
+        assert again is not None
+        return
+    assert again is None
+    assert set(states(journal)) == {state}
+    for record in study.records()[1:]:
+        assert (record["status"], record["replayed_from"]) == (status, baseline.trial)
+        wanted = {"pr_curve": 0.4, "grid": 0.5}[record["params"]["threshold_rule"]]
+        assert record["value"] == (None if status == "diverged" else wanted)
+    assert study.values_at(1) == {}  # a replay reached no rung of its own
 
 
 def test_conditional_parameters_are_asked_only_where_they_hold(journal: Path) -> None:
@@ -155,7 +174,7 @@ def test_conditional_parameters_are_asked_only_where_they_hold(journal: Path) ->
         proposal = study.ask()
         assert space.contains(proposal.params)
         seen.add("threshold_factor" in proposal.params)
-        study.finish(proposal, ended(proposal, value=n / 100, rules={}))
+        study.finish(proposal, ended(proposal, value=n / 100, replays=[]))
     assert seen == {True, False}
 
 
@@ -168,7 +187,7 @@ def test_bounds_and_steps_reach_optuna_as_they_are(journal: Path) -> None:
     for _ in range(40):
         proposal = study.ask()
         drawn.add(proposal.params["dilate"])
-        study.finish(proposal, ended(proposal, rules={}))
+        study.finish(proposal, ended(proposal, replays=[]))
     assert drawn == {1, 3, 5}
 
 

@@ -68,7 +68,7 @@ class ScriptedTask:
     def fresh(self) -> dict[str, Any]:
         return {
             "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,
-            "thresholds": None, "rules": {}, "rule_thresholds": {}, "seconds": 0.0,
+            "thresholds": None, "rules": {}, "replays": [], "seconds": 0.0,
         }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from model import checkpoint, layouts, splits, synthetic
-from model.config import RunConfig
+from model.config import Judgement, RunConfig
 from model.data import open_cache
 from model.evaluate import score
 from model.thresholds import Thresholds
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 CONFIG = RunConfig(
     width=0.1, input_height=64, input_width=128, epochs=3, learning_rate=1.0, precision="float32", augment_flips=True
 )
-RULES = (("min_of_max", 1), ("pr_curve", 1), ("pr_curve", 3), ("grid", 1))
+REPLAYED = {"threshold_rule": ("pr_curve", "grid"), "threshold_factor": (1, 3), "blacken": (True, False)}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def task(tmp_path_factory) -> TrialTask:
     synthetic.write(folder, count=24, height=64, width=128)
     found = splits.assign(layouts.read(folder), folder, 0.25, 0.25, 0)
     torch.set_num_threads(1)
-    return TrialTask(found.train, found.validation, "dice_positive_mean", RULES)
+    return TrialTask(found.train, found.validation, "dice_positive_mean", REPLAYED)
 
 
 @pytest.fixture(autouse=True)
@@ -68,13 +68,19 @@ def test_a_trial_reports_each_epoch_and_leaves_its_best_model(task: TrialTask, t
     final = tmp_path / "3"
     assert checkpoint.is_whole(final)
     assert not (final / "training.pt").exists()
-    network, config, thresholds = checkpoint.load_model(final / "best", CPU)
     cache = open_cache(task.validation, 64, 128)
-    scores = score(network, cache, config, CPU, factors=(1, 3))
-    assert scores.figures(thresholds)["dice_positive_mean"] == pytest.approx(last["value"], abs=1e-12)
-    for name, found in last["rule_thresholds"].items():
-        figure = scores.figures(Thresholds.from_dict(found))["dice_positive_mean"]
-        assert figure == pytest.approx(last["rules"][name], abs=1e-12)
+    searched = {judgement for judgement in task.judgements(CONFIG)}
+    for replay in last["replays"]:
+        if Judgement.of(replay) in searched:  # weights, epoch and thresholds are one thing
+            network, config, _ = checkpoint.load_model(final / "best" / str(replay["epoch"]), CPU)
+            scores = score(network, cache, config, CPU)
+            figures = scores.figures([Thresholds.from_dict(replay["thresholds"])])[0]
+            assert figures["dice_positive_mean"] == pytest.approx(replay["value"], abs=1e-12)
+    assert {p.name for p in (final / "best").iterdir()} == {
+        str(replay["epoch"]) for replay in last["replays"] if Judgement.of(replay) in searched
+    }
+    _, _, thresholds = checkpoint.load_model(final / "best" / str(last["best_epoch"]), CPU)
+    assert thresholds.to_dict() == last["thresholds"]
     pictures = sorted((final / "previews").glob("*.png"))
     assert len(pictures) == 4
     assert cv2.imread(str(pictures[0])).shape == (64, 4 * 128, 3)
@@ -90,7 +96,7 @@ def test_a_trial_that_goes_on_ends_as_if_it_had_not_stopped(task: TrialTask, tmp
     task.run(CONFIG, CPU, tmp_path / "straight" / "1", resumed)
     assert len(resumed.progress) == 2
     wanted, found = straight.progress[-1], resumed.progress[-1]
-    for key in ("value", "best_epoch", "thresholds", "rules", "history", "status"):
+    for key in ("value", "best_epoch", "thresholds", "rules", "replays", "history", "status"):
         assert found[key] == wanted[key], key
     again = Reports(tmp_path)
     task.run(CONFIG, CPU, tmp_path / "straight" / "3", again)
@@ -107,11 +113,11 @@ def test_dilation_moves_the_target_and_not_the_yardstick(task: TrialTask, tmp_pa
     reports = Reports(tmp_path)
     wide = RunConfig(**CONFIG.to_dict() | {"dilate": 9, "epochs": 1})
     task.run(wide, CPU, None, reports)
-    network, _, thresholds = checkpoint.load_model(tmp_path / "1" / "best", CPU)
+    network, _, thresholds = checkpoint.load_model(tmp_path / "1" / "best" / "1", CPU)
     truth = np.asarray(open_cache(task.validation, 64, 128).masks)
     scores = score(network, open_cache(task.validation, 64, 128), wide, CPU)
-    assert scores.counts.truth.tolist() == truth.sum(axis=(1, 2)).tolist()
-    assert scores.figures(thresholds)["dice_positive_mean"] == pytest.approx(reports.progress[0]["value"])
+    assert scores.counts.truth().tolist() == truth.sum(axis=(1, 2)).tolist()
+    assert scores.figures([thresholds])[0]["dice_positive_mean"] == pytest.approx(reports.progress[0]["value"])
 
 
 @pytest.mark.slow
@@ -141,8 +147,38 @@ def test_which_epochs_are_kept(best_by: str, kept: list[int]) -> None:
         {"value": 0.6, "decision_f1": 0.9, "dice_mean": 0.6},
         {"value": 0.1, "decision_f1": 0.9, "dice_mean": 0.6},
     ]
-    found = [n for n in range(1, 6) if is_best(rows[:n], best_by)]
+    highest: dict[str, float] = {}
+    found = []
+    for n, row in enumerate(rows, start=1):
+        if is_best(row, highest, best_by):
+            found.append(n)
+        highest = {key: max(value, highest.get(key, value)) for key, value in row.items()}
     assert found == kept
+
+
+def test_a_network_is_judged_in_every_way_that_the_search_may_propose(task: TrialTask) -> None:
+    found = task.judgements(CONFIG)
+    assert found[0] == CONFIG.judgement()
+    assert len(set(found)) == len(found) == 6  # pr_curve with two factors and grid, blackened or not
+    assert {j.threshold_factor for j in found if j.threshold_rule == "grid"} == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_replay_is_what_training_in_that_way_gives(task: TrialTask, tmp_path: Path) -> None:
+    """Every judgement of one training against trainings of its own, best epoch included."""
+    (tmp_path / "one").mkdir()
+    one = Reports(tmp_path / "one")
+    task.run(CONFIG, CPU, None, one)
+    for n, replay in enumerate(one.progress[-1]["replays"]):
+        (tmp_path / str(n)).mkdir()
+        own = Reports(tmp_path / str(n))
+        config = RunConfig(**CONFIG.to_dict() | Judgement.of(replay)._asdict())
+        TrialTask(task.train, task.validation, task.metric, {}).run(config, CPU, None, own)
+        last = own.progress[-1]
+        assert (last["value"], last["best_epoch"]) == (replay["value"], replay["epoch"])
+        assert last["thresholds"] == replay["thresholds"]
+        assert last["rules"][Judgement.of(replay).rule] == last["value"]
 
 
 @pytest.mark.slow
@@ -151,10 +187,10 @@ def test_blackening_in_a_trial_is_what_its_figures_say(task: TrialTask, tmp_path
     reports = Reports(tmp_path)
     config = RunConfig(**CONFIG.to_dict() | {"epochs": 1, "blacken": True, "lower_threshold": 0.9})
     task.run(config, CPU, None, reports)
-    network, _, thresholds = checkpoint.load_model(tmp_path / "1" / "best", CPU)
+    network, _, thresholds = checkpoint.load_model(tmp_path / "1" / "best" / "1", CPU)
     assert (thresholds.blacken, thresholds.lower_threshold) == (True, 0.9)
     cache = open_cache(task.validation, 64, 128)
     scores = score(network, cache, config, CPU)
     selected = thresholds.select(scores.counts, scores.decision_logits)
     assert not selected.predicted[~thresholds.decide(scores.decision_logits)].any()
-    assert scores.figures(thresholds)["dice_positive_mean"] == pytest.approx(reports.progress[0]["value"])
+    assert scores.figures([thresholds])[0]["dice_positive_mean"] == pytest.approx(reports.progress[0]["value"])

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from model.metrics import Array, Floats
+from model.arrays import Array, Floats
 from tuner.report import style, words
 from tuner.report.inputs import Examples
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from model.metrics import Array
+from model.arrays import Array
 from tuner.report import style
 
 Size = Literal["full", "half", "third"]

@@ -1,0 +1,317 @@
+"""Count tables: how many pixels of an image score at least this much. Every figure at every threshold follows from
+them, so that one pass over a split answers all thresholds exactly, and neither images nor maps are held.
+
+Scores are logits in half precision, as 65,536 codes of the same order. Shapes: N images, H x W px, K thresholds, M rows
+of a table. A score selects a pixel when score >= threshold.
+
+The functions that take `xp` count with numpy or with torch, whichever it is, on the device where the arrays are.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from model.arrays import Array, Bools, Floats, Ints
+from model.curves import Curve
+
+TOLERANCE = 2
+"""px within which the crack papers' F1 forgives a pixel"""
+
+_EPSILON = 1e-15
+_LARGEST = 65504.0
+"""the largest number of half precision"""
+
+_CODES = 1 << 16
+_LOWEST_CODE = -(1 << 15)
+
+ROW = np.dtype([("code", "i2"), ("background", "i4"), ("margin", "i4"), ("truth", "i4"), ("reached", "i4")])
+"""One distinct score of an image, and how many pixels have just it: outside the truth and far from it; outside within
+the tolerance; of the truth; and of the truth with this as the best score within the tolerance."""
+
+_KINDS = ("background", "margin", "truth", "reached")
+
+
+def to_half(logits: Any) -> Any:
+    """Logits (numpy or torch) as every part of this project compares them: rounded to half precision, no infinities.
+
+    Probabilities would not do: in half precision only 206 values lie above 0.9, so that sure scores become equal.
+    """
+    finite = logits.clip(-_LARGEST, _LARGEST)
+    return finite.astype(np.float16) if isinstance(finite, np.ndarray) else finite.half()
+
+
+def codes(xp: Any, half: Any) -> Any:
+    """Half-precision numbers as int16 of the same order; 0 and -0 are 0."""
+    bits = half.view(xp.int16)
+    ordered = bits ^ ((bits >> 15) & 0x7FFF)
+    return ordered + (ordered == -1)
+
+
+def scores_of(codes_M: Array) -> Floats:
+    """The inverse of `codes`."""
+    ordered = np.ascontiguousarray(codes_M, np.int16)
+    return (ordered ^ ((ordered >> 15) & np.int16(0x7FFF))).view(np.float16).astype(np.float64)
+
+
+def least_codes(thresholds_K: Array) -> Ints:
+    """(K,) the lowest code that each threshold selects; 32768, which is no code, where it selects nothing."""
+    half = to_half(np.asarray(thresholds_K, np.float64))
+    least = codes(np, half).astype(np.int64) + (half.astype(np.float64) < thresholds_K)
+    return np.where(np.asarray(thresholds_K) > _LARGEST, -_LOWEST_CODE, least)
+
+
+def spread(xp: Any, values_HW: Any, distance: int) -> Any:
+    """The largest value within a cross with arms of `distance` px (the public code's 5x5 cross for 2 px).
+
+    Of a 0/1 mask this is the dilated mask; of scores, what the dilated prediction selects at each threshold.
+    """
+    best = values_HW + 0
+    for step in range(1, distance + 1):
+        for shifted, source in (
+            (best[step:], values_HW[:-step]),
+            (best[:-step], values_HW[step:]),
+            (best[:, step:], values_HW[:, :-step]),
+            (best[:, :-step], values_HW[:, step:]),
+        ):
+            xp.maximum(shifted, source, out=shifted)
+    return best
+
+
+def tally(xp: Any, half_HW: Any, truth_HW: Any, tolerance: int = TOLERANCE) -> tuple[Any, ...]:
+    """The columns of ROW for one image, codes rising, on the device of the arrays. The truth is uint8, 0 or 1."""
+    codes_HW = codes(xp, half_HW)
+    truth = xp.where(truth_HW.ravel() > 0)[0]
+    near = xp.where(spread(xp, truth_HW, tolerance).ravel() > 0)[0]
+
+    def histogram(codes_P: Any) -> Any:
+        return xp.bincount(xp.asarray(codes_P, dtype=xp.int32) - _LOWEST_CODE, minlength=_CODES)
+
+    pixels = histogram(codes_HW.ravel())
+    present = xp.where(pixels > 0)[0]
+    # Few pixels are of the truth or near it: picking them out is cheaper than a histogram of all kinds.
+    pixels, near_it, inside, reached = (
+        table[present]
+        for table in (
+            pixels,
+            histogram(codes_HW.ravel()[near]),
+            histogram(codes_HW.ravel()[truth]),
+            histogram(spread(xp, codes_HW, tolerance).ravel()[truth]),
+        )
+    )
+    return present + _LOWEST_CODE, pixels - near_it, near_it - inside, inside, reached
+
+
+class Selected(NamedTuple):
+    """Pixels that K thresholds select in N images."""
+
+    predicted: Ints
+    """(N, K)"""
+    hits: Ints
+    """(N, K) of these, pixels of the truth"""
+    grown_hits: Ints
+    """(N, K) of these, pixels within the tolerance of the truth"""
+    found: Ints
+    """(N, K) pixels of the truth within the tolerance of a predicted one"""
+    truth: Ints
+    """(N, 1) pixels of the truth"""
+    pixels: Ints
+    """(N, 1) all pixels"""
+
+    @property
+    def tables(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """What depends on the threshold."""
+        return self.predicted, self.hits, self.grown_hits, self.found
+
+    def over(self, tables: Iterable[Ints]) -> Selected:
+        """Other tables over the same truth."""
+        predicted, hits, grown_hits, found = tables
+        return Selected(predicted, hits, grown_hits, found, self.truth, self.pixels)
+
+    def columns(self, chosen_K: Any) -> Selected:
+        """Some of the thresholds."""
+        return self.over(table[:, chosen_K] for table in self.tables)
+
+    def rows(self, chosen_N: Any) -> Selected:
+        """Some of the images."""
+        return Selected(*(table[chosen_N] for table in self))
+
+    def blackened(self, kept_N: Bools) -> Selected:
+        """The same with nothing predicted in the other images."""
+        return self.over(table * kept_N[:, None] for table in self.tables)
+
+    def pooled(self) -> Selected:
+        """All images as one: arrays (1, K)."""
+        return Selected(*(table.sum(axis=0, keepdims=True) for table in self))
+
+    def dice(self) -> Floats:
+        return (2 * self.hits + _EPSILON) / (self.predicted + self.truth + _EPSILON)
+
+    def iou(self) -> Floats:
+        return (self.hits + _EPSILON) / (self.predicted + self.truth - self.hits + _EPSILON)
+
+    def precision(self) -> Floats:
+        return (self.hits + _EPSILON) / (self.predicted + _EPSILON)
+
+    def recall(self) -> Floats:
+        return (self.hits + _EPSILON) / (self.truth + _EPSILON)
+
+    def two_pixel(self) -> tuple[Floats, Floats, Floats]:
+        """Precision, "recall" and F1 as the public code has them: hits and false alarms against the grown truth,
+        misses against the truth as drawn (so the second is no recall). Empty predictions score 0."""
+        misses = self.truth - self.hits
+        precision = self.grown_hits / np.maximum(self.predicted, 1)
+        recall = self.grown_hits / np.maximum(self.grown_hits + misses, 1)
+        return precision, recall, 2 * precision * recall / np.maximum(precision + recall, _EPSILON)
+
+    def tolerant(self) -> tuple[Floats, Floats, Floats]:
+        """Precision, recall and F1 that forgive the tolerance on both sides: predicted pixels near the truth, and
+        pixels of the truth near the prediction. Empty against empty scores 1."""
+        precision = (self.grown_hits + _EPSILON) / (self.predicted + _EPSILON)
+        recall = (self.found + _EPSILON) / (self.truth + _EPSILON)
+        return precision, recall, 2 * precision * recall / np.maximum(precision + recall, _EPSILON)
+
+
+@dataclass(frozen=True)
+class PixelCounts:
+    """Count tables of N images. Image n owns rows offsets[n]:offsets[n + 1], codes rising."""
+
+    rows: Array
+    """(M,) of ROW; may be mapped from a file"""
+    offsets: Ints
+    """(N + 1,)"""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def of(self, n: int) -> Array:
+        """The rows of one image."""
+        return self.rows[self.offsets[n] : self.offsets[n + 1]]
+
+    def at(self, thresholds_K: Array | float) -> Selected:
+        """What thresholds, logits, select in each image."""
+        least = least_codes(np.atleast_1d(np.asarray(thresholds_K, np.float64)))
+        out = np.empty((4, len(self), len(least)), np.int64)
+        whole = np.empty((2, len(self), 1), np.int64)
+        for n in range(len(self)):
+            rows = self.of(n)
+            kinds = np.stack([rows[kind] for kind in _KINDS])
+            # How many pixels lie at or above each row, and 0 above the last.
+            above = np.zeros((4, len(rows) + 1), np.int64)
+            np.cumsum(kinds[:, ::-1], axis=1, out=above[:, -2::-1])
+            background, margin, truth, reached = above[:, np.searchsorted(rows["code"], least)]
+            out[:, n] = background + margin + truth, truth, margin + truth, reached
+            whole[:, n, 0] = above[2, 0], above[:3, 0].sum()
+        return Selected(*out, *whole)
+
+    def pixel_curve(self, kept_N: Bools) -> Curve:
+        """All pixels of all images as one. Those of images that are not kept have no score, -infinity."""
+        dense = np.zeros((2, 1 + _CODES), np.int64)
+        for n, kept in enumerate(kept_N):
+            rows = self.of(n)
+            inside, outside = rows["truth"], rows["background"] + rows["margin"]
+            if kept:
+                at = rows["code"].astype(np.int64) - (_LOWEST_CODE - 1)
+                dense[0, at] += inside
+                dense[1, at] += outside
+            else:
+                dense[:, 0] += inside.sum(), outside.sum()
+        present = np.flatnonzero(dense.any(axis=0))[::-1]
+        scores = np.where(present > 0, scores_of(present - 1 + _LOWEST_CODE), -np.inf)
+        return Curve(scores, *np.cumsum(dense[:, present], axis=1).astype(np.float64))
+
+    def truth(self) -> Ints:
+        """(N,) pixels of the truth"""
+        return np.array([self.of(n)["truth"].sum(dtype=np.int64) for n in range(len(self))])
+
+    def largest(self) -> Floats:
+        """(N,) the largest score of each image"""
+        return scores_of(self.rows["code"][self.offsets[1:] - 1])
+
+    def arrays(self) -> dict[str, Array]:
+        """What `from_arrays` takes back, for an .npz file; column by column, which compresses better."""
+        return {"counts_offsets": self.offsets} | {f"counts_{name}": self.rows[name] for name in ROW.names or ()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> PixelCounts:
+        """The inverse of `arrays`."""
+        rows = np.empty(len(arrays["counts_code"]), ROW)
+        for name in ROW.names or ():
+            rows[name] = arrays[f"counts_{name}"]
+        return cls(rows, arrays["counts_offsets"])
+
+
+class CountsBuilder:
+    """Collects the tables of one image after another in a file that nobody else sees, so that memory does not grow
+    with the number of images."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="segdec-counts-")  # noqa: SIM115  (lives as long as this object)
+        self._lengths: list[int] = []
+
+    def add(self, columns: tuple[Any, ...]) -> None:
+        """The next image's columns, as `tally` returns them."""
+        on_host = [column if isinstance(column, np.ndarray) else column.cpu().numpy() for column in columns]
+        rows = np.empty(len(on_host[0]), ROW)
+        for name, column in zip(ROW.names or (), on_host, strict=True):
+            rows[name] = column
+        self._file.write(rows.data)
+        self._lengths.append(len(rows))
+
+    def build(self) -> PixelCounts:
+        """The tables of all images added so far, mapped from the file."""
+        self._file.flush()
+        rows = np.memmap(self._file, ROW, "r") if any(self._lengths) else np.empty(0, ROW)
+        return PixelCounts(rows, np.cumsum([0, *self._lengths]))
+
+
+def count(truth_NHW: Array, logits_NHW: Array, tolerance: int = TOLERANCE) -> PixelCounts:
+    """Count tables of whole arrays."""
+    builder = CountsBuilder()
+    for truth_HW, logits_HW in zip(truth_NHW, logits_NHW, strict=True):
+        builder.add(tally(np, to_half(np.asarray(logits_HW)), np.asarray(truth_HW).astype(np.uint8), tolerance))
+    return builder.build()
+
+
+def select(truth_NHW: Array, scores_NHW: Array, thresholds_K: Array, tolerance: int) -> Selected:
+    """What `scores >= threshold` selects, for scores of any kind and without tables: one histogram over the K
+    thresholds an image. Half precision takes a lookup, everything else a search, which is slower and as exact."""
+    thresholds = np.asarray(thresholds_K, np.float64)
+    order = np.argsort(thresholds, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    bins_of = _binning(scores_NHW.dtype, thresholds[order])
+
+    def at_least(bins_P: Array) -> Ints:
+        # Bin b holds what the first b thresholds select.
+        return np.bincount(bins_P, minlength=len(thresholds) + 1)[:0:-1].cumsum()[::-1][rank]
+
+    out = np.empty((4, len(truth_NHW), len(thresholds)), np.int64)
+    whole = np.empty((2, len(truth_NHW), 1), np.int64)
+    for n, (truth_HW, scores_HW) in enumerate(zip(truth_NHW, scores_NHW, strict=True)):
+        mask_HW = np.asarray(truth_HW).astype(np.uint8)
+        truth = np.flatnonzero(mask_HW)
+        bins_HW = bins_of(scores_HW)
+        out[:2, n] = at_least(bins_HW.ravel()), at_least(bins_HW.ravel()[truth])
+        if tolerance:
+            near = np.flatnonzero(spread(np, mask_HW, tolerance))
+            best_HW = spread(np, bins_HW, tolerance)
+            out[2:, n] = at_least(bins_HW.ravel()[near]), at_least(best_HW.ravel()[truth])
+        else:
+            out[2:, n] = out[1, n]
+        whole[:, n, 0] = len(truth), mask_HW.size
+    return Selected(*out, *whole)
+
+
+def _binning(dtype: Any, thresholds_K: Floats) -> Any:
+    """A function from scores to how many of the rising thresholds each of them reaches."""
+    if dtype != np.float16:
+        return lambda scores_HW: np.searchsorted(thresholds_K, scores_HW, side="right")
+    # A score's own bits are its index.
+    every = np.arange(_CODES, dtype=np.uint16).view(np.float16)
+    lookup = np.searchsorted(thresholds_K, every.astype(np.float64), side="right").astype(np.int16)
+    return lambda scores_HW: lookup.take(np.ascontiguousarray(scores_HW).view(np.uint16))

@@ -1,0 +1,142 @@
+"""Count tables against the plain definition, with numpy and with torch, at saturated scores, ties and empty masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage
+
+from model import counts
+from model.counts import CountsBuilder, PixelCounts
+
+TRUTHS = hnp.arrays(np.bool_, (2, 5, 6))
+HALVES = st.sampled_from([-65504.0, -11.0, -1.0, -6e-8, -0.0, 0.0, 6e-8, 0.5, 10.99, 11.0, 65504.0])
+LOGITS = hnp.arrays(np.float32, (2, 5, 6), elements=HALVES | st.floats(-20, 20, width=32))
+THRESHOLDS = st.floats(-25, 25) | HALVES | st.sampled_from([-np.inf, np.inf, 65520.0, -1e-9, 1e-9])
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+CROSS = np.array([[0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0], [0, 0, 1, 0, 0]], bool)
+
+
+@given(TRUTHS, LOGITS, st.lists(THRESHOLDS, min_size=1, max_size=4))
+def test_tables_select_what_masks_select(truth, logits, thresholds) -> None:
+    selected = counts.count(truth, logits).at(thresholds)
+    scores = np.clip(logits, -65504, 65504).astype(np.float16).astype(float)
+    for n in range(2):
+        grown = ndimage.binary_dilation(truth[n], CROSS)
+        for k, threshold in enumerate(thresholds):
+            mask = scores[n] >= threshold
+            assert selected.predicted[n, k] == mask.sum()
+            assert selected.hits[n, k] == (mask & truth[n]).sum()
+            assert selected.grown_hits[n, k] == (mask & grown).sum()
+            assert selected.found[n, k] == (ndimage.binary_dilation(mask, CROSS) & truth[n]).sum()
+        assert (selected.truth[n, 0], selected.pixels[n, 0]) == (truth[n].sum(), 30)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(TRUTHS, LOGITS, st.integers(0, 3))
+def test_torch_and_numpy_count_alike(device, truth, logits, tolerance) -> None:
+    for n in range(2):
+        mask = truth[n].astype(np.uint8)
+        ours = counts.tally(np, counts.to_half(logits[n]), mask, tolerance)
+        there = torch.from_numpy(logits[n]).to(device), torch.from_numpy(mask).to(device)
+        theirs = counts.tally(torch, counts.to_half(there[0]), there[1], tolerance)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b.cpu().numpy())
+
+
+def test_codes_keep_the_order_of_all_numbers() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = np.unique(every[np.isfinite(every)].astype(float)).astype(np.float16)
+    found = counts.codes(np, finite)
+    assert (np.diff(found.astype(int)) >= 1).all()
+    np.testing.assert_array_equal(counts.scores_of(found), finite.astype(float))
+    assert counts.codes(np, np.array([-0.0], np.float16)) == counts.codes(np, np.array([0.0], np.float16)) == 0
+
+
+@given(hnp.arrays(np.float32, 20, elements=st.floats(width=32, allow_nan=False)))
+def test_one_rounding_for_numpy_and_torch(logits) -> None:
+    ours = counts.to_half(logits)
+    assert np.isfinite(ours).all()
+    np.testing.assert_array_equal(ours, counts.to_half(torch.from_numpy(logits)).numpy())
+
+
+@given(
+    TRUTHS, hnp.arrays(np.float64, (2, 5, 6), elements=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])),
+    hnp.arrays(np.float64, 4, elements=st.sampled_from([-1.0, 0.0, 0.1, 0.25, 0.3, 1.0, 2.0])),
+    st.sampled_from([np.float16, np.float32, np.float64]), st.integers(0, 2),
+)  # fmt: skip
+def test_selecting_without_tables_is_the_same(truth, scores, thresholds, dtype, tolerance) -> None:
+    """Half precision by lookup, everything else by search; thresholds in any order, equal ones too."""
+    scores = scores.astype(dtype)
+    selected = counts.select(truth, scores, thresholds, tolerance)
+    cross = CROSS[2 - tolerance : 3 + tolerance, 2 - tolerance : 3 + tolerance]
+    for n in range(2):
+        for k, threshold in enumerate(thresholds):
+            mask = scores[n].astype(float) >= threshold
+            assert selected.predicted[n, k] == mask.sum()
+            assert selected.hits[n, k] == (mask & truth[n]).sum()
+            assert selected.grown_hits[n, k] == (mask & ndimage.binary_dilation(truth[n], cross)).sum()
+            assert selected.found[n, k] == (ndimage.binary_dilation(mask, cross) & truth[n]).sum()
+
+
+def test_half_precision_cannot_hold_every_probability_and_the_search_can() -> None:
+    scores = np.array([[[0.123456789, 0.123456780]]])
+    assert np.unique(scores.astype(np.float16)).size == 1
+    assert counts.select(np.ones((1, 1, 2)), scores, np.array([0.123456785]), 0).predicted == 1
+
+
+@given(TRUTHS, LOGITS, hnp.arrays(np.bool_, 2))
+def test_the_curve_holds_all_pixels_and_hides_those_that_are_not_kept(truth, logits, kept) -> None:
+    points = counts.count(truth, logits).pixel_curve(kept)
+    scores = np.where(kept[:, None, None], counts.to_half(logits).astype(float), -np.inf)
+    assert points.thresholds.tolist() == sorted(set(scores.ravel().tolist()), reverse=True)
+    for k, threshold in enumerate(points.thresholds):
+        assert points.true_positives[k] == ((scores >= threshold) & truth).sum()
+        assert points.false_positives[k] == ((scores >= threshold) & ~truth).sum()
+
+
+def test_tables_survive_a_file(tmp_path) -> None:
+    found = counts.count(np.eye(4)[None], np.arange(16.0).reshape(1, 4, 4))
+    np.savez(tmp_path / "counts.npz", **found.arrays())
+    with np.load(tmp_path / "counts.npz", allow_pickle=False) as arrays:
+        again = PixelCounts.from_arrays(arrays)
+    np.testing.assert_array_equal(again.rows, found.rows)
+    np.testing.assert_array_equal(again.at([3.0, 8.0]).hits, found.at([3.0, 8.0]).hits)
+
+
+def test_a_builder_can_be_read_and_goes_on() -> None:
+    builder = CountsBuilder()
+    image = counts.tally(np, np.zeros((2, 2), np.float16), np.zeros((2, 2), np.uint8))
+    for n in range(1, 4):
+        builder.add(image)
+        assert len(builder.build()) == n
+        assert builder.build().at(0.0).predicted.tolist() == [[4]] * n
+
+
+def test_growing_by_two_pixels_uses_a_cross() -> None:
+    point = np.zeros((7, 7), np.uint8)
+    point[3, 3] = 1
+    np.testing.assert_array_equal(counts.spread(np, point, 2)[1:6, 1:6], CROSS)
+
+
+@pytest.mark.parametrize(
+    ("truth", "mask", "dice", "two_pixel", "tolerant"),
+    [
+        ([[0, 0]], [[0, 0]], 1.0, 0.0, 1.0),
+        ([[1, 1]], [[0, 0]], 0.0, 0.0, 0.0),
+        ([[0, 0]], [[1, 0]], 0.0, 0.0, 0.0),
+        ([[1, 0]], [[1, 0]], 1.0, 1.0, 1.0),
+        ([[1, 0]], [[0, 1]], 0.0, 2 / 3, 1.0),
+        ([[1, 0, 0, 0]], [[0, 0, 0, 1]], 0.0, 0.0, 0.0),
+    ],
+    ids=["both empty", "missed", "false alarm", "perfect", "one pixel off", "three pixels off"],
+)
+def test_degenerate_images(truth, mask, dice, two_pixel, tolerant) -> None:
+    selected = counts.count(np.array([truth]), np.array([mask], float)).at(0.5)
+    assert selected.dice()[0, 0] == pytest.approx(dice)
+    assert selected.two_pixel()[2][0, 0] == pytest.approx(two_pixel)
+    assert selected.tolerant()[2][0, 0] == pytest.approx(tolerant)
