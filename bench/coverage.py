@@ -73,11 +73,12 @@ def row(what: str, size: str, truth: float, intervals: list[Interval | None], pe
 def percentiles(rng: np.random.Generator, numerator_RG: Floats, denominator_RG: Floats) -> Floats:
     """(R, 2) plain percentiles of a ratio over bootstrap draws of groups."""
     groups = numerator_RG.shape[1]
-    counts_DG = rng.multinomial(groups, np.full(groups, 1 / groups), size=_PERCENTILE_DRAWS).astype(np.float64)
-    bounds = [
-        np.percentile(counts_DG @ top_RG.T / (counts_DG @ below_RG.T), [2.5, 97.5], axis=0).T
-        for top_RG, below_RG in zip(np.array_split(numerator_RG, 10), np.array_split(denominator_RG, 10), strict=True)
-    ]
+    bounds = []
+    # Other draws for every tenth, so that the luck of one set of draws is not in the whole row.
+    for top_RG, below_RG in zip(np.array_split(numerator_RG, 10), np.array_split(denominator_RG, 10), strict=True):
+        counts_DG = rng.multinomial(groups, np.full(groups, 1 / groups), size=_PERCENTILE_DRAWS).astype(np.float64)
+        ratios_DR = counts_DG @ top_RG.T / (counts_DG @ below_RG.T)
+        bounds.append(np.percentile(ratios_DR, [2.5, 97.5], axis=0).T)
     return np.concatenate(bounds)
 
 

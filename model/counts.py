@@ -42,7 +42,7 @@ def to_half(logits: Any) -> Any:
     Probabilities would not do: in half precision only 206 values lie above 0.9, so that sure scores become equal.
     """
     finite = logits.clip(-_LARGEST, _LARGEST)
-    return finite.astype(np.float16) if isinstance(finite, np.ndarray) else finite.half()
+    return finite.half() if hasattr(finite, "half") else finite.astype(np.float16)
 
 
 def codes(xp: Any, half: Any) -> Any:

@@ -198,6 +198,10 @@ def _bootstrap_t(
     leave it out would hide that. If one draw in 40 is like that (3 groups differ from the rest, or fewer) the quantile
     is infinite, and there is no interval. Draws without a denominator are left out: there, the figure would not exist
     and nobody asks for its interval. With one ratio there are none; with two it happens once in 10^8 draws at most.
+
+    We depart from the book in that no quantile is taken nearer than Student's: draws from few groups with heavy tails,
+    as differences of two models have, understate t (92.9 % instead of 96.5 % coverage for 24 differences with 3 degrees
+    of freedom). It widens intervals by 2 to 4 %.
     """
     numerator_KG = _sums([ratio.numerator_N for ratio in ratios], groups_N)
     denominator_KG = _sums([ratio.denominator_N for ratio in ratios], groups_N)
@@ -235,6 +239,8 @@ def _bootstrap_t(
     t_low, t_high = t_D[tail - 1], t_D[-tail]
     if not np.isfinite([t_low, t_high]).all():
         return None
+    student = stats.t.ppf(1 - _TAIL, len(order) - 1)
+    t_low, t_high = min(t_low, -student), max(t_high, student)
     figure = figure_K @ share_K
     return max(float(figure - t_high * error), bounds[0]), min(float(figure - t_low * error), bounds[1])
 

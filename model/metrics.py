@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.arrays import Array, Bools, Floats, Ints  # noqa: F401
-from model.counts import PixelCounts, Selected, select
-from model.curves import area_under_roc, average_precision, curve
+from model.arrays import Array, Bools, Floats
+from model.counts import Selected, select
+from model.curves import Curve, area_under_roc, average_precision, curve
 
 
 class Metric(NamedTuple):
@@ -89,8 +89,8 @@ METRICS: dict[str, Metric] = {
 }
 """Every figure under the name that records, metrics.json and objectives use."""
 
-_SWEPT = np.arange(1, 100) / 100
-"""probabilities that ODS, OIS and AIU go through"""
+SWEPT = np.log(np.arange(1, 100)) - np.log(np.arange(99, 0, -1))
+"""(99,) logits of the probabilities 0.01 to 0.99 that ODS, OIS and AIU go through"""
 
 
 def figures(selected: Selected, labels_N: Array, decision_logits_N: Array) -> dict[str, float]:
@@ -139,18 +139,16 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def without_threshold(counts: PixelCounts, kept_N: Bools) -> dict[str, float]:
-    """Pixel AP, ODS, OIS and AIU; the images that are not kept have empty masks at every threshold.
+def without_threshold(swept: Selected, points: Curve) -> dict[str, float]:
+    """Pixel AP, ODS, OIS and AIU of what the thresholds SWEPT select, and of the curve of all pixels.
 
     ODS and OIS choose thresholds on the split that they judge, as the papers do.
     """
-    swept = counts.at(np.log(_SWEPT) - np.log1p(-_SWEPT)).blackened(kept_N)
-    positive = swept.truth[:, 0] > 0
+    pooled, positive = swept.pooled(), swept.truth[:, 0] > 0
     if not positive.any():
         return dict.fromkeys(("pixel_ap", "ods", "ois", "aiu"), math.nan)
-    pooled = swept.pooled()
     return {
-        "pixel_ap": average_precision(counts.pixel_curve(kept_N)),
+        "pixel_ap": average_precision(points),
         "ods": float((2 * pooled.hits / (pooled.predicted + pooled.truth)).max()),
         "ois": float(swept.rows(positive).dice().max(axis=1).mean()),
         "aiu": float(swept.rows(positive).iou().mean()),

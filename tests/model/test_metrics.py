@@ -14,6 +14,10 @@ TRUTHS = hnp.arrays(np.bool_, (3, 4, 5)).filter(lambda truth: truth.any())
 LOGITS = hnp.arrays(np.float32, (3, 4, 5), elements=st.sampled_from([-12.0, -1.0, 0.0, 0.5, 11.0]))
 
 
+def threshold_free(tables: counts.PixelCounts, kept: np.ndarray) -> dict[str, float]:
+    return metrics.without_threshold(tables.at(metrics.SWEPT).blackened(kept), tables.pixel_curve(kept))
+
+
 @given(TRUTHS, LOGITS)
 def test_figures_are_what_their_definitions_say(truth, logits) -> None:
     mask = logits >= 0
@@ -60,9 +64,9 @@ def test_background_flatters_the_two_class_iou() -> None:
 @given(TRUTHS, LOGITS, hnp.arrays(np.bool_, 3))
 def test_figures_without_a_threshold(truth, logits, kept) -> None:
     scores = np.where(kept[:, None, None], counts.to_half(logits).astype(float), -np.inf)
-    swept = logit(np.arange(1, 100) / 100)
-    found = metrics.without_threshold(counts.count(truth, logits), kept)
-    masks = [scores >= t for t in swept]
+    np.testing.assert_allclose(metrics.SWEPT, logit(np.arange(1, 100) / 100), atol=1e-12)
+    found = threshold_free(counts.count(truth, logits), kept)
+    masks = [scores >= t for t in metrics.SWEPT]
     positive = truth.any(axis=(1, 2))
 
     def f1(t: np.ndarray, m: np.ndarray) -> float:
@@ -120,6 +124,6 @@ def test_confusion_counts_images() -> None:
 def test_every_figure_has_a_name_and_a_definition() -> None:
     tables = counts.count(np.ones((1, 2, 2)), np.ones((1, 2, 2)))
     named = metrics.figures(tables.at(0.0), np.array([True]), np.zeros(1))
-    named |= metrics.without_threshold(tables, np.array([True]))
+    named |= threshold_free(tables, np.array([True]))
     named |= metrics.decision_figures(metrics.confusion(np.array([1]), np.array([True])))
     assert set(named) | {"cl_dice", "cl_iou"} == set(metrics.METRICS)

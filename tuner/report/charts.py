@@ -10,7 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from model.metrics import Curve, Floats, area_under_roc, average_precision, curve
+from model.arrays import Floats
+from model.counts import scores_of
+from model.curves import Curve, area_under_roc, average_precision, curve
 from model.thresholds import logit, sigmoid
 from tuner.report import style, words
 from tuner.report.inputs import Json
@@ -118,7 +120,8 @@ def _shares_up_to_one(axes: Any) -> None:
 
 def logit_grid(splits: Sequence[Judged]) -> Floats:
     """Logits that cover what the maps hold and where probabilities differ, finer where pixels are."""
-    levels = np.concatenate([one.seen.levels[:: max(1, len(one.seen.levels) // 20_000)] for one in splits])
+    codes = [one.split.counts.rows["code"] for one in splits]
+    levels = scores_of(np.concatenate([each[:: max(1, len(each) // 20_000)] for each in codes]))
     chosen = splits[0].thresholds["segmentation_logit"]
     even = np.linspace(min(-7.0, chosen - 1), max(7.0, chosen + 1), 201)
     return np.unique(np.concatenate([even, np.quantile(levels, np.linspace(0, 1, 201)), [chosen]]))
@@ -132,7 +135,7 @@ def pixel_precision_recall(validation: Judged, test: Judged) -> Any:
         ("validation", validation, style.VALIDATION, "--"),
         ("test", test, style.WINNER, "-"),
     ):
-        pooled = one.seen.at(grid).pooled()
+        pooled = one.at(grid).pooled()
         drawn = pooled.predicted[0] > 0
         axes.plot(pooled.recall()[0][drawn], pooled.precision()[0][drawn], line, color=colour, label=name)
     if test.selected.predicted.sum():
@@ -153,7 +156,7 @@ def dice_by_threshold(validation: Judged, test: Judged) -> Any:
         ("validation", validation, style.VALIDATION, "--"),
         ("test", test, style.WINNER, "-"),
     ):
-        axes.plot(grid, one.seen.at(grid).dice().mean(axis=0), line, color=colour, label=name)
+        axes.plot(grid, one.at(grid).dice().mean(axis=0), line, color=colour, label=name)
     label = f"chosen threshold {words.probability(test.thresholds['segmentation_probability'])}"
     axes.axvline(chosen, color=style.INK, linewidth=0.9, linestyle=":", label=label)
     _probability_axis(axes, grid)
@@ -242,6 +245,6 @@ def by_epoch(
 def best_threshold(validation: Judged) -> tuple[float, float]:
     """The probability at which validation's mean Dice is highest, and that Dice."""
     grid = logit_grid([validation])
-    dice = validation.seen.at(grid).dice().mean(axis=0)
+    dice = validation.at(grid).dice().mean(axis=0)
     best = int(dice.argmax())
     return float(sigmoid(grid[best])), float(dice[best])

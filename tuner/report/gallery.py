@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +90,25 @@ class Section:
     anchor: str
     title: str
     blocks: Sequence[Block]
+
+
+def stamped(section: Section, stamp: str) -> Section:
+    """The section with a stamp on every table, picture and headline figure."""
+
+    def mark(block: Block) -> Block:
+        match block:
+            case Table():
+                return replace(block, caption=f"{block.caption} ({stamp})".strip())
+            case Tables():
+                return replace(block, tables=[replace(t, caption=f"{t.caption} ({stamp})") for t in block.tables])
+            case Pictures():
+                return replace(block, pictures=[replace(p, caption=f"{p.caption} ({stamp})") for p in block.pictures])
+            case Cards():
+                return replace(block, cards=[replace(c, label=f"{c.label} ({stamp})") for c in block.cards])
+            case _:
+                return block
+
+    return replace(section, blocks=[mark(block) for block in section.blocks])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from model.metrics import Array, PixelCounts
+from model.arrays import Array
+from model.centre_lines import CentreLines
+from model.counts import PixelCounts
 
 Json = dict[str, Any]
 
@@ -27,6 +29,8 @@ class Split:
     decision_logits: Array
     """(N,)"""
     counts: PixelCounts
+    centre_lines: CentreLines
+    """of truth and mask, at the candidate's thresholds"""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -172,6 +176,7 @@ def _split(path: Path) -> Split:
             labels=arrays["labels"].astype(bool),
             decision_logits=arrays["decision_logits"].astype(np.float64),
             counts=PixelCounts.from_arrays(arrays),
+            centre_lines=CentreLines(*arrays["centre_lines"].T),
         )
 
 

@@ -6,9 +6,23 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from model.arrays import Floats
 from model.config import REFERENCES, RULES
 from tuner.report import architecture, examples, tables, winner_page, words
-from tuner.report.gallery import Block, Card, Cards, Gallery, Page, Picture, Pictures, Section, Table, Tables, Text
+from tuner.report.gallery import (
+    Block,
+    Card,
+    Cards,
+    Gallery,
+    Page,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    Tables,
+    Text,
+    stamped,
+)
 from tuner.report.inputs import Json, Run
 from tuner.report.search_page import provenance, search
 from tuner.report.tables import Results
@@ -16,23 +30,30 @@ from tuner.report.tables import Results
 SPLITS = ("train", "validation", "test")
 
 
+STAMP = "thresholds chosen on test"
+
+
 def build(run: Run, results: Results, metrics: Json, gallery: Gallery) -> Page:
     """Draws all pictures into the gallery on the way."""
+    sections = [
+        _head(run, results, metrics, gallery),
+        _network(run, gallery),
+        _data(run),
+        _parameters(run),
+        winner_page.test(results, metrics, gallery),
+        winner_page.curves(run, gallery),
+        winner_page.thresholds(run, results),
+        winner_page.images(run, gallery),
+        search(run, metrics, gallery),
+        provenance(run),
+    ]
+    if results.test.is_stamped:
+        touched = ("top", "test", "thresholds", "examples")
+        sections = [stamped(section, STAMP) if section.anchor in touched else section for section in sections]
     return Page(
         title=f"{data_name(run)}: the best of {words.plural(len(run.records), 'trial')}",
         subtitle=f"run {run.facts['name']} · {run.facts['created'][:10]} · winner {run.winner.trial}",
-        sections=[
-            _head(run, results, metrics, gallery),
-            _network(run, gallery),
-            _data(run),
-            _parameters(run),
-            winner_page.test(results, metrics, gallery),
-            winner_page.curves(run, gallery),
-            winner_page.thresholds(run, results),
-            winner_page.images(run, gallery),
-            search(run, metrics, gallery),
-            provenance(run),
-        ],
+        sections=sections,
     )
 
 
@@ -79,6 +100,11 @@ def _cards(run: Run, metrics: Json) -> list[Card]:
 def verdict(run: Run, results: Results) -> str:
     """Winner against baseline in one sentence, and what the data did not allow."""
     text = _comparison(run, results)
+    if results.test.is_stamped:
+        text = (
+            "The thresholds were chosen on the test split, as the public scripts do (--open-test): the test figures "
+            "are no estimates of what new images would give. " + text
+        )
     if not run.has_negatives:
         text += (
             " The data have no images without a defect, so the decision was not trained: there is no confusion "
@@ -92,28 +118,27 @@ def _comparison(run: Run, results: Results) -> str:
         return "The search found nothing better than the baseline: the winner is the baseline."
     if run.baseline is None:
         return "There is no baseline to compare with."
+    gains = tables.differences(results)
+    better = results.test.dice - results.baseline_test.dice if results.baseline_test else results.test.dice
     labels = results.test.split.labels
-    sentences = [_difference("test image", tables.difference(results, np.ones_like(labels)))]
-    if not labels.all():
-        sentences.append(_difference("test image with a defect", tables.difference(results, labels)))
+    sentences = [_difference("test image", gains["dice_mean"], better)]
+    if not labels.all() and "dice_positive_mean" in gains:
+        sentences.append(_difference("test image with a defect", gains["dice_positive_mean"], better[labels]))
     return " ".join(sentences)
 
 
-def _difference(images: str, gain: tables.Difference | None) -> str:
-    """Winner against baseline on some images, in a sentence."""
-    if gain is None:
-        return f"There is no {images} to compare on."
-    counted = words.plural(gain.images, "test image") + images.removeprefix("test image")
+def _difference(images: str, gain: tables.Difference, better_N: Floats) -> str:
+    """Winner against baseline on some images, in a sentence; `better_N` is by how much on each."""
+    counted = words.plural(len(better_N), "test image") + images.removeprefix("test image")
     text = (
-        f"On the same {counted} the winner's Dice is {abs(gain.mean):.3f} {'higher' if gain.mean >= 0 else 'lower'} "
+        f"On the same {counted} the winner's Dice is {abs(gain.value):.3f} {'higher' if gain.value >= 0 else 'lower'} "
         f"than the baseline's on average"
     )
+    counts = f"higher on {np.sum(better_N > 0):,}, lower on {np.sum(better_N < 0):,}"
     if gain.interval is None:
-        return text + "; the images come from one group, so no interval can be given."
+        return text + f" ({counts}; these are too few groups of images, or too much alike, for an interval)."
     low, high = gain.interval
-    text += (
-        f" (95 % interval of the difference {low:+.3f} to {high:+.3f}; higher on {gain.won:,}, lower on {gain.lost:,})"
-    )
+    text += f" (95 % interval of the difference {low:+.3f} to {high:+.3f}; {counts})"
     if low > 0:
         return text + ", which chance in the choice of test images does not explain."
     if high < 0:
@@ -163,15 +188,14 @@ def _network(run: Run, gallery: Gallery) -> Section:
 def _data(run: Run) -> Section:
     data = run.data
     rows = []
+    kept = run.winner.config["num_segmented"]
     for split in SPLITS:
         counts, groups = data[split], data["groups"][split]
         total = counts["positive"] + counts["negative"]
-        rows.append(
-            [split, *(f"{n:,}" for n in (total, counts["positive"], counts["negative"], counts["segmented"], groups))]
-        )
+        masks = counts["segmented"] if split != "train" or kept == "all" else kept
+        rows.append([split, *(f"{n:,}" for n in (total, counts["positive"], counts["negative"], masks, groups))])
     names = ["data set", "layout", "channels", "height", "width"]
     facts = [data_name(run), str(data["layout"]), str(data["channels"]), f"{data['height']} px", f"{data['width']} px"]
-    kept = run.winner.config["num_segmented"]
     text = (
         "Every positive training image that has a mask keeps it."
         if kept == "all"

@@ -56,7 +56,7 @@ def _block(block: Block) -> str:
         case Code():
             return "\n".join("    " + line for line in block.text.splitlines())
         case Pictures():
-            return "\n\n".join(f"![{escape(p.caption)}]({p.file})\n\n{escape(p.caption)}" for p in block.pictures)
+            return "\n\n".join(f"![{Path(p.file).stem}]({p.file})\n\n{escape(p.caption)}" for p in block.pictures)
         case Cards():
             rows = [[card.label, card.value, card.interval, card.note] for card in block.cards]
             return _block(Table(["figure", "winner", "95 % interval", ""], rows, numeric=frozenset({1})))

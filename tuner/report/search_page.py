@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from model.metrics import METRICS
 from tuner.report import search_charts, words
 from tuner.report.gallery import Block, Code, Gallery, Picture, Pictures, Section, Table, Tables, Text
 from tuner.report.inputs import Json, Run
@@ -11,17 +12,16 @@ from tuner.report.tables import STATUSES, best_first, objective
 
 TOP = 10
 
-DEFINITIONS = (
-    ("Dice", "2 |P and T| / (|P| + |T|) of one image, P the predicted and T the true pixels; empty on empty is 1."),
-    ("IoU", "|P and T| / |P or T| of one image; empty on empty is 1."),
-    ("mean, ±", "Mean and population standard deviation over the images of a split."),
-    ("pixel precision, recall, F1", "Over all pixels of the split taken as one picture."),
-    ("2-pixel F1", "Mean over images; hits count within 2 px of the truth; an empty answer scores 0."),
-    ("decision AP", "Area under precision and recall of images, by trapezoids, from precision 1 at recall 0."),
-    ("decision AUC", "Area under the ROC curve of images, ties counted half."),
-    ("95 % interval", "Percentiles of 1,000 bootstrap draws of whole groups, for images of a group move together."),
-    ("threshold", "A pixel or an image is a defect when its score is at least the threshold."),
-    ("truth", "The masks as drawn, never dilated, at the network's input size."),
+OTHER_DEFINITIONS = (
+    ("hits, predicted, truth", "pixels of an image in both, in the predicted mask, in the mask as drawn"),
+    ("truth", "the masks as drawn, never dilated, at the network's input size"),
+    ("threshold", "a pixel or an image is a defect when its score is at least the threshold"),
+    (
+        "95 % interval",
+        "over groups of images, none below 20: studentized bootstrap for means, pooled ratios and paired differences; "
+        "Clopper-Pearson with an effective number of images for rates; Newcombe 2006 for AUC; binomial among the "
+        "positives for AP",
+    ),
 )
 
 
@@ -133,13 +133,17 @@ def provenance(run: Run) -> Section:
         ["versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)],
     ]
     blocks: list[Block] = [Code(facts["command"]), Table(["", ""], rows), *_openings(run)]
-    definitions = Table(["figure", "definition"], DEFINITIONS, "What the figures mean")
+    meanings = [*METRICS.values(), *OTHER_DEFINITIONS]
+    definitions = Table(["figure", "definition"], meanings, "What the figures mean")
     return Section("provenance", "Where it comes from", [*blocks, definitions])
 
 
 def _openings(run: Run) -> list[Block]:
     if not run.openings:
         return [Text("No opening of the test split was recorded.")]
-    rows = [[opening["time"], opening["why"], ", ".join(map(str, opening["trials"]))] for opening in run.openings]
+    rows = [
+        [opening["time"], opening["why"], ", ".join(map(str, opening["trials"])), opening.get("fingerprint", "")]
+        for opening in run.openings
+    ]
     count = "once" if len(rows) == 1 else f"{len(rows)} times"
-    return [Table(["time", "why", "trials"], rows, f"The test split was opened {count}")]
+    return [Table(["time", "why", "trials", "test images"], rows, f"The test split was opened {count}")]

@@ -14,7 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from model.metrics import Bools, Floats, Ints, PixelCounts, Selected, bootstrap
+from model.arrays import Array, Bools, Floats, Ints
+from model.counts import Selected
+from model.intervals import (
+    Interval,
+    Ratio,
+    ap_interval,
+    auc_interval,
+    decision_f1_interval,
+    difference_interval,
+    mean_interval,
+    rate_interval,
+)
+from model.metrics import METRICS, SWEPT, confusion, decision_figures, without_threshold
 from model.metrics import figures as metric_figures
 from model.thresholds import Thresholds, sigmoid
 from tuner.report.inputs import Candidate, Json, Run, Split
@@ -22,16 +34,15 @@ from tuner.report.inputs import Candidate, Json, Run, Split
 Figure = float | int | None
 
 STATUSES = ("completed", "stopped_early", "diverged", "failed")
+CONFUSION_KEYS = ("tp", "fp", "fn", "tn")
 VALIDATION_KEYS = ("dice_mean", "dice_std", "dice_positive_mean", "iou_mean", "iou_std")
 TEST_KEYS = (
-    *("tp", "fp", "fn", "tn"),
+    *CONFUSION_KEYS,
     *VALIDATION_KEYS,
     *("threshold", "decision_ap", "decision_auc", "precision", "recall", "f1", "two_pixel_f1"),
 )
-INTERVAL_KEYS = (
-    *("dice_mean", "dice_positive_mean", "iou_mean", "decision_ap", "decision_auc"),
-    *("precision", "recall", "f1", "two_pixel_f1"),
-)
+"""What metrics.json always had; the rest of METRICS stands behind."""
+ALL_KEYS = (*TEST_KEYS, *(key for key in METRICS if key not in TEST_KEYS))
 PREDICTION_COLUMNS = (*("name", "split", "group", "label", "score", "decision", "dice", "iou", "precision", "recall"),)
 
 
@@ -43,19 +54,36 @@ class Judged:
     thresholds: Json
     has_negatives: bool
 
+    @property
+    def chosen_on(self) -> str:
+        """The split that the thresholds were chosen on."""
+        return str(self.thresholds.get("chosen_on", "validation"))
+
+    @property
+    def is_stamped(self) -> bool:
+        """Whether the figures are no estimates, for their thresholds were chosen on test."""
+        return self.chosen_on == "test"
+
     @cached_property
     def selected(self) -> Selected:
         """Arrays (N, 1)."""
         return self._applied.select(self.split.counts, self.split.decision_logits)
 
-    @cached_property
-    def seen(self) -> PixelCounts:
-        """The count tables as thresholds see them."""
-        return self._applied.visible(self.split.counts, self.split.decision_logits)
+    def at(self, logits_K: Floats) -> Selected:
+        """What other segmentation thresholds select, arrays (N, K); blackened where that is asked for."""
+        return self.split.counts.at(logits_K).blackened(self._kept)
 
     @cached_property
     def _applied(self) -> Thresholds:
         return Thresholds.from_dict(self.thresholds)
+
+    @cached_property
+    def _kept(self) -> Bools:
+        return self._applied.kept(self.split.decision_logits)
+
+    @cached_property
+    def _swept(self) -> Selected:
+        return self.at(SWEPT)
 
     @cached_property
     def dice(self) -> Floats:
@@ -73,44 +101,81 @@ class Judged:
             return None
         return np.asarray(self.split.decision_logits >= threshold)
 
-    def confusion(self) -> dict[str, Figure]:
-        """Images by label and decision."""
-        if self.decisions is None:
-            return dict.fromkeys(("tp", "fp", "fn", "tn"))
-        labels, decisions = self.split.labels, self.decisions
-        return {
-            "tp": int(np.sum(labels & decisions)),
-            "fp": int(np.sum(~labels & decisions)),
-            "fn": int(np.sum(labels & ~decisions)),
-            "tn": int(np.sum(~labels & ~decisions)),
-        }
+    @cached_property
+    def groups(self) -> Ints:
+        """(N,) codes of the images' groups"""
+        return np.unique(np.array(self.split.groups), return_inverse=True)[1]
 
     def of_rows(self, rows: Ints) -> dict[str, float]:
-        """The figures of some of the images; NaN where one cannot exist."""
-        picked = Selected(*(table[rows] for table in self.selected))
-        return metric_figures(picked, self.split.labels[rows], self.split.decision_logits[rows])
+        """The figures at the thresholds of some of the images; NaN where one cannot exist."""
+        return metric_figures(self.selected.rows(rows), self.split.labels[rows], self.split.decision_logits[rows])
 
     @cached_property
     def figures(self) -> dict[str, Figure]:
-        """All figures of TEST_KEYS."""
-        values: dict[str, Any] = self.of_rows(np.arange(len(self.split))) | self.confusion()
+        """All figures of ALL_KEYS."""
+        values: dict[str, Any] = dict.fromkeys(ALL_KEYS)
+        values |= self.of_rows(np.arange(len(self.split)))
+        values |= without_threshold(self._swept, self.split.counts.pixel_curve(self._kept))
+        values |= {"cl_dice": self.split.centre_lines.dice().mean(), "cl_iou": self.split.centre_lines.iou().mean()}
+        if self.decisions is not None:
+            counted = confusion(self.split.labels, self.decisions)
+            values |= counted | decision_figures(counted)
         values["threshold"] = self.thresholds["segmentation_probability"]
-        return {key: number(values[key]) for key in TEST_KEYS}
+        return {key: number(values[key]) for key in ALL_KEYS}
 
     @cached_property
-    def intervals(self) -> dict[str, list[float]]:
+    def ratios(self) -> dict[str, tuple[Ratio, ...]]:
+        """The figures that are a ratio of sums over images, or the mean of some."""
+        selected, lines = self.selected, self.split.centre_lines
+        predicted, hits, _, _, truth, pixels = (table[:, 0].astype(np.float64) for table in selected)
+        positive = self.split.labels.astype(np.float64)
+        with_truth = (truth > 0).astype(np.float64)
+        either = predicted + truth - hits
+
+        def mean(values_N: Array, over_N: Array) -> tuple[Ratio, ...]:
+            return (Ratio(values_N * over_N, over_N),)
+
+        every = np.ones_like(positive)
+        return {
+            "dice_mean": mean(self.dice, every),
+            "dice_positive_mean": mean(self.dice, positive),
+            "iou_mean": mean(self.iou, every),
+            "iou_positive_mean": mean(self.iou, positive),
+            "precision_mean": mean(selected.precision()[:, 0], every),
+            "recall_mean": mean(selected.recall()[:, 0], every),
+            "precision": (Ratio(hits, predicted),),
+            "recall": (Ratio(hits, truth),),
+            "f1": (Ratio(2 * hits, predicted + truth),),
+            "f1_positive": (Ratio(2 * hits * positive, (predicted + truth) * positive),),
+            "iou_pooled": (Ratio(hits, either),),
+            "iou_pooled_positive": (Ratio(hits * positive, either * positive),),
+            "iou_two_class": (Ratio(hits, either), Ratio(pixels - either, pixels - hits)),
+            "two_pixel_f1": mean(selected.two_pixel()[2][:, 0], every),
+            "tolerance_f1": mean(selected.tolerant()[2][:, 0], every),
+            "cl_dice": mean(lines.dice(), every),
+            "cl_iou": mean(lines.iou(), every),
+            "ois": mean(self._swept.dice().max(axis=1), with_truth),
+            "aiu": mean(self._swept.iou().mean(axis=1), with_truth),
+        }
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
         """95 % intervals over groups, of those figures that have one."""
-        groups = group_codes(self.split)
-        keys = [key for key in INTERVAL_KEYS if self.figures[key] is not None]
-        if groups.max() == 0:
-            return {}
-
-        def statistic(rows: Ints) -> Floats:
-            values = self.of_rows(rows)
-            return np.array([values[key] for key in keys])
-
-        low, high = bootstrap(statistic, groups)
-        return {key: [float(low[k]), float(high[k])] for k, key in enumerate(keys)}
+        labels, groups = self.split.labels, self.groups
+        found = {key: mean_interval(ratios, groups) for key, ratios in self.ratios.items()}
+        if self.decisions is not None:
+            yes, every = self.decisions, np.ones_like(labels)
+            found |= {
+                "decision_accuracy": rate_interval(labels == yes, every, groups),
+                "decision_precision": rate_interval(labels & yes, yes, groups),
+                "decision_recall": rate_interval(labels & yes, labels, groups),
+                "decision_specificity": rate_interval(~labels & ~yes, ~labels, groups),
+                "decision_f1": decision_f1_interval(labels, yes, groups),
+            }
+        if self.figures["decision_auc"] is not None:
+            found["decision_auc"] = auc_interval(labels, self.split.decision_logits, groups)
+            found["decision_ap"] = ap_interval(labels, self.split.decision_logits, groups)
+        return {key: interval for key in ALL_KEYS if (interval := found.get(key)) and self.figures[key] is not None}
 
 
 @dataclass(frozen=True)
@@ -127,12 +192,8 @@ class Results:
 class Difference:
     """Winner minus baseline on the same test images."""
 
-    mean: float
-    interval: list[float] | None
-    images: int
-    won: int
-    """images on which the winner's Dice is higher"""
-    lost: int
+    value: float
+    interval: Interval | None
 
 
 def number(value: Any) -> Figure:
@@ -140,10 +201,6 @@ def number(value: Any) -> Figure:
     if value is None or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(value)
-
-
-def group_codes(split: Split) -> Ints:
-    return np.unique(np.array(split.groups), return_inverse=True)[1]
 
 
 def results(run: Run) -> Results:
@@ -160,20 +217,22 @@ def results(run: Run) -> Results:
     return Results(validation, test, judge(run.baseline, "validation"), judge(run.baseline, "test"))
 
 
-def difference(results: Results, rows: Bools) -> Difference | None:
-    """Of some of the test images. None without a baseline of its own or without images. ValueError if the images of
-    the two differ."""
+def differences(results: Results) -> dict[str, Difference]:
+    """By figure, of those that are a ratio of sums over images. Nothing without a baseline of its own. ValueError if
+    the images of the two differ."""
     winner, baseline = results.test, results.baseline_test
-    if baseline is None or baseline is winner or not rows.any():
-        return None
+    if baseline is None or baseline is winner:
+        return {}
     if winner.split.names != baseline.split.names:
         raise ValueError("winner and baseline were judged on different test images; run `tuner finals` again")
-    gain = (winner.dice - baseline.dice)[rows]
-    groups = group_codes(winner.split)[rows]
-    interval = None
-    if len(np.unique(groups)) > 1:
-        interval = [float(x) for x in bootstrap(lambda rows: gain[rows].mean(), groups)]
-    return Difference(float(gain.mean()), interval, len(gain), int((gain > 0).sum()), int((gain < 0).sum()))
+    found = {}
+    for key in winner.ratios:
+        ours, theirs = winner.figures[key], baseline.figures[key]
+        if ours is None or theirs is None or len(winner.ratios[key]) > 1:
+            continue
+        interval = difference_interval(winner.ratios[key][0], baseline.ratios[key][0], winner.groups)
+        found[key] = Difference(ours - theirs, interval)
+    return found
 
 
 def metrics(run: Run, results: Results) -> Json:
@@ -193,6 +252,9 @@ def metrics(run: Run, results: Results) -> Json:
         "validation": validation,
         "test": _test_figures(results.test),
         "baseline": _test_figures(results.baseline_test),
+        "difference": {key: {"value": gain.value, "ci95": gain.interval} for key, gain in differences(results).items()},
+        "thresholds_chosen_on": results.test.chosen_on,
+        "test_openings": len(run.openings),
         "search": search_figures(run),
         "data": {
             split: {kind: run.data[split][kind] for kind in ("positive", "negative", "segmented")} for split in splits
@@ -203,8 +265,8 @@ def metrics(run: Run, results: Results) -> Json:
 
 def _test_figures(judged: Judged | None) -> Json:
     if judged is None:
-        return {**dict.fromkeys(TEST_KEYS), "ci95": {}}
-    return {**judged.figures, "ci95": judged.intervals}
+        return {**dict.fromkeys(ALL_KEYS), "ci95": {}}
+    return {**judged.figures, "ci95": {key: list(interval) for key, interval in judged.intervals.items()}}
 
 
 def search_figures(run: Run) -> Json:
@@ -245,16 +307,19 @@ def best_first(run: Run) -> list[Json]:
 
 
 def predictions(run: Run, results: Results) -> Iterator[tuple[Any, ...]]:
-    """The lines of predictions.csv, header first."""
-    yield PREDICTION_COLUMNS
+    """The lines of predictions.csv, header first. Where thresholds were chosen on test, a column more says so."""
+    stamp = (results.test.chosen_on,) if results.test.is_stamped else ()
+    yield (*PREDICTION_COLUMNS, *("thresholds_chosen_on" for _ in stamp))
     for name, judged in (("validation", results.validation), ("test", results.test)):
         split, decisions = judged.split, judged.decisions
         precision, recall = judged.selected.precision()[:, 0], judged.selected.recall()[:, 0]
         scores = sigmoid(split.decision_logits)
         for n in range(len(split)):
+            shares = (column[n] for column in (judged.dice, judged.iou, precision, recall))
             yield (
                 *(split.names[n], name, split.groups[n], int(split.labels[n])),
                 f"{scores[n]:.6g}" if run.has_negatives else "",
                 int(decisions[n]) if decisions is not None else "",
-                *(f"{column[n]:.6g}" for column in (judged.dice, judged.iou, precision, recall)),
+                *(f"{round(share, 9):.6g}" for share in shares),  # 0, not the 1e-18 that 1e-15 above and below leaves
+                *stamp,
             )

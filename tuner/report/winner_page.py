@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from model import intervals
 from tuner.report import charts, examples, style, tables, words
 from tuner.report.gallery import Block, Gallery, Picture, Pictures, Section, Table, Tables, Text, save
 from tuner.report.inputs import Json, Run
@@ -16,7 +17,7 @@ def test(results: Results, metrics: Json, gallery: Gallery) -> Section:
     """The test split at the winner's thresholds, beside the baseline."""
     judged, baseline = results.test, results.baseline_test
     pictures: list[Picture] = []
-    blocks: list[Block] = [_test_table(metrics)]
+    blocks: list[Block] = [*_test_tables(metrics), Text(_why_no_interval(judged, metrics))]
     if metrics["test"]["tp"] is None:
         blocks.append(Text("Without images that have no defect there is no decision to judge."))
     else:
@@ -45,26 +46,68 @@ def test(results: Results, metrics: Json, gallery: Gallery) -> Section:
     return Section("test", "Test", blocks)
 
 
-def _test_table(metrics: Json) -> Table:
-    names = {"tp": "true positives", "fp": "false positives", "fn": "false negatives", "tn": "true negatives"}
-    rows = []
-    for key in tables.TEST_KEYS:
-        if key.endswith("_std") or key == "threshold":
-            continue
-        row = [names.get(key, words.metric(key))]
-        for judged in (metrics["test"], metrics["baseline"]):
-            spread = key.replace("_mean", "_std")
-            value = (
-                words.mean_std(judged[key], judged[spread])
-                if key in ("dice_mean", "iou_mean")
-                else words.figure(judged[key])
-            )
-            row += [value, words.interval(judged["ci95"].get(key))]
-        rows.append(row)
-    caption = "Test split, at the thresholds chosen on validation; ± is the standard deviation over images"
-    return Table(
-        ["figure", "winner", "95 % interval", "baseline", "95 % interval"], rows, caption, frozenset({1, 2, 3, 4})
+_TABLES = {
+    "Masks, mean over images": (
+        *("dice_mean", "dice_positive_mean", "iou_mean", "iou_positive_mean", "precision_mean", "recall_mean"),
+        *("two_pixel_f1", "tolerance_f1", "cl_dice", "cl_iou"),
+    ),
+    "Masks, pixels of all images pooled": (
+        *("precision", "recall", "f1", "f1_positive", "iou_pooled", "iou_pooled_positive", "iou_two_class"),
+    ),
+    "Masks, at all thresholds or at the best for this very split": ("pixel_ap", "aiu", "ods", "ois"),
+    "Decision on images": (
+        *("tp", "fp", "fn", "tn", "decision_ap", "decision_auc", "decision_accuracy", "decision_precision"),
+        *("decision_recall", "decision_specificity", "decision_f1"),
+    ),
+}
+
+
+def _test_tables(metrics: Json) -> list[Table]:
+    """Every figure; what each one is stands at the end of the page."""
+    test, baseline, differences = metrics["test"], metrics["baseline"], metrics["difference"]
+    chosen_on = metrics["thresholds_chosen_on"]
+    found = []
+    for title, keys in _TABLES.items():
+        rows = []
+        for key in keys:
+            row = [words.metric(key)]
+            for judged in (test, baseline):
+                spread = key.replace("_mean", "_std")
+                value = (
+                    words.mean_std(judged[key], judged[spread])
+                    if key in ("dice_mean", "iou_mean")
+                    else words.figure(judged[key])
+                )
+                row += [value, words.interval(judged["ci95"].get(key))]
+            gain = differences.get(key)
+            row.append(words.difference(gain["value"], gain["ci95"]) if gain else "")
+            rows.append(row)
+        caption = f"{title}. Test split, thresholds chosen on {chosen_on}"
+        header = ["figure", "winner", "95 % interval", "baseline", "95 % interval", "winner - baseline"]
+        found.append(Table(header, rows, caption, frozenset(range(1, 6))))
+    return found
+
+
+def _why_no_interval(test: Judged, metrics: Json) -> str:
+    groups = int(test.groups.max()) + 1
+    text = (
+        "Intervals are over groups of test images, since images of one photo move together, and the difference is that "
+        "of the same images. ± is the standard deviation over images. "
     )
+    if groups < intervals.MIN_GROUPS:
+        return text + f"There are none here ({intervals.why_none(groups)})."
+    without = [key for keys in _TABLES.values() for key in keys if _lacks_interval(metrics["test"], key)]
+    if not without:
+        return text
+    names = ", ".join(map(words.metric, without))
+    return (
+        f"{text}No interval for {names}: fewer than {intervals.MIN_GROUPS} groups contribute, nearly all of them are "
+        "alike, or the figure is the best or the area over all thresholds of this very split."
+    )
+
+
+def _lacks_interval(judged: Json, key: str) -> bool:
+    return key not in tables.CONFUSION_KEYS and judged[key] is not None and key not in judged["ci95"]
 
 
 def _pixel_pictures(results: Results, gallery: Gallery) -> list[Picture]:
@@ -126,6 +169,13 @@ def curves(run: Run, gallery: Gallery) -> Section:
             Text(
                 f"The winner is a repeat with another seed; these are the curves of trial {record['trial']}, which has "
                 "the same configuration."
+            )
+        )
+    elif record["replayed_from"]:
+        blocks.append(
+            Text(
+                f"The winner is the network of trial {record['replayed_from']}, judged in another way; the validation "
+                "curves are at the thresholds of that trial, the best epoch is the winner's."
             )
         )
     losses = [
@@ -219,7 +269,7 @@ def thresholds(run: Run, results: Results) -> Section:
     ]
     if run.has_negatives:
         rows.insert(2, ["decision threshold", _threshold(chosen, "decision")])
-    shown = [Table(["", ""], rows, "Chosen on validation, carried by the winner")]
+    shown = [Table(["", ""], rows, f"Chosen on {results.test.chosen_on}, carried by the winner")]
     record, _ = run.history_record()
     if record is not None and record["rules"]:
         name = words.metric(run.objectives[0]["metric"])

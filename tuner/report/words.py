@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
+
+from model.metrics import METRICS
 
 NONE = "–"  # noqa: RUF001
 
-METRIC_NAMES = {
-    "dice_mean": "Dice, all images",
-    "dice_std": "standard deviation of Dice",
-    "dice_positive_mean": "Dice, positive images",
-    "iou_mean": "IoU, all images",
-    "iou_std": "standard deviation of IoU",
-    "precision": "pixel precision",
-    "recall": "pixel recall",
-    "f1": "pixel F1",
-    "two_pixel_f1": "2-pixel F1",
-    "decision_ap": "decision AP",
-    "decision_auc": "decision AUC",
+_OTHER_FIGURES = {
+    "tp": "true positives",
+    "fp": "false positives",
+    "fn": "false negatives",
+    "tn": "true negatives",
     "threshold": "segmentation threshold",
     "num_segmented": "images with masks",
 }
@@ -32,7 +28,7 @@ STATUS_NAMES = {
 
 
 def metric(name: str) -> str:
-    return METRIC_NAMES.get(name, name)
+    return METRICS[name].title if name in METRICS else _OTHER_FIGURES.get(name, name)
 
 
 def figure(value: Any, digits: int = 3) -> str:
@@ -46,8 +42,15 @@ def mean_std(mean: Any, std: Any) -> str:
     return NONE if mean is None else f"{figure(mean)} ± {figure(std)}"
 
 
-def interval(bounds: list[float] | None) -> str:
+def interval(bounds: Sequence[float] | None) -> str:
     return "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+
+
+def difference(value: float | None, bounds: Sequence[float] | None) -> str:
+    """A signed figure with its interval, if it has one."""
+    if value is None:
+        return ""
+    return f"{value:+.3f}" + ("" if bounds is None else f" ({bounds[0]:+.3f} to {bounds[1]:+.3f})")
 
 
 def probability(value: float | None) -> str:
@@ -93,7 +96,9 @@ def search_range(parameter: dict[str, Any]) -> str:
         text += ", logarithmic" if parameter.get("log") else ""
         text += f", step {setting(parameter['step'])}" if parameter.get("step") not in (None, 1) else ""
     if when := parameter.get("when"):
-        text += "; when " + " and ".join(f"{name} is {setting(value)}" for name, value in when.items())
+        text += "; when " + " and ".join(
+            f"{name} is {' or '.join(map(setting, values))}" for name, values in when.items()
+        )
     return text
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from model.config import RunConfig
-from model.metrics import CountsBuilder, to_half
+from model.centre_lines import trace
+from model.counts import count, to_half
 from model.thresholds import sigmoid
 from tuner import report
 
@@ -25,7 +26,7 @@ SEARCH = {
     "dilate": {"type": "int", "low": 1, "high": 15, "step": 2},
     "architecture": {"type": "categorical", "choices": ["segdecnet", "segdecnet_decoder", "segdecnet_plusplus"]},
     "threshold_rule": {"type": "categorical", "choices": ["min_of_max", "pr_curve", "grid"]},
-    "threshold_factor": {"type": "int", "low": 1, "high": 10, "when": {"threshold_rule": "pr_curve"}},
+    "threshold_factor": {"type": "int", "low": 1, "high": 10, "when": {"threshold_rule": ["pr_curve"]}},
 }
 STATUSES = ("completed", "completed", "stopped_early", "diverged", "completed", "failed", "stopped_early", "completed")
 
@@ -78,10 +79,8 @@ def make_split(name: str, count: int, negatives: int, quality: float, seed: int)
     )
 
 
-def write_split(path: Path, made: Made) -> None:
-    builder = CountsBuilder()
-    for truth, logits in zip(made.truths, made.logits, strict=True):
-        builder.add(truth, to_half(logits))
+def write_split(path: Path, made: Made, logit: float) -> None:
+    masks = to_half(made.logits).astype(np.float64) >= logit
     sources = ["crackforest" if k % 3 else "crack <500>" for k in range(len(made.names))]
     np.savez(
         path,
@@ -90,7 +89,8 @@ def write_split(path: Path, made: Made) -> None:
         sources=np.array(sources),
         labels=made.labels,
         decision_logits=made.decision_logits,
-        **builder.build().arrays(),
+        centre_lines=np.array([trace(*pair) for pair in zip(made.truths, masks, strict=True)]),
+        **count(made.truths, made.logits).arrays(),
     )
 
 
@@ -228,20 +228,20 @@ def write_run(
     negatives: bool = True,
     baseline_wins: bool = False,
     objectives: int = 1,
-    tests: int = 24,
+    tests: int = 96,
 ) -> dict[str, Made]:
     """Writes a run directory and returns what the winner was judged on."""
     evaluation = directory / "evaluation"
     evaluation.mkdir(parents=True)
     records = make_records(trials, negatives, objectives)
     baseline, winner = records[0]["trial"], records[0 if baseline_wins else 1]["trial"]
-    without = 4 if negatives else 0
+    without = {"validation": 4, "test": tests // 2} if negatives else {"validation": 0, "test": 0}
+    logit = float(to_half(np.array(-0.6)))
     made = {}
     for role in ["winner"] if baseline_wins else ["winner", "baseline"]:
         for split, count, seed in (("validation", 12, 1), ("test", tests, 2)):
-            made[f"{role}-{split}"] = make_split(split, count, without, 1.0 if role == "winner" else 0.8, seed)
-            write_split(evaluation / f"{role}-{split}.npz", made[f"{role}-{split}"])
-    logit = float(to_half(np.array(-0.6)))
+            made[f"{role}-{split}"] = make_split(split, count, without[split], 1.0 if role == "winner" else 0.8, seed)
+            write_split(evaluation / f"{role}-{split}.npz", made[f"{role}-{split}"], logit)
     chosen = {
         record["trial"]: {
             "config": record["config"],

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from model.metrics import to_half
+from model.counts import to_half
+from model.metrics import METRICS
 from tuner import report
 from tuner.report import inputs, tables
 
@@ -18,12 +19,9 @@ VALIDATION = {
 TEST = {
     *("tp", "fp", "fn", "tn", "dice_mean", "dice_std", "dice_positive_mean", "iou_mean", "iou_std", "threshold"),
     *("decision_ap", "decision_auc", "precision", "recall", "f1", "two_pixel_f1", "ci95"),
-}
-INTERVALS = {
-    *("dice_mean", "dice_positive_mean", "iou_mean", "decision_ap", "decision_auc"),
-    *("precision", "recall", "f1", "two_pixel_f1"),
-}
-DECISION = ("tp", "fp", "fn", "tn", "decision_ap", "decision_auc")
+} | set(METRICS)
+WITHOUT_INTERVAL = {"dice_std", "iou_std", "ods", "pixel_ap"}
+DECISION = ("tp", "fp", "fn", "tn", *(key for key in METRICS if key.startswith("decision")))
 
 
 def selected_thresholds(written) -> dict:
@@ -61,12 +59,16 @@ def brute_force(truths, masks, labels) -> dict:
 
 def test_keys_are_those_of_the_interface(usual) -> None:
     metrics = usual.metrics
-    assert set(metrics) == {"schema", "run", "best", "validation", "test", "baseline", "search", "data"}
+    assert set(metrics) == {
+        *("schema", "run", "best", "validation", "test", "baseline", "search", "data"),
+        *("difference", "thresholds_chosen_on", "test_openings"),
+    }
+    assert (metrics["thresholds_chosen_on"], metrics["test_openings"]) == ("validation", 1)
     assert (metrics["schema"], metrics["run"]) == (1, "walls <b>")
     assert set(metrics["best"]) == {"trial", "config"}
     assert set(metrics["validation"]) == VALIDATION
     assert set(metrics["test"]) == set(metrics["baseline"]) == TEST
-    assert set(metrics["test"]["ci95"]) == set(metrics["baseline"]["ci95"]) == INTERVALS
+    assert set(metrics["test"]["ci95"]) == set(metrics["baseline"]["ci95"]) == set(METRICS) - WITHOUT_INTERVAL
     assert set(metrics["search"]) == {
         *("trials", "completed", "stopped_early", "diverged", "failed", "wall_seconds", "device_seconds")
     }
@@ -108,6 +110,39 @@ def test_intervals_hold_their_figures(usual) -> None:
         assert judged["ci95"]["dice_mean"][0] < judged["ci95"]["dice_mean"][1]
 
 
+def test_differences_are_those_of_the_same_images(usual) -> None:
+    metrics = usual.metrics
+    for name, gain in metrics["difference"].items():
+        assert gain["value"] == pytest.approx(metrics["test"][name] - metrics["baseline"][name]), name
+        assert gain["ci95"][0] < gain["value"] < gain["ci95"][1], name
+    keys = ("winner-test", "baseline-test")
+    ours, theirs = (brute_force(usual.made[k].truths, masks_of(usual, k), usual.made[k].labels) for k in keys)
+    for name in ("dice_mean", "dice_positive_mean", "iou_mean", "f1", "two_pixel_f1"):
+        assert metrics["difference"][name]["value"] == pytest.approx(ours[name] - theirs[name], abs=1e-9), name
+
+
+def test_thresholds_chosen_on_test_are_stamped_everywhere(make_run) -> None:
+    directory, _ = make_run(trials=2, tests=12)
+    path = directory / "evaluation" / "selection.json"
+    selection = json.loads(path.read_text())
+    for chosen in selection["trials"].values():
+        chosen["thresholds"]["chosen_on"] = "test"
+    path.write_text(json.dumps(selection))
+    folder = report.write(directory).parent
+    assert json.loads((folder / "metrics.json").read_text())["thresholds_chosen_on"] == "test"
+    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        assert {row["thresholds_chosen_on"] for row in csv.DictReader(file)} == {"test"}
+    text = (folder / "report.md").read_text()
+    assert "figures are no estimates of what new images would give" in text
+    for section in ("Test", "Thresholds", "Example images"):
+        part = text.split(f"## {section}\n")[1].split("\n## ")[0]
+        lines = [line for line in part.splitlines() if line]
+        captions = [line for line in lines if line.startswith("**")]
+        captions += [lines[k + 1] for k, line in enumerate(lines) if line.startswith("![")]
+        assert captions
+        assert all("thresholds chosen on test" in line for line in captions)
+
+
 def test_states_and_time_of_the_search(usual) -> None:
     search = usual.metrics["search"]
     states = {key: search[key] for key in ("completed", "stopped_early", "diverged", "failed")}
@@ -122,7 +157,7 @@ def test_without_negatives_the_decision_is_null(bare) -> None:
     metrics = bare.metrics
     assert {metrics["test"][key] for key in DECISION} == {None}
     assert metrics["validation"]["decision_ap"] is metrics["validation"]["decision_threshold"] is None
-    assert set(metrics["test"]["ci95"]) == INTERVALS - set(DECISION)
+    assert set(metrics["test"]["ci95"]) == {k for k in METRICS if "decision" not in k} - WITHOUT_INTERVAL
     assert "the decision was not trained" in (bare.report / "report.md").read_text()
     assert "the decision was not trained" in (bare.report / "index.html").read_text()
 
@@ -172,7 +207,9 @@ def test_a_single_group_has_no_interval(make_run) -> None:
             np.savez(path, **(arrays | {"groups": np.full(len(arrays["groups"]), "one")}))
     metrics = json.loads((report.write(directory).parent / "metrics.json").read_text())
     assert metrics["test"]["ci95"] == {}
-    assert "no interval can be given" in (directory / "report" / "report.md").read_text()
+    text = (directory / "report" / "report.md").read_text()
+    assert "no interval: 1 group, 20 are needed" in text
+    assert "too few groups of images" in text
 
 
 def test_no_baseline_gives_null_figures(make_run) -> None:
