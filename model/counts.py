@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from model.arrays import Array, Bools, Floats, Ints
@@ -66,10 +67,15 @@ def least_codes(thresholds_K: Array) -> Ints:
 
 
 def spread(xp: Any, values_HW: Any, distance: int) -> Any:
-    """The largest value within a cross with arms of `distance` px (the public code's 5x5 cross for 2 px).
+    """The largest value (uint8 or int16) within a cross with arms of `distance` px, the public code's 5x5 cross for 2.
 
     Of a 0/1 mask this is the dilated mask; of scores, what the dilated prediction selects at each threshold.
     """
+    if distance == 0:
+        return values_HW
+    if xp is np:
+        size = 2 * distance + 1
+        return cv2.dilate(values_HW, cv2.getStructuringElement(cv2.MORPH_CROSS, (size, size)))
     best = values_HW + 0
     for step in range(1, distance + 1):
         for shifted, source in (
@@ -85,8 +91,8 @@ def spread(xp: Any, values_HW: Any, distance: int) -> Any:
 def tally(xp: Any, half_HW: Any, truth_HW: Any, tolerance: int = TOLERANCE) -> tuple[Any, ...]:
     """The columns of ROW for one image, codes rising, on the device of the arrays. The truth is uint8, 0 or 1."""
     codes_HW = codes(xp, half_HW)
-    truth = xp.where(truth_HW.ravel() > 0)[0]
-    near = xp.where(spread(xp, truth_HW, tolerance).ravel() > 0)[0]
+    truth = _positions(xp, truth_HW)
+    near = _positions(xp, spread(xp, truth_HW, tolerance))
 
     def histogram(codes_P: Any) -> Any:
         return xp.bincount(xp.asarray(codes_P, dtype=xp.int32) - _LOWEST_CODE, minlength=_CODES)
@@ -104,6 +110,11 @@ def tally(xp: Any, half_HW: Any, truth_HW: Any, tolerance: int = TOLERANCE) -> t
         )
     )
     return present + _LOWEST_CODE, pixels - near_it, near_it - inside, inside, reached
+
+
+def _positions(xp: Any, mask_HW: Any) -> Any:
+    """Where a flattened 0/1 mask is 1."""
+    return xp.where(mask_HW.ravel() > 0)[0]
 
 
 class Selected(NamedTuple):
@@ -294,11 +305,11 @@ def select(truth_NHW: Array, scores_NHW: Array, thresholds_K: Array, tolerance: 
     whole = np.empty((2, len(truth_NHW), 1), np.int64)
     for n, (truth_HW, scores_HW) in enumerate(zip(truth_NHW, scores_NHW, strict=True)):
         mask_HW = np.asarray(truth_HW).astype(np.uint8)
-        truth = np.flatnonzero(mask_HW)
+        truth = _positions(np, mask_HW)
         bins_HW = bins_of(scores_HW)
         out[:2, n] = at_least(bins_HW.ravel()), at_least(bins_HW.ravel()[truth])
         if tolerance:
-            near = np.flatnonzero(spread(np, mask_HW, tolerance))
+            near = _positions(np, spread(np, mask_HW, tolerance))
             best_HW = spread(np, bins_HW, tolerance)
             out[2:, n] = at_least(bins_HW.ravel()[near]), at_least(best_HW.ravel()[truth])
         else:
@@ -310,7 +321,7 @@ def select(truth_NHW: Array, scores_NHW: Array, thresholds_K: Array, tolerance: 
 def _binning(dtype: Any, thresholds_K: Floats) -> Any:
     """A function from scores to how many of the rising thresholds each of them reaches."""
     if dtype != np.float16:
-        return lambda scores_HW: np.searchsorted(thresholds_K, scores_HW, side="right")
+        return lambda scores_HW: np.searchsorted(thresholds_K, scores_HW, side="right").astype(np.int16)
     # A score's own bits are its index.
     every = np.arange(_CODES, dtype=np.uint16).view(np.float16)
     lookup = np.searchsorted(thresholds_K, every.astype(np.float64), side="right").astype(np.int16)

@@ -98,6 +98,8 @@ def score(
 ) -> Scores:
     """One pass over a split. `factors` are those that rule pr_curve may be asked for; where thresholds are known, the
     centre lines of the masks that they give are traced too."""
+    on_cpu = device.type == "cpu"
+    xp = np if on_cpu else torch  # numpy is the faster one there
     counts = CountsBuilder()
     strided = {factor: CountsBuilder() for factor in factors if factor > 1}
     lines: list[CentreLines] = []
@@ -106,13 +108,13 @@ def score(
         for decision_logit, half_HW in zip(decision.tolist(), to_half(segmentation), strict=True):
             row = len(decisions)
             mask_HW = np.array(cache.masks[row])
-            truth_HW = torch.from_numpy(mask_HW).to(device)
-            counts.add(tally(torch, half_HW, truth_HW))
+            there = (half_HW.numpy(), mask_HW) if on_cpu else (half_HW, torch.from_numpy(mask_HW).to(device))
+            counts.add(tally(xp, *there))
             for factor, builder in strided.items():
                 # Every n-th pixel of the flattened split: the first one here depends on the images before.
-                first = -row * half_HW.numel() % factor
-                every = half_HW.ravel()[None, first::factor], truth_HW.ravel()[None, first::factor]
-                builder.add(tally(torch, *every, tolerance=0))
+                first = -row * mask_HW.size % factor
+                half_P, mask_P = (one.ravel()[None, first::factor] for one in there)
+                builder.add(tally(xp, half_P, mask_P, tolerance=0))
             if centre_lines_at:
                 lines.append(trace(mask_HW, centre_lines_at.mask(half_HW.cpu().numpy(), decision_logit)))
             decisions.append(decision_logit)
