@@ -23,7 +23,7 @@ from model.files import write_atomically, write_json
 from model.metrics import Array
 from model.network import build, describe
 from model.sample import Sample
-from model.splits import Splits
+from model.splits import Splits, fingerprint_of_test
 from model.thresholds import Thresholds, sigmoid
 from tuner import records
 from tuner.records import SearchFailed
@@ -68,7 +68,8 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
     finalists = {"winner": winner} | ({"baseline": baseline} if baseline and baseline.trial != winner.trial else {})
 
     evaluation.mkdir(exist_ok=True)
-    _note_opening(evaluation, [finalist.trial for finalist in finalists.values()], again=open_test)
+    trials = [finalist.trial for finalist in finalists.values()]
+    _note_opening(evaluation, trials, fingerprint_of_test(splits), again=open_test)
     files = run_on_worker(_evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources)
     for name, arrays in files.items():
         _write_arrays(evaluation / name, arrays)
@@ -116,11 +117,12 @@ def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | 
     )
 
 
-def _note_opening(evaluation: Path, trials: list[str], again: bool) -> None:
+def _note_opening(evaluation: Path, trials: list[str], fingerprint: str, again: bool) -> None:
     path = evaluation / "openings.jsonl"
     before = path.read_text() if path.exists() else ""
     why = "asked for with --open-test" if again else "the final evaluation of winner and baseline"
-    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "trials": trials, "why": why}
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    line = {"time": time, "trials": trials, "why": why, "fingerprint": fingerprint}
     write_atomically(path, (before + json.dumps(line) + "\n").encode())
 
 
