@@ -47,14 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         kind = "" if isinstance(error, ValueError | SearchFailed) else f"{type(error).__name__}: "
-        print(f"tuner {options.verb}: {kind}{error}", file=sys.stderr)
+        print(f"tuner {_verb(options)}: {kind}{error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print(
-            f"tuner {options.verb}: stopped at once; what a run has finished is kept: `tuner resume RUN` goes on",
-            file=sys.stderr,
-        )
+        kept = "; what a run has finished is kept: `tuner resume RUN` goes on"
+        of_a_run = options.verb in ("search", "resume", "finals")
+        print(f"tuner {_verb(options)}: stopped at once{kept if of_a_run else ''}", file=sys.stderr)
         return 130
+
+
+def _verb(options: argparse.Namespace) -> str:
+    """The words after `tuner`."""
+    return f"data {options.data_verb}" if options.verb == "data" else str(options.verb)
 
 
 def search(options: argparse.Namespace) -> int:
