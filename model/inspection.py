@@ -151,11 +151,11 @@ def _from_json(value: Any) -> Path | Rle | None:
 def _facts(image_path: Path, mask_source: Path | Rle | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"digest": "", "mask_digest": "", "defect_pixels": 0, "problem": None}
     try:
-        facts["digest"] = _digest(image_path)
+        facts["digest"] = digest(image_path)
         facts["height"], facts["width"] = decode_image(image_path).shape[:2]
         if mask_source:
             mask = decode_mask(mask_source)
-            facts["mask_digest"], facts["defect_pixels"] = _digest(mask_source), int(mask.sum())
+            facts["mask_digest"], facts["defect_pixels"] = digest(mask_source), int(mask.sum())
             if mask.shape != (facts["height"], facts["width"]):
                 facts["problem"] = (
                     f"{mask_source}: a mask must have its image's size, {facts['width']}x{facts['height']} px, "
@@ -166,7 +166,8 @@ def _facts(image_path: Path, mask_source: Path | Rle | None) -> dict[str, Any]:
     return facts
 
 
-def _digest(source: Path | Rle) -> str:
+def digest(source: Path | Rle) -> str:
+    """SHA-256 of a file's bytes, or of runs. OSError if the file cannot be read."""
     data = json.dumps(dataclasses.astuple(source)[2:]).encode() if isinstance(source, Rle) else source.read_bytes()
     return hashlib.sha256(data).hexdigest()
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -168,9 +168,17 @@ def counts(split: list[Sample]) -> dict[str, int]:
 
 def fingerprint(splits: Splits) -> str:
     """Names the data and how they are split: equal when every file, label, group and side is."""
-    lines = [
-        [name, s.name, s.digest, s.mask_digest, s.positive, s.supervision.value, s.group]
-        for name, split in zip(SPLITS, splits, strict=True)
-        for s in split
-    ]
+    return _fingerprint([line for name, split in zip(SPLITS, splits, strict=True) for line in _lines(name, split)])
+
+
+def fingerprint_of_test(splits: Splits) -> str:
+    """Names the test split alone: what an opening of it has shown."""
+    return _fingerprint(_lines("test", splits.test))
+
+
+def _lines(name: str, split: list[Sample]) -> list[list[Any]]:
+    return [[name, s.name, s.digest, s.mask_digest, s.positive, s.supervision.value, s.group] for s in split]
+
+
+def _fingerprint(lines: list[list[Any]]) -> str:
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]

@@ -47,14 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         kind = "" if isinstance(error, ValueError | SearchFailed) else f"{type(error).__name__}: "
-        print(f"tuner {options.verb}: {kind}{error}", file=sys.stderr)
+        print(f"tuner {_verb(options)}: {kind}{error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print(
-            f"tuner {options.verb}: stopped at once; what a run has finished is kept: `tuner resume RUN` goes on",
-            file=sys.stderr,
-        )
+        kept = "; what a run has finished is kept: `tuner resume RUN` goes on"
+        of_a_run = options.verb in ("search", "resume", "finals")
+        print(f"tuner {_verb(options)}: stopped at once{kept if of_a_run else ''}", file=sys.stderr)
         return 130
+
+
+def _verb(options: argparse.Namespace) -> str:
+    """The words after `tuner`."""
+    return f"data {options.data_verb}" if options.verb == "data" else str(options.verb)
 
 
 def search(options: argparse.Namespace) -> int:
@@ -72,7 +76,7 @@ def resume(options: argparse.Namespace) -> int:
     from tuner.pipeline import go_on
     from tuner.run import load
 
-    return _ended(go_on(load(options.run), console=options.console))
+    return _ended(go_on(load(options.run, options.data), console=options.console))
 
 
 def _ended(run: Any) -> int:
@@ -99,7 +103,7 @@ def finals(options: argparse.Namespace) -> int:
     from tuner.run import load
     from tuner.search import cluster
 
-    run = load(options.run)
+    run = load(options.run, options.data)
     check_test_is_sealed(run.directory, options.open_test)
     with run.locked(), cluster(run.options.address):
         evaluate(run, options.open_test)
@@ -218,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = verb(resume, "resume", "go on with a run after any kind of stop", "tuner resume runs/demo")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument("--data", metavar="PATH", help="where the same data lie now, if they have moved")
 
     made = verb(status, "status", "trials by status, best so far, time left", "tuner status runs/demo --json")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
@@ -226,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(finals, "finals", "evaluate winner and baseline on validation and, once, on test",
                 "tuner finals runs/demo")  # fmt: skip
     made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument("--data", metavar="PATH", help="where the same data lie now, if they have moved")
     made.add_argument("--open-test", action="store_true", help="open the test split once more; it is logged")
 
     made = verb(report, "report", "write the report from the run directory", "tuner report runs/demo")

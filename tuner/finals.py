@@ -23,7 +23,7 @@ from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
 from model.network import SegDecNet, build, describe
 from model.sample import Sample
-from model.splits import Splits
+from model.splits import Splits, fingerprint_of_test
 from model.thresholds import Thresholds, sigmoid
 from tuner import records
 from tuner.records import SearchFailed
@@ -72,7 +72,8 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
     finalists = {"winner": winner} | ({"baseline": baseline} if baseline and baseline.trial != winner.trial else {})
 
     evaluation.mkdir(exist_ok=True)
-    _note_opening(evaluation, [finalist.trial for finalist in finalists.values()], again=open_test)
+    trials = [finalist.trial for finalist in finalists.values()]
+    _note_opening(evaluation, trials, fingerprint_of_test(splits), again=open_test)
     files, applied = run_on_worker(
         _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test
     )
@@ -135,15 +136,14 @@ def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | 
     )
 
 
-def _note_opening(evaluation: Path, trials: list[str], again: bool) -> None:
+def _note_opening(evaluation: Path, trials: list[str], fingerprint: str, again: bool) -> None:
     path = evaluation / "openings.jsonl"
     before = path.read_text() if path.exists() else ""
-    why = (
-        "asked for with --open-test, to choose thresholds on it"
-        if again
-        else "the final evaluation of winner and baseline"
-    )
-    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "trials": trials, "why": why}
+    why = "the final evaluation of winner and baseline"
+    if again:
+        why = "asked for with --open-test, to choose thresholds on it"
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    line = {"time": time, "trials": trials, "why": why, "fingerprint": fingerprint}
     write_atomically(path, (before + json.dumps(line) + "\n").encode())
 
 

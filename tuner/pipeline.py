@@ -58,20 +58,23 @@ def go_on(run: Run, console: Console | None = None) -> Run:
 
 def evaluate(run: Run, open_test: bool = False) -> None:
     """Evaluates winner and baseline; needs a cluster and the lock. ValueError while trials are left to run: the winner
-    of a part of a search would be frozen with its look at the test split."""
+    of a part of a search would be frozen with its look at the test split; or if a file is not what it was."""
     if (state := run.info["state"]) != "finished":
         raise ValueError(
             f"finals need a search that is finished, found one that is {state}; run `tuner resume {run.directory}`"
         )
     options = run.options
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
-    finals.evaluate(run.directory, run.splits(), run.space.objective.metric, resources, open_test)
+    found = run.splits()
+    run.verify(found.validation + found.test)  # before the opening of the test split is logged
+    finals.evaluate(run.directory, found, run.space.objective.metric, resources, open_test)
 
 
 def _search(run: Run, console: Console | None) -> str:
     """Runs the trials that are left; how it ended: finished or stopped."""
     space, options, info = run.space, run.options, run.info
     found = run.splits()
+    run.verify(found.train + found.validation)
     task = TrialTask(found.train, found.validation, space.objective.metric, space.replayed_values())
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     sessions = _closed(run, info["sessions"])

@@ -18,14 +18,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from model import layouts, splits, synthetic
+from model import layouts, splits, splits_file, synthetic
 from model.data import cache_root
 from model.files import write_json
+from model.sample import Sample
 from model.splits import Splits
 from tuner import records, space_file
 from tuner.space import DECISION_METRICS, Space, is_name
 
 SYNTHETIC = "synthetic"
+_SPLITS = "splits.json"
 _PACKAGES = ("segdec-tuner", "torch", "ray", "optuna", "wandb", "numpy", "opencv-python-headless", "albumentations")
 
 
@@ -81,15 +83,30 @@ class Run:
         found: dict[str, Any] = json.loads((self.directory / "report" / "metrics.json").read_text())
         return found
 
+    @property
+    def data_folder(self) -> Path:
+        """Where the data set lies; the synthetic one lies in the cache."""
+        return _data_folder(self.space, self.data)
+
     def splits(self) -> Splits:
-        """The data, read again. ValueError if it is no longer what the run began with."""
-        found = _read_data(self.space, self.data)
-        if (now := splits.fingerprint(found)) != (then := self.info["data"]["fingerprint"]):
-            raise ValueError(
-                f"the data in {self.data} must be what the run began with (fingerprint {then}), found {now}; "
-                "restore them, or start a new run"
-            )
-        return found
+        """The samples of each split as the run was created with them; looks at no file of the data set.
+
+        ValueError if splits.json is broken.
+        """
+        return splits_file.read(self.directory / _SPLITS, self.data_folder, self.info["data"]["fingerprint"])
+
+    def verify(self, samples: list[Sample]) -> None:
+        """Hashes the files of these samples, before they are opened; needs the lock.
+
+        ValueError that names those that are missing or changed. Where the data have moved, run.json says so from now.
+        """
+        way_out = "restore the files, say with --data where the same data lie now, or start a new run"
+        if self.data == SYNTHETIC:
+            _make_synthetic(self.space, self.data_folder)
+            way_out = f"remove {self.data_folder}, which is then made again, or start a new run"
+        splits_file.check_files(samples, self.data_folder, way_out)
+        if self.info["data_path"] != self.data:
+            self.note(data_path=self.data)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -118,7 +135,7 @@ class Run:
 def create(space: Space, data: str | Path, runs: Path, name: str | None = None, options: Options | None = None) -> Run:
     """Looks at all the data, and makes the directory of a new run. ValueError for anything that cannot work."""
     options = options or Options()
-    data = SYNTHETIC if str(data) == SYNTHETIC else str(Path(data).resolve())  # workers have another current folder
+    data = _data_path(data)
     space = _with_options(space, options)
     name = name or space.name
     if not is_name(name):
@@ -131,10 +148,15 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
             f"a run's name must be new, found {directory}; choose another with --name, "
             f"or go on with `tuner resume {directory}`"
         )
-    found = _read_data(space, data)
+    folder = _data_folder(space, data)
+    if data == SYNTHETIC:
+        _make_synthetic(space, folder)
+    samples = layouts.read(folder, space.data.layout)
+    found = splits.assign(samples, folder, space.data.validation_share, space.data.test_share, space.seed)
     _check_data_fits(space, found, data)
     building = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
     building.mkdir(parents=True)
+    splits_file.write(building / _SPLITS, found, folder)
     write_json(
         building / "run.json",
         {
@@ -149,7 +171,7 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
             "options": asdict(options),
             "versions": {"python": platform.python_version(), **_versions()},
             "hardware": _hardware(),
-            "data": _data_facts(space, found),
+            "data": _data_facts(space, found, folder),
             "state": "stopped",
             "sessions": [],
         },
@@ -158,15 +180,16 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
     return Run(directory=directory, space=space, data=data, options=options)
 
 
-def load(directory: str | Path) -> Run:
-    """An existing run. ValueError if the folder holds none."""
+def load(directory: str | Path, data: str | Path | None = None) -> Run:
+    """An existing run, whose data now lie in `data` if that is given. ValueError if the folder holds none."""
     path = Path(directory)
     try:
         info = json.loads((path / "run.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be the folder of a run, with a run.json ({error})") from error
     space = space_file.parse(info["space"], str(path / "run.json"))
-    return Run(directory=path, space=space, data=info["data_path"], options=Options(**info["options"]))
+    where = info["data_path"] if data is None else _data_path(data)
+    return Run(directory=path, space=space, data=where, options=Options(**info["options"]))
 
 
 def _with_options(space: Space, options: Options) -> Space:
@@ -178,16 +201,20 @@ def _with_options(space: Space, options: Options) -> Space:
     return replace(space, budget=budget, seed=space.seed if options.seed is None else options.seed)
 
 
-def _read_data(space: Space, data: str) -> Splits:
-    path = Path(data)
-    if data == SYNTHETIC:
-        height, width = space.data.height, space.data.width
-        made_by = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:8]
-        path = cache_root() / f"synthetic-{height}x{width}-{made_by}"
-        if not path.exists():
-            synthetic.write(path, height=height, width=width)
-    samples = layouts.read(path, space.data.layout)
-    return splits.assign(samples, path, space.data.validation_share, space.data.test_share, space.seed)
+def _data_path(data: str | Path) -> str:
+    return SYNTHETIC if str(data) == SYNTHETIC else str(Path(data).resolve())  # workers have another current folder
+
+
+def _data_folder(space: Space, data: str) -> Path:
+    if data != SYNTHETIC:
+        return Path(data)
+    made_by = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:8]
+    return cache_root().absolute() / f"synthetic-{space.data.height}x{space.data.width}-{made_by}"
+
+
+def _make_synthetic(space: Space, folder: Path) -> None:
+    if not folder.exists():
+        synthetic.write(folder, height=space.data.height, width=space.data.width)
 
 
 def _check_data_fits(space: Space, found: Splits, data: str) -> None:
@@ -208,11 +235,11 @@ def _check_data_fits(space: Space, found: Splits, data: str) -> None:
         splits.keep_masks(found.train, count)
 
 
-def _data_facts(space: Space, found: Splits) -> dict[str, Any]:
+def _data_facts(space: Space, found: Splits, folder: Path) -> dict[str, Any]:
     named = dict(zip(layouts.SPLITS, found, strict=True))
     return {
         "fingerprint": splits.fingerprint(found),
-        "layout": space.data.layout,
+        "layout": layouts.detect(folder) if space.data.layout == "auto" else space.data.layout,
         "height": space.data.height,
         "width": space.data.width,
         "channels": 3,

@@ -48,17 +48,15 @@ LAYOUTS = ("auto", *_BY_NAME)
 def read(path: Path, layout: str = "auto") -> list[Sample]:
     """All samples of a data set, sorted by name. DataError with every problem, found by looking at every file."""
     if layout not in LAYOUTS:
-        raise ValueError(f"data.layout must be one of {', '.join(LAYOUTS)}, found {layout!r}")
+        raise ValueError(f"the layout must be one of {', '.join(LAYOUTS)}, found {layout!r}")
     if not path.is_dir():
-        raise DataError(path, ["there is no such folder; give --data the folder that holds images/ and masks/"])
+        raise DataError(path, ["there is no such folder; name the one that holds images/ and masks/"])
     problems: list[str] = []
     chosen = detect(path) if layout == "auto" else layout
     items = sorted(_BY_NAME[chosen].items(path, problems), key=lambda item: item.name)
     if not items and not problems:
         problems.append(f"no image found as the layout {chosen} has them; see `tuner data check --help`")
     problems += _equal_names(items)
-    if problems:
-        raise DataError(path, problems)
     facts = inspect([(item.image, item.mask) for item in items])
     positives = [
         fact["defect_pixels"] > 0 if item.positive is None else item.positive

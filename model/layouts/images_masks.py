@@ -42,7 +42,7 @@ def _item(name: str, image: Path, mask: Path | None, row: dict[str, str]) -> Ite
         name=name,
         image=image,
         mask=mask,
-        positive=row["positive"] == "1" if row.get("positive") else None,
+        positive={"1": True, "0": False}.get(row.get("positive") or ""),
         segmented=row.get("segmented") != "0",
         group=next((row[column] for column in _GROUP_COLUMNS if row.get(column)), name),
         source=row.get("source") or "",

@@ -5,19 +5,25 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from model import layouts, splits, synthetic
 from model.inspection import decode_image
+from model.sample import Sample
+from tuner import run as runs
 from tuner import space_file
+from tuner.run import Options, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -147,6 +153,58 @@ def test_no_test_pixel_is_seen_before_the_finals(place: Path) -> None:
     assert (code, out) == (0, "elsewhere/index.html\n"), err
 
 
+def create(place: Path, name: str) -> Run:
+    """A run of two trials, one after another, that has not begun; its data are a copy of their own."""
+    shutil.copytree(place / "set", place / f"data-{name}")
+    options = Options(trials=2, concurrent=1, wandb="off", no_report=True)
+    space = space_file.load(place / "small.yaml")
+    space = replace(space, train=space.train | {"epochs": 2})
+    return runs.create(space, place / f"data-{name}", place / "runs", name, options)
+
+
+def spoil(samples: list[Sample]) -> None:
+    """Garbage for images and masks: of every other sample bytes, else a picture as valid and as large as before."""
+    rng = np.random.default_rng(0)
+    for n, sample in enumerate(samples):
+        for path in (sample.image, sample.mask):
+            assert isinstance(path, Path)
+            noise = rng.integers(0, 2, decode_image(path).shape[:2], np.uint8) * 255
+            path.write_bytes(rng.bytes(1000) if n % 2 else cv2.imencode(".png", noise)[1].tobytes())
+
+
+def without_times(record: dict, run: Run) -> dict:
+    """A record as another run of the same search would have it."""
+    kept = {key: value for key, value in record.items() if key not in ("started", "ended", "seconds", "device_seconds")}
+    return kept | {"trial": record["trial"].removeprefix(run.info["id"])}
+
+
+def test_garbage_in_the_test_split_changes_no_search_and_ends_the_finals(place: Path) -> None:
+    spoilt, whole = create(place, "spoilt"), create(place, "whole")
+    spoil(spoilt.splits().test)
+    for run in (spoilt, whole):
+        code, out, err = call(place, "resume", f"runs/{run.name}")
+        assert (code, out) == (0, f"runs/{run.name}\n"), err
+        shutil.rmtree(place / "cache")  # each decodes its own files
+    assert len(whole.records) == 2
+    assert [without_times(r, spoilt) for r in spoilt.records] == [without_times(r, whole) for r in whole.records]
+
+    code, out, err = call(place, "finals", "runs/spoilt")
+    found = spoilt.splits()
+    assert (code, out) == (2, "")
+    assert f"found {2 * len(found.test)} of {2 * len(found.validation + found.test)} files missing or changed" in err
+    assert f"\n  {found.test[0].image}: has other bytes than it had\n  {found.test[0].mask}: has other bytes" in err
+    assert "Traceback" not in err
+    assert not (spoilt.directory / "evaluation").exists()
+
+    (place / "data-whole").rename(place / "moved")
+    code, out, err = call(place, "finals", "runs/whole", "--data", "moved")
+    assert (code, out) == (0, "runs/whole/evaluation\n"), err
+    assert whole.info["data_path"] == str(place / "moved")
+    [opening] = [json.loads(line) for line in (whole.directory / "evaluation/openings.jsonl").read_text().splitlines()]
+    assert opening["fingerprint"] == splits.fingerprint_of_test(spoilt.splits())
+    assert opening["why"] == "the final evaluation of winner and baseline"
+
+
 def test_ctrl_c_stops_cleanly_and_resume_goes_on(place: Path) -> None:
     process = start(place, "search", "small.yaml", "--data", "set", "--concurrent", "1")
     wait_until(lambda: bool(records(place)) and bool(checkpoints(place, "0001")), process)
@@ -160,9 +218,14 @@ def test_ctrl_c_stops_cleanly_and_resume_goes_on(place: Path) -> None:
     assert code == 2
     assert "finals need a search that is finished, found one that is stopped" in err
 
+    (place / "set").rename(place / "moved")
     code, out, err = call(place, "resume", "runs/small")
+    assert (code, out) == (2, "")
+    assert "there is no folder" in err
+    code, out, err = call(place, "resume", "runs/small", "--data", "moved")
     assert (code, out) == (0, "runs/small/report/index.html\n"), err
     check_whole(place)
+    assert json.loads((place / "runs/small/run.json").read_text())["data_path"] == str(place / "moved")
 
 
 def test_kill_9_loses_nothing_that_was_finished(place: Path) -> None:

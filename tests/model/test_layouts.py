@@ -115,14 +115,39 @@ def test_a_data_set_that_cannot_be_used_says_why(folder: Path, spoil, message: s
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no such folder; give --data the folder"):
+    with pytest.raises(DataError, match="there is no such folder; name the one that holds images/"):
         layouts.read(tmp_path / "nowhere")
 
 
-def test_all_broken_files_come_in_one_error(folder: Path) -> None:
-    broken(folder)
-    cut_mask(folder)
-    (folder / "images/07.png").write_bytes(b"")
+def problems(folder: Path) -> list[str]:
     with pytest.raises(DataError) as caught:
         layouts.read(folder)
-    assert str(caught.value).count("\n") == 2
+    return str(caught.value).split("\n  ")[1:]
+
+
+def test_all_broken_files_come_in_one_error(folder: Path) -> None:
+    cut_mask(folder)
+    (folder / "images/07.png").write_bytes(b"")
+    assert len(problems(folder)) == 2
+
+
+def test_a_missing_mask_hides_no_broken_image(folder: Path) -> None:
+    """What the listing finds, what a look at the files finds, and a label that its mask contradicts."""
+    index(folder, "name,positive", *(f"{n:02},{1 - n % 2 if n else 0}" for n in range(12)))
+    (folder / "masks/04.png").unlink()
+    (folder / "images/07.png").write_bytes(b"")
+    mask(folder / "masks/99.png")
+    assert [Path(line.split(":")[0]).stem for line in problems(folder)] == ["99", "04", "00", "07"]
+
+
+def test_a_bad_word_in_the_index_is_one_problem(folder: Path) -> None:
+    index(folder, "name,positive", *(f"{n:02},{'yes' if n == 0 else 1 - n % 2}" for n in range(12)))
+    assert len(problems(folder)) == 1
+
+
+def test_a_long_list_of_problems_is_cut_short(folder: Path) -> None:
+    for n in range(30):
+        mask(folder / f"masks/1{n:02}.png")
+    (folder / "images/07.png").write_bytes(b"")
+    assert len(problems(folder)) == 21
+    assert problems(folder)[-1] == "... and 11 more"

@@ -118,7 +118,7 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
     ("arguments", "message"),
     [
         (["search", "nothing.yaml"], "there is no such file, and no shipped search space of this name"),
-        (["search", "small.yaml", "--data", "nowhere"], "there is no such folder; give --data the folder"),
+        (["search", "small.yaml", "--data", "nowhere"], "there is no such folder; name the one that holds"),
         (["search", "small.yaml", "--trials", "0"], "must be a whole number of at least 1, found '0'"),
         (["search", "small.yaml", "--seed", "-5"], "must be a whole number of at least 1, found '-5'"),
         (["search", "small.yaml", "--gpus-per-trial", "nan"], "must be a number above 0, found 'nan'"),
@@ -130,10 +130,16 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
         (["resume", "nowhere"], "nowhere must be the folder of a run, with a run.json"),
         (["status", "."], "must be the folder of a run"),
         (["report", "nowhere"], "must be the folder of a run"),
-        (["data", "check", "nowhere"], "there is no such folder"),
-        (["data", "synth", "--out", "set"], "set"),
+        (
+            ["data", "check", "nowhere"],
+            "tuner data check: the data set nowhere cannot be used:\n  there is no such folder",
+        ),
+        (["data", "synth", "--out", "set"], "tuner data synth: a synthetic set needs a new or empty directory"),
         (["data", "convert", "set", "set"], "a converted set needs a new or empty folder, but set is in use"),
-        (["data", "convert", "set", "new", "--layout", "voc"], "data.layout must be one of auto, images_masks"),
+        (
+            ["data", "convert", "set", "new", "--layout", "voc"],
+            "tuner data convert: the layout must be one of auto, images_masks",
+        ),
         (["data", "synth", "--out", "new", "--height", "100"], "100"),
         (["serch"], "invalid choice: 'serch'"),
     ],

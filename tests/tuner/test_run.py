@@ -1,9 +1,10 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from model import synthetic
+from model import layouts, splits, synthetic
 from tests.tuner.conftest import small_space
 from tuner import run as runs
 from tuner.run import Options
@@ -63,11 +64,76 @@ def test_an_epoch_by_decision_needs_negatives(crackforest: Path, tmp_path: Path)
         runs.create(small_space(train={"best_by": "both"}), crackforest, tmp_path)
 
 
-def test_data_that_changed_are_refused(data: Path, tmp_path: Path) -> None:
+def test_splits_of_another_run_are_refused(data: Path, tmp_path: Path) -> None:
     run = runs.create(small_space(), data, tmp_path)
-    run.note(data=run.info["data"] | {"fingerprint": "other"})
-    with pytest.raises(ValueError, match=r"must be what the run began with .fingerprint other"):
+    other = runs.create(small_space(seed=1), data, tmp_path, "other")
+    shutil.copy(other.directory / "splits.json", run.directory)
+    with pytest.raises(ValueError, match=r"small/splits\.json: must hold the splits .* start a new run"):
         run.splits()
+
+
+def test_the_splits_stay_whatever_becomes_of_the_data(data: Path, tmp_path: Path) -> None:
+    """Neither the layout nor a file is looked at again."""
+    shutil.copytree(data, tmp_path / "set")
+    run = runs.create(small_space(), tmp_path / "set", tmp_path)
+    before = run.splits()
+    samples = layouts.read(tmp_path / "set")
+    assert before == splits.assign(samples, tmp_path, 0.25, 0.25, run.space.seed)
+    shutil.rmtree(tmp_path / "set")
+    assert runs.load(run.directory).splits() == before
+    with pytest.raises(ValueError, match=r"there is no folder \S+set; .* say with --data where the same data lie now"):
+        run.verify(before.train)
+
+
+def test_a_sample_that_changed_is_named_when_it_is_to_be_used(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "set")
+    run = runs.create(small_space(), tmp_path / "set", tmp_path)
+    found = run.splits()
+    for sample in found.test:
+        sample.image.write_bytes(b"garbage")
+        sample.mask.unlink()
+    run.verify(found.train + found.validation)
+    count = len(found.test)
+    with pytest.raises(ValueError, match=rf"found {2 * count} of {2 * count} files missing or changed:\n  {tmp_path}"):
+        run.verify(found.test)
+
+
+def test_data_that_moved_are_found_where_they_are_said_to_be(data: Path, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(data, tmp_path / "set")
+    run = runs.create(small_space(), tmp_path / "set", tmp_path)
+    (tmp_path / "set").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
+        runs.load("small", "nowhere").verify(run.splits().train)
+    assert run.info["data_path"] == str(tmp_path / "set")  # not before the digests have said so
+    moved = runs.load("small", "moved")
+    moved.verify(moved.splits().train)
+    assert run.info["data_path"] == str(tmp_path / "moved")
+    again = runs.load("small")
+    assert (again.data, again.splits()) == (moved.data, moved.splits())
+
+
+def test_the_synthetic_set_is_made_again_where_it_is_gone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path / "cache"))
+    run = runs.create(small_space(), "synthetic", tmp_path / "runs")
+    found = run.splits()
+    monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path / "other cache"))
+    assert run.splits().train[0].image.is_relative_to(tmp_path / "other cache")
+    run.verify(run.splits().train)
+    monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path / "cache"))
+    assert run.splits() == found
+    found.train[0].image.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"remove \S+synthetic-64x128-\w+, which is then made again"):
+        run.verify(found.train)
+    shutil.rmtree(run.data_folder)
+    run.verify([*found.train, *found.validation, *found.test])
+    assert run.info["data_path"] == "synthetic"
+
+
+def test_the_layout_that_was_found_is_said(data: Path, tmp_path: Path) -> None:
+    auto = runs.create(small_space(), data, tmp_path, "auto")
+    assert auto.info["data"]["layout"] == "images_masks"
+    assert auto.info["space"]["data"].get("layout", "auto") == "auto"  # what was asked for stays
 
 
 def test_one_process_writes(data: Path, tmp_path: Path) -> None:
