@@ -25,9 +25,9 @@ from numpy.lib.format import open_memmap
 
 from model.arrays import Array, Bools, Floats, Ints
 from model.config import RunConfig
-from model.inspection import decode_image, decode_mask
+from model.inspection import decode_image, decode_mask, digest
 from model.losses import distance_weight
-from model.sample import Batch, Sample, Supervision
+from model.sample import Batch, Rle, Sample, Supervision
 
 _NAME_LENGTH = 24
 """hex digits of a cache's folder"""
@@ -163,6 +163,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _write_images(path: Path, samples: list[Sample], size: tuple[int, int]) -> None:
     images = open_memmap(path, "w+", np.uint8, (len(samples), *size, 3))
     for n, sample in enumerate(samples):
+        _check(sample.image, sample.digest)
         image = decode_image(sample.image)
         shrinks = image.shape[0] > size[0] or image.shape[1] > size[1]
         images[n] = _resize(image, size, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
@@ -175,9 +176,16 @@ def _write_masks(path: Path, samples: list[Sample], shape: tuple[int, ...], size
     masks = open_memmap(building, "w+", np.uint8, (len(samples), *shape))
     for n, sample in enumerate(samples):
         if sample.mask is not None:
+            _check(sample.mask, sample.mask_digest)
             masks[n] = resize_mask(dilate(decode_mask(sample.mask), size), shape)
     masks.flush()
     building.rename(path)
+
+
+def _check(file: Path | Rle, expected: str) -> None:
+    """ValueError unless these are the bytes that the cache is named after: another node may see other files."""
+    if digest(file) != expected:
+        raise ValueError(f"{file}: has other bytes than the run was created with; restore it on every node")
 
 
 def _resize(image: Array, size: tuple[int, ...], interpolation: int) -> Array:

@@ -298,7 +298,7 @@ def _shrink(canvas: np.ndarray) -> np.ndarray:
 def write(
     directory: Path,
     *,
-    count: int = 120,
+    count: int = 180,
     positive_share: float = 2 / 3,
     height: int = 128,
     width: int = 128,

@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     made = verb(data_synth, "synth", "write the procedural crack set", "tuner data synth --out /tmp/cracks", into=data)
     made.add_argument("--out", metavar="DIR", required=True, help="a new folder")
-    made.add_argument("--count", type=_count, default=120, help="images")
+    made.add_argument("--count", type=_count, default=180, help="images")
     made.add_argument("--height", type=int, default=128, help="px")
     made.add_argument("--width", type=int, default=128, help="px")
     made.add_argument("--seed", type=int, default=0, help="another set")

@@ -25,6 +25,8 @@ from tuner import run as runs
 from tuner import space_file
 from tuner.run import Options, Run
 
+REPORT = "runs/small/report"
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 SPACE = """
@@ -151,6 +153,17 @@ def test_no_test_pixel_is_seen_before_the_finals(place: Path) -> None:
     assert code == 0, err
     code, out, err = call(place, "report", "runs/small", "--out", "elsewhere")
     assert (code, out) == (0, "elsewhere/index.html\n"), err
+
+    code, out, err = call(place, "finals", "runs/small", "--open-test")
+    assert code == 0, err
+    code, out, err = call(place, "report", "runs/small")
+    assert code == 0, err
+    honest, stamped = (json.loads((place / folder / "metrics.json").read_text()) for folder in ("elsewhere", REPORT))
+    assert [m["thresholds_chosen_on"] for m in (honest, stamped)] == ["validation", "test"]
+    assert [m["test_openings"] for m in (honest, stamped)] == [1, 2]
+    assert honest["best"] == stamped["best"]
+    assert stamped["test"]["decision_f1"] >= honest["test"]["decision_f1"]  # chosen for just that
+    assert json.loads((place / "runs/small/best/thresholds.json").read_text())["chosen_on"] == "test"
 
 
 def create(place: Path, name: str) -> Run:

@@ -27,6 +27,17 @@ def samples(folder: Path) -> list[Sample]:
     return layouts.read(folder)
 
 
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_a_node_with_other_files_is_told_which(tmp_path: Path, kind: str) -> None:
+    synthetic.write(tmp_path / "set", count=6, height=64, width=128)
+    samples = layouts.read(tmp_path / "set")
+    file = getattr(samples[3], kind)
+    file.write_bytes(getattr(samples[4], kind).read_bytes())
+    with pytest.raises(ValueError, match=f"{file}: has other bytes than the run was created with"):
+        data.open_cache(samples, 64, 128, tmp_path / "cache")
+    assert not data.cached(tmp_path / "cache")
+
+
 def test_dilations_equal_the_public_implementation(reference: Path) -> None:
     with np.load(reference / "masks.npz", allow_pickle=False) as golden:
         for size in (1, 3, 5, 7, 9, 15):

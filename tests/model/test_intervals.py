@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
@@ -107,6 +107,31 @@ def test_coverage_of_areas(positives, negatives, swapped) -> None:
 # What they must equal, hold and not depend on.
 
 
+@pytest.mark.parametrize("skewed", [True, False])
+@given(seed=seeds)
+@settings(max_examples=5)
+def test_draw_by_draw(skewed, seed) -> None:
+    """As the books have it, with skewed values, and with heavy tails, where Student's quantiles are the larger."""
+    rng = np.random.default_rng(seed)
+    top = rng.exponential(size=24) if skewed else rng.standard_t(3, 24)
+    top, below = np.sort(top), np.ones(24)
+
+    def error(values) -> float:
+        return np.std(values, ddof=1) / 24**0.5
+
+    t = []
+    for counts in intervals._draws(24):
+        drawn = np.repeat(top, counts)
+        t.append((drawn.mean() - top.mean()) / error(drawn))
+    t_low, t_high = np.sort(t)[[99, 3899]]
+    student = stats.t.ppf(0.975, 23)
+    expected = (
+        top.mean() - max(t_high, student) * error(top),
+        top.mean() - min(t_low, -student) * error(top),
+    )
+    assert ratio_interval(Ratio(top, below), np.arange(24), (-99, 99)) == pytest.approx(expected)
+
+
 @given(st.integers(MIN_GROUPS, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_rate_of_single_images_is_clopper_pearson(counts) -> None:
     successes, trials = counts
@@ -125,6 +150,12 @@ def test_effective_size_of_grouped_trials() -> None:
     assert 60 < size < trials
     expected = stats.beta.ppf([0.025, 0.975], [0.9 * size, 0.9 * size + 1], [0.1 * size + 1, 0.1 * size])
     assert rate_interval(successes, np.full(30, 4), np.arange(30)) == pytest.approx(tuple(expected))
+
+
+def test_effective_size_is_at_most_the_trials() -> None:
+    """Groups more alike than chance makes them."""
+    exact = stats.binomtest(90, 120).proportion_ci(method="exact")
+    assert rate_interval(np.full(30, 3), np.full(30, 4), np.arange(30)) == pytest.approx((exact.low, exact.high))
 
 
 @given(seeds)

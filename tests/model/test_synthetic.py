@@ -129,11 +129,11 @@ def test_positive_differs_from_its_negative_by_the_crack_alone() -> None:
 
 def test_written_set(default_set) -> None:
     rows, images, masks = default_set
-    assert images.shape == (120, 128, 128, 3)
+    assert images.shape == (180, 128, 128, 3)
     assert set(np.unique(masks)) == {0, 255}
     assert [int(row["crack_pixels"]) for row in rows] == np.count_nonzero(masks, axis=(1, 2)).tolist()
     assert [row["positive"] == "1" for row in rows] == masks.any((1, 2)).tolist()
-    assert sum(row["positive"] == "1" for row in rows) == 80
+    assert sum(row["positive"] == "1" for row in rows) == 120
 
 
 def test_groups_share_a_surface(default_set) -> None:

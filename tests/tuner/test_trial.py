@@ -69,7 +69,7 @@ def test_a_trial_reports_each_epoch_and_leaves_its_best_model(task: TrialTask, t
     assert checkpoint.is_whole(final)
     assert not (final / "training.pt").exists()
     cache = open_cache(task.validation, 64, 128)
-    searched = {judgement for judgement in task.judgements(CONFIG)}
+    searched = set(task.judgements(CONFIG))
     for replay in last["replays"]:
         if Judgement.of(replay) in searched:  # weights, epoch and thresholds are one thing
             network, config, _ = checkpoint.load_model(final / "best" / str(replay["epoch"]), CPU)

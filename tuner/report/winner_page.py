@@ -17,7 +17,7 @@ def test(results: Results, metrics: Json, gallery: Gallery) -> Section:
     """The test split at the winner's thresholds, beside the baseline."""
     judged, baseline = results.test, results.baseline_test
     pictures: list[Picture] = []
-    blocks: list[Block] = [*_test_tables(metrics), Text(_why_no_interval(judged, metrics))]
+    blocks: list[Block] = [_test_table(metrics), Text(_why_no_interval(judged, metrics))]
     if metrics["test"]["tp"] is None:
         blocks.append(Text("Without images that have no defect there is no decision to judge."))
     else:
@@ -46,46 +46,52 @@ def test(results: Results, metrics: Json, gallery: Gallery) -> Section:
     return Section("test", "Test", blocks)
 
 
-_TABLES = {
-    "Masks, mean over images": (
+_KINDS = {
+    "masks, mean over images": (
         *("dice_mean", "dice_positive_mean", "iou_mean", "iou_positive_mean", "precision_mean", "recall_mean"),
         *("two_pixel_f1", "tolerance_f1", "cl_dice", "cl_iou"),
     ),
-    "Masks, pixels of all images pooled": (
+    "masks, pixels of all images pooled": (
         *("precision", "recall", "f1", "f1_positive", "iou_pooled", "iou_pooled_positive", "iou_two_class"),
     ),
-    "Masks, at all thresholds or at the best for this very split": ("pixel_ap", "aiu", "ods", "ois"),
-    "Decision on images": (
+    "masks, over all thresholds": ("pixel_ap", "aiu", "ods", "ois"),
+    "decision on images": (
         *("tp", "fp", "fn", "tn", "decision_ap", "decision_auc", "decision_accuracy", "decision_precision"),
         *("decision_recall", "decision_specificity", "decision_f1"),
     ),
 }
 
 
-def _test_tables(metrics: Json) -> list[Table]:
-    """Every figure; what each one is stands at the end of the page."""
+def _test_table(metrics: Json) -> Table:
+    """Every figure; what each one is stands at the end of the page. Columns that would be empty are left out."""
     test, baseline, differences = metrics["test"], metrics["baseline"], metrics["difference"]
-    chosen_on = metrics["thresholds_chosen_on"]
-    found = []
-    for title, keys in _TABLES.items():
-        rows = []
+    judged = {"winner": test} | ({"baseline": baseline} if baseline["dice_mean"] is not None else {})
+    header = ["figure"]
+    for name, figures in judged.items():
+        header += [name, "95 % interval"] if figures["ci95"] else [name]
+    header += ["winner - baseline"] if differences else []
+    rows: list[list[str]] = []
+    strong = set()
+    for title, keys in _KINDS.items():
+        strong.add(len(rows))
+        rows.append([title, *([""] * (len(header) - 1))])
         for key in keys:
             row = [words.metric(key)]
-            for judged in (test, baseline):
-                spread = key.replace("_mean", "_std")
-                value = (
-                    words.mean_std(judged[key], judged[spread])
-                    if key in ("dice_mean", "iou_mean")
-                    else words.figure(judged[key])
-                )
-                row += [value, words.interval(judged["ci95"].get(key))]
-            gain = differences.get(key)
-            row.append(words.difference(gain["value"], gain["ci95"]) if gain else "")
+            for figures in judged.values():
+                row.append(_with_spread(figures, key))
+                row += [words.interval(figures["ci95"].get(key))] if figures["ci95"] else []
+            if differences:
+                gain = differences.get(key)
+                row.append(words.difference(gain["value"], gain["ci95"]) if gain else "")
             rows.append(row)
-        caption = f"{title}. Test split, thresholds chosen on {chosen_on}"
-        header = ["figure", "winner", "95 % interval", "baseline", "95 % interval", "winner - baseline"]
-        found.append(Table(header, rows, caption, frozenset(range(1, 6))))
-    return found
+    caption = f"Test split, at the thresholds chosen on {metrics['thresholds_chosen_on']}"
+    return Table(header, rows, caption, frozenset(range(1, len(header))), frozenset(strong))
+
+
+def _with_spread(figures: Json, key: str) -> str:
+    if key in ("dice_mean", "iou_mean"):
+        return words.mean_std(figures[key], figures[key.replace("_mean", "_std")])
+    return words.figure(figures[key])
 
 
 def _why_no_interval(test: Judged, metrics: Json) -> str:
@@ -96,7 +102,7 @@ def _why_no_interval(test: Judged, metrics: Json) -> str:
     )
     if groups < intervals.MIN_GROUPS:
         return text + f"There are none here ({intervals.why_none(groups)})."
-    without = [key for keys in _TABLES.values() for key in keys if _lacks_interval(metrics["test"], key)]
+    without = [key for keys in _KINDS.values() for key in keys if _lacks_interval(metrics["test"], key)]
     if not without:
         return text
     names = ", ".join(map(words.metric, without))

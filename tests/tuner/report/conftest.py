@@ -12,9 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
-from model.config import RunConfig
+from model import counts
 from model.centre_lines import trace
-from model.counts import count, to_half
+from model.config import RunConfig
+from model.counts import to_half
 from model.thresholds import sigmoid
 from tuner import report
 
@@ -90,7 +91,7 @@ def write_split(path: Path, made: Made, logit: float) -> None:
         labels=made.labels,
         decision_logits=made.decision_logits,
         centre_lines=np.array([trace(*pair) for pair in zip(made.truths, masks, strict=True)]),
-        **count(made.truths, made.logits).arrays(),
+        **counts.count(made.truths, made.logits).arrays(),
     )
 
 
