@@ -232,7 +232,11 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner finals runs/demo")  # fmt: skip
     made.add_argument("run", metavar="RUN", help="the folder of a run")
     made.add_argument("--data", metavar="PATH", help="where the same data lie now, if they have moved")
-    made.add_argument("--open-test", action="store_true", help="open the test split once more; it is logged")
+    made.add_argument(
+        "--open-test",
+        action="store_true",
+        help="open the test split again and choose the thresholds on it, as the public scripts do; logged and stamped",
+    )
 
     made = verb(report, "report", "write the report from the run directory", "tuner report runs/demo")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
