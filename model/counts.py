@@ -10,7 +10,7 @@ The functions that take `xp` count with numpy or with torch, whichever it is, on
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -221,19 +221,27 @@ class PixelCounts:
 
     def pixel_curve(self, kept_N: Bools) -> Curve:
         """All pixels of all images as one. Those of images that are not kept have no score, -infinity."""
+        return _curve(self._dense(range(len(self)), kept_N))
+
+    def curves_without(self, kept_N: Bools, groups_N: Ints) -> Iterator[Curve]:
+        """The same without one group of images after another, in the order of their codes."""
+        whole = self._dense(range(len(self)), kept_N)
+        for group in np.unique(groups_N):
+            yield _curve(whole - self._dense(np.flatnonzero(groups_N == group), kept_N))
+
+    def _dense(self, images: Iterable[int], kept_N: Bools) -> Ints:
+        """(2, 65537) pixels inside and outside the truth by score, those without one first."""
         dense = np.zeros((2, 1 + _CODES), np.int64)
-        for n, kept in enumerate(kept_N):
+        for n in images:
             rows = self.of(n)
             inside, outside = rows["truth"], rows["background"] + rows["margin"]
-            if kept:
+            if kept_N[n]:
                 at = rows["code"].astype(np.int64) - (_LOWEST_CODE - 1)
                 dense[0, at] += inside
                 dense[1, at] += outside
             else:
                 dense[:, 0] += inside.sum(), outside.sum()
-        present = np.flatnonzero(dense.any(axis=0))[::-1]
-        scores = np.where(present > 0, scores_of(present - 1 + _LOWEST_CODE), -np.inf)
-        return Curve(scores, *np.cumsum(dense[:, present], axis=1).astype(np.float64))
+        return dense
 
     def truth(self) -> Ints:
         """(N,) pixels of the truth"""
@@ -254,6 +262,12 @@ class PixelCounts:
         for name in ROW.names or ():
             rows[name] = arrays[f"counts_{name}"]
         return cls(rows, arrays["counts_offsets"])
+
+
+def _curve(dense: Ints) -> Curve:
+    present = np.flatnonzero(dense.any(axis=0))[::-1]
+    scores = np.where(present > 0, scores_of(present - 1 + _LOWEST_CODE), -np.inf)
+    return Curve(scores, *np.cumsum(dense[:, present], axis=1).astype(np.float64))
 
 
 class CountsBuilder:

@@ -149,10 +149,15 @@ def without_threshold(swept: Selected, points: Curve) -> dict[str, float]:
         return dict.fromkeys(("pixel_ap", "ods", "ois", "aiu"), math.nan)
     return {
         "pixel_ap": average_precision(points),
-        "ods": float((2 * pooled.hits / (pooled.predicted + pooled.truth)).max()),
+        "ods": best_f1(pooled),
         "ois": float(swept.rows(positive).dice().max(axis=1).mean()),
         "aiu": float(swept.rows(positive).iou().mean()),
     }
+
+
+def best_f1(pooled: Selected) -> float:
+    """ODS of pooled images: the highest F1 that one of the thresholds gives."""
+    return float((2 * pooled.hits / np.maximum(pooled.predicted + pooled.truth, 1)).max())
 
 
 def confusion(labels_N: Array, decisions_N: Bools) -> dict[str, int]:

@@ -99,6 +99,20 @@ def test_the_curve_holds_all_pixels_and_hides_those_that_are_not_kept(truth, log
         assert points.false_positives[k] == ((scores >= threshold) & ~truth).sum()
 
 
+@given(TRUTHS, LOGITS, hnp.arrays(np.bool_, 2), st.sampled_from([[0, 1], [1, 0], [0, 0]]))
+def test_curves_without_a_group_are_those_of_the_others(truth, logits, kept, groups) -> None:
+    groups = np.array(groups)
+    without = counts.count(truth, logits).curves_without(kept, groups)
+    for group, points in zip(np.unique(groups), without, strict=True):
+        rest = groups != group
+        if rest.any():
+            alone = counts.count(truth[rest], logits[rest]).pixel_curve(kept[rest])
+            for a, b in zip(points, alone, strict=True):
+                np.testing.assert_array_equal(a, b)
+        else:
+            assert len(points.thresholds) == 0
+
+
 def test_tables_survive_a_file(tmp_path) -> None:
     found = counts.count(np.eye(4)[None], np.arange(16.0).reshape(1, 4, 4))
     np.savez(tmp_path / "counts.npz", **found.arrays())

@@ -16,17 +16,20 @@ import numpy as np
 
 from model.arrays import Array, Bools, Floats, Ints
 from model.counts import Selected
+from model.curves import average_precision
 from model.intervals import (
+    MIN_GROUPS,
     Interval,
     Ratio,
     ap_interval,
     auc_interval,
     decision_f1_interval,
     difference_interval,
+    jackknife_interval,
     mean_interval,
     rate_interval,
 )
-from model.metrics import METRICS, SWEPT, confusion, decision_figures, without_threshold
+from model.metrics import METRICS, SWEPT, best_f1, confusion, decision_figures, without_threshold
 from model.metrics import figures as metric_figures
 from model.thresholds import Thresholds, sigmoid
 from tuner.report.inputs import Candidate, Json, Run, Split
@@ -175,7 +178,20 @@ class Judged:
         if self.figures["decision_auc"] is not None:
             found["decision_auc"] = auc_interval(labels, self.split.decision_logits, groups)
             found["decision_ap"] = ap_interval(labels, self.split.decision_logits, groups)
+        if self.groups.max() + 1 >= MIN_GROUPS:
+            found["pixel_ap"] = jackknife_interval(self.figures["pixel_ap"] or 0.0, self._pixel_ap_without())
+            found["ods"] = jackknife_interval(self.figures["ods"] or 0.0, self._ods_without())
         return {key: interval for key in ALL_KEYS if (interval := found.get(key)) and self.figures[key] is not None}
+
+    def _pixel_ap_without(self) -> Floats:
+        """(G,) pixel AP without one group after another"""
+        return np.array([average_precision(c) for c in self.split.counts.curves_without(self._kept, self.groups)])
+
+    def _ods_without(self) -> Floats:
+        """(G,) ODS without one group after another"""
+        pooled = self._swept.pooled()
+        each = (self._swept.rows(self.groups == group).pooled() for group in range(self.groups.max() + 1))
+        return np.array([best_f1(Selected(*(a - b for a, b in zip(pooled, one, strict=True)))) for one in each])
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,7 @@ def _why_no_interval(test: Judged, metrics: Json) -> str:
         return text
     names = ", ".join(map(words.metric, without))
     return (
-        f"{text}No interval for {names}: fewer than {intervals.MIN_GROUPS} groups contribute, nearly all of them are "
-        "alike, or the figure is the best or the area over all thresholds of this very split."
+        f"{text}No interval for {names}: fewer than {intervals.MIN_GROUPS} groups contribute, or nearly all are alike."
     )
 
 

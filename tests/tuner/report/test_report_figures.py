@@ -20,7 +20,7 @@ TEST = {
     *("tp", "fp", "fn", "tn", "dice_mean", "dice_std", "dice_positive_mean", "iou_mean", "iou_std", "threshold"),
     *("decision_ap", "decision_auc", "precision", "recall", "f1", "two_pixel_f1", "ci95"),
 } | set(METRICS)
-WITHOUT_INTERVAL = {"dice_std", "iou_std", "ods", "pixel_ap"}
+WITHOUT_INTERVAL = {"dice_std", "iou_std"}
 DECISION = ("tp", "fp", "fn", "tn", *(key for key in METRICS if key.startswith("decision")))
 
 
