@@ -23,13 +23,14 @@ from model.intervals import (
     ap_interval,
     auc_interval,
     difference_interval,
+    jackknife_interval,
     rate_interval,
     ratio_interval,
 )
 
 _PERCENTILE_DRAWS = 1000
 _RANKING_REPLICATIONS = 400
-"""of the percentile column for AUC and AP, which sorts in each draw"""
+"""of the percentile column for AUC, AP and ODS, which are slow to draw"""
 
 Quantiles = Callable[[Floats], Floats]
 
@@ -201,6 +202,49 @@ def ranking_percentiles(rng: np.random.Generator, labels_N: Bools, scores_RN: Fl
     return np.stack(bounds, axis=1)
 
 
+def pooled_areas(rng: np.random.Generator, replications: int) -> Iterator[str]:
+    """AP and ODS of all pixels pooled: 300 pixels an image, of which few are of the truth; images differ in how many,
+    how bright and how well told apart."""
+    truths = areas_of(pixel_histograms(rng, 1, 40_000).sum(axis=1))[:, 0]
+    for groups in (24, 60):
+        histograms_RG2L = pixel_histograms(rng, replications, groups)
+        whole_R2L = histograms_RG2L.sum(axis=1)
+        values = areas_of(whole_R2L)
+        without = areas_of(whole_R2L[:, None] - histograms_RG2L)
+        for name, truth, value_R, without_RG, kind in zip(
+            ("pixel AP", "ODS"), truths, values, without, (0, 1), strict=True
+        ):
+            intervals = [jackknife_interval(float(v), w) for v, w in zip(value_R, without_RG, strict=True)]
+            plain = []
+            for histograms_G2L in histograms_RG2L[:_RANKING_REPLICATIONS]:
+                counts_DG = rng.multinomial(groups, np.full(groups, 1 / groups), size=_PERCENTILE_DRAWS // 2)
+                drawn = areas_of(np.tensordot(counts_DG, histograms_G2L, axes=1))[kind]
+                plain.append(np.percentile(drawn, [2.5, 97.5]))
+            yield row(name, f"{groups}", truth, intervals, np.array(plain))
+
+
+def pixel_histograms(rng: np.random.Generator, replications: int, groups: int) -> Array:
+    """(R, G, 2, 128) pixels outside and inside the truth of an image a group, by score, the highest first."""
+    pixels = 300
+    shape = (replications, groups, 1)
+    inside = rng.random((replications, groups, pixels)) < rng.beta(2, 30, shape)
+    shift = inside * (1.5 + 0.8 * rng.standard_normal(shape)) + 0.5 * rng.standard_normal(shape)
+    levels = np.clip(63 - 12 * (rng.standard_normal(inside.shape) + shift), 0, 127).astype(np.int64)
+    image = np.arange(replications * groups).reshape(shape)
+    bins = (image * 2 + inside) * 128 + levels
+    return np.bincount(bins.ravel(), minlength=replications * groups * 256).reshape(replications, groups, 2, 128)
+
+
+def areas_of(histograms_2L: Array) -> Floats:
+    """(2, ...) AP by trapezoids and the best F1, of histograms (..., 2, L)."""
+    false, true = np.moveaxis(histograms_2L.cumsum(axis=-1), -2, 0)
+    total = true[..., -1:]
+    precision, recall = true / np.maximum(true + false, 1), true / total
+    steps = np.diff(recall, axis=-1, prepend=0)
+    before = np.concatenate([np.ones_like(total, float), precision[..., :-1]], axis=-1)
+    return np.stack([(steps * (precision + before) / 2).sum(axis=-1), (2 * true / (true + false + total)).max(axis=-1)])
+
+
 def main() -> None:
     """Prints rows as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -210,11 +254,12 @@ def main() -> None:
     rng = np.random.default_rng(0)
     print("| figure | images | coverage, % | mean width | without interval, % | percentiles, coverage, % |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for table in (means, differences, rates, rankings):
+    for table in (means, differences, rates, rankings, pooled_areas):
         for line in table(rng, options.replications):
             print(line, flush=True)
     print(
-        f"\n{options.replications} replications a row ({_RANKING_REPLICATIONS} for percentiles of AUC and AP), ", end=""
+        f"\n{options.replications} replications a row ({_RANKING_REPLICATIONS} for percentiles of AUC, AP and ODS), ",
+        end="",
     )
     print(f"{time.perf_counter() - began:.0f} s")
 

@@ -8,7 +8,7 @@ Which method for which figure, and why not one for all:
   (Wilson's interval covers 87 % at 33 images and a rate of 0.996.)
 - `auc_interval` and `ap_interval` take the spread from a model, which also holds where no error was seen, or from the
   data, whichever is larger.
-- `jackknife_interval` for the two figures that are areas or optima over all pixels: 93 to 97 % at 24 and 60 images.
+- `jackknife_interval` for the two figures that are areas or optima over all pixels.
 `python -m bench.coverage` measures how often each holds the truth.
 
 Shapes: N images, G groups, D draws, K ratios. groups_N are integer codes. Every function gives (low, high) or None;

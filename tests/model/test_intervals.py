@@ -15,6 +15,7 @@ from model.intervals import (
     decision_f1_interval,
     difference_interval,
     f1_of_jaccard,
+    jackknife_interval,
     mean_interval,
     rate_interval,
     ratio_interval,
@@ -68,6 +69,20 @@ def test_coverage_of_rates(rate, images) -> None:
         for low, high in [rate_interval(np.arange(images) < count, np.ones(images), np.arange(images))]
     ]
     assert likely @ covered >= 0.93
+
+
+@pytest.mark.parametrize("images", [24, 60])
+def test_coverage_of_the_jackknife(images) -> None:
+    """On a figure with a known truth, the mean."""
+    values_RN = dice_like(np.random.default_rng(images).random((2000, images)))
+    without_RN = (values_RN.sum(axis=1, keepdims=True) - values_RN) / (images - 1)
+    pairs = zip(values_RN.mean(axis=1), without_RN, strict=True)
+    assert 0.93 <= share_covered([jackknife_interval(*pair) for pair in pairs], 0.67) <= 0.98
+
+
+@pytest.mark.parametrize("without", [[0.5] * 30, [0.4, 0.6] * 9, [0.0, 0.5] * 15, [1.0, 0.5] * 15, [np.nan, 0.5] * 15])
+def test_where_the_jackknife_says_nothing(without) -> None:
+    assert jackknife_interval(0.5, np.array(without)) is None
 
 
 def test_coverage_in_groups() -> None:
