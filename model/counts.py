@@ -10,7 +10,7 @@ The functions that take `xp` count with numpy or with torch, whichever it is, on
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,23 +93,26 @@ def tally(xp: Any, half_HW: Any, truth_HW: Any, tolerance: int = TOLERANCE) -> t
     codes_HW = codes(xp, half_HW)
     truth = _positions(xp, truth_HW)
     near = _positions(xp, spread(xp, truth_HW, tolerance))
-
-    def histogram(codes_P: Any) -> Any:
-        return xp.bincount(xp.asarray(codes_P, dtype=xp.int32) - _LOWEST_CODE, minlength=_CODES)
-
-    pixels = histogram(codes_HW.ravel())
+    pixels = _histogram(xp, codes_HW.ravel())
     present = xp.where(pixels > 0)[0]
     # Few pixels are of the truth or near it: picking them out is cheaper than a histogram of all kinds.
     pixels, near_it, inside, reached = (
         table[present]
         for table in (
             pixels,
-            histogram(codes_HW.ravel()[near]),
-            histogram(codes_HW.ravel()[truth]),
-            histogram(spread(xp, codes_HW, tolerance).ravel()[truth]),
+            _histogram(xp, codes_HW.ravel()[near]),
+            _histogram(xp, codes_HW.ravel()[truth]),
+            _histogram(xp, spread(xp, codes_HW, tolerance).ravel()[truth]),
         )
     )
     return present + _LOWEST_CODE, pixels - near_it, near_it - inside, inside, reached
+
+
+def _histogram(xp: Any, codes_P: Any) -> Any:
+    """(65536,) how often each code occurs, the lowest code first."""
+    # Unsigned, numpy counts without a copy in between; torch knows no such numbers.
+    from_0 = codes_P.view(np.uint16) ^ 0x8000 if xp is np else xp.asarray(codes_P, dtype=xp.int32) - _LOWEST_CODE
+    return xp.bincount(from_0, minlength=_CODES)
 
 
 def _positions(xp: Any, mask_HW: Any) -> Any:
@@ -303,40 +306,45 @@ def count(truth_NHW: Array, logits_NHW: Array, tolerance: int = TOLERANCE) -> Pi
 
 
 def select(truth_NHW: Array, scores_NHW: Array, thresholds_K: Array, tolerance: int) -> Selected:
-    """What `scores >= threshold` selects, for scores of any kind and without tables: one histogram over the K
-    thresholds an image. Half precision takes a lookup, everything else a search, which is slower and as exact."""
-    thresholds = np.asarray(thresholds_K, np.float64)
-    order = np.argsort(thresholds, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    bins_of = _binning(scores_NHW.dtype, thresholds[order])
+    """What `scores >= threshold` selects, for scores of any kind and without tables: one histogram an image. Half
+    precision is counted by its codes; all else by a search among the thresholds, which is slower and as exact."""
+    codes_of, least = _coding(scores_NHW.dtype, np.asarray(thresholds_K, np.float64))
 
-    def at_least(bins_P: Array) -> Ints:
-        # Bin b holds what the first b thresholds select.
-        return np.bincount(bins_P, minlength=len(thresholds) + 1)[:0:-1].cumsum()[::-1][rank]
+    def of_many(codes_HW: Array) -> Ints:
+        above = _histogram(np, codes_HW.ravel())[::-1].cumsum()[::-1]
+        return np.append(above, 0)[least - _LOWEST_CODE]
 
-    out = np.empty((4, len(truth_NHW), len(thresholds)), np.int64)
+    def of_few(codes_P: Array) -> Ints:
+        return len(codes_P) - np.searchsorted(np.sort(codes_P), least)
+
+    out = np.empty((4, len(truth_NHW), len(least)), np.int64)
     whole = np.empty((2, len(truth_NHW), 1), np.int64)
     for n, (truth_HW, scores_HW) in enumerate(zip(truth_NHW, scores_NHW, strict=True)):
         mask_HW = np.asarray(truth_HW).astype(np.uint8)
+        codes_HW = codes_of(scores_HW)
         truth = _positions(np, mask_HW)
-        bins_HW = bins_of(scores_HW)
-        out[:2, n] = at_least(bins_HW.ravel()), at_least(bins_HW.ravel()[truth])
+        out[:2, n] = of_many(codes_HW), of_few(codes_HW.ravel()[truth])
         if tolerance:
             near = _positions(np, spread(np, mask_HW, tolerance))
-            best_HW = spread(np, bins_HW, tolerance)
-            out[2:, n] = at_least(bins_HW.ravel()[near]), at_least(best_HW.ravel()[truth])
+            best_HW = spread(np, codes_HW, tolerance)
+            out[2:, n] = of_few(codes_HW.ravel()[near]), of_few(best_HW.ravel()[truth])
         else:
             out[2:, n] = out[1, n]
         whole[:, n, 0] = len(truth), mask_HW.size
     return Selected(*out, *whole)
 
 
-def _binning(dtype: Any, thresholds_K: Floats) -> Any:
-    """A function from scores to how many of the rising thresholds each of them reaches."""
-    if dtype != np.float16:
-        return lambda scores_HW: np.searchsorted(thresholds_K, scores_HW, side="right").astype(np.int16)
-    # A score's own bits are its index.
-    every = np.arange(_CODES, dtype=np.uint16).view(np.float16)
-    lookup = np.searchsorted(thresholds_K, every.astype(np.float64), side="right").astype(np.int16)
-    return lambda scores_HW: lookup.take(np.ascontiguousarray(scores_HW).view(np.uint16))
+def _coding(dtype: Any, thresholds_K: Floats) -> tuple[Callable[[Array], Array], Ints]:
+    """How scores become int16 codes of the same order, and the lowest code that each threshold selects."""
+    if dtype == np.float16:
+        return _codes_of_half, least_codes(thresholds_K)
+    # A score's code is how many of the thresholds it reaches.
+    ordered = np.sort(thresholds_K)
+    assert len(ordered) < -_LOWEST_CODE
+    least = np.searchsorted(ordered, thresholds_K) + 1
+    return lambda scores_HW: np.searchsorted(ordered, scores_HW, side="right").astype(np.int16), least
+
+
+def _codes_of_half(half_HW: Array) -> Array:
+    bits = np.ascontiguousarray(half_HW).view(np.int16)
+    return bits if bits.min() >= 0 else codes(np, np.ascontiguousarray(half_HW))  # probabilities are their own codes
