@@ -202,7 +202,10 @@ class SearchStudy:
     def put_back(self, number: int | None) -> None:
         """A running trial that was not finished: it is asked for again, with its parameters."""
         self._running.pop(number, None)
-        if number is not None:
+        self._waits = False
+        if number is None:
+            self._baseline_asked = False
+        else:
             self._storage.set_trial_state_values(self._storage_id(number), TrialState.WAITING)
 
     def add_wall_seconds(self, seconds: float) -> None:

@@ -12,6 +12,8 @@ import os
 import signal
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +36,10 @@ from tuner.tracking import Trackers
 from tuner.trial import TrialTask, nothing_yet, take_device
 
 _FAILURES_IN_A_ROW = 3
-"""So many trials that crashed one after another are a bug or a broken machine, not bad luck."""
+"""So many trials that failed one after another for the same reason are a bug or a broken machine, not bad luck."""
+
+_DEATHS = 3
+"""So many deaths of a trial's worker process are the trial's own doing. That of its node does not count."""
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +134,7 @@ def run_trials(
             num_samples=-1,  # the searcher says when it is over
             reuse_actors=on_cpu,  # a new process a trial costs a second; on a GPU it returns the memory
             trial_name_creator=lambda trial: trial.config["trial"],
-            trial_dirname_creator=lambda trial: trial.config["trial"],
+            trial_dirname_creator=lambda trial: trial.config["folder"],
         ),
         run_config=tune.RunConfig(
             name=f"attempt-{attempt}",
@@ -147,12 +152,17 @@ def run_trials(
 
 def newest_checkpoint(trials: Path, trial: str) -> Path | None:
     """The whole checkpoint folder of a trial that has come furthest, over all attempts."""
-    return checkpoint.newest(trials.glob(f"attempt-*/{trial}/checkpoint_*"))
+    return checkpoint.newest(_folders(trials, trial, "checkpoint_*"))
+
+
+def _folders(trials: Path, trial: str, pattern: str) -> list[Path]:
+    """What lies in the folders of a trial: one an attempt, and one more for each time that its worker died."""
+    return [path for name in (trial, f"{trial}.*") for path in trials.glob(f"attempt-*/{name}/{pattern}")]
 
 
 def _previews(trials: Path, trial: str) -> dict[str, bytes]:
     """Pictures of the newest checkpoint, if it lies on a disk that the driver sees."""
-    folders = sorted(trials.glob(f"attempt-*/{trial}/checkpoint_*/previews"), key=lambda f: f.stat().st_mtime)
+    folders = sorted(_folders(trials, trial, "checkpoint_*/previews"), key=lambda f: f.stat().st_mtime)
     return {file.stem: file.read_bytes() for file in sorted(folders[-1].glob("*.png"))} if folders else {}
 
 
@@ -188,7 +198,13 @@ class _Session:
         self.reason_stopped: dict[str, str] = {}
         self.stop_asked = False
         self.failure: str | None = None
-        self._failures_in_a_row = 0
+        self.nodes: dict[str, str] = {}
+        """where a trial runs"""
+        self.died: Counter[str] = Counter()
+        """how often the worker of a trial died in this session"""
+        self.blamed: Counter[str] = Counter()
+        """how often it died without its node"""
+        self._last_failures: list[str] = []
         self._before = study.wall_seconds()
         self._clock = self._saved = time.monotonic()
         there = ray.cluster_resources()
@@ -227,6 +243,7 @@ class _Session:
         self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), epoch)
         return {
             "trial": proposal.trial,
+            "folder": f"{proposal.trial}.{died}" if (died := self.died[proposal.trial]) else proposal.trial,
             "config": proposal.config.to_dict(),
             "checkpoint": str(checkpoint_folder.resolve()) if checkpoint_folder else None,
         }
@@ -249,11 +266,13 @@ class _Session:
 
     # What happens
 
-    def reported(self, key: str, progress: dict[str, Any]) -> bool:
-        """Takes in a trial's progress; False when it is to stop."""
+    def reported(self, key: str, progress: dict[str, Any], node: str) -> bool:
+        """Takes in a trial's progress on a node; False when it is to stop."""
         proposal = self.live[key]
+        self.nodes[key] = node
         if progress["status"] == Status.FAILED and key in self.progress:  # what it had reached stays known
-            progress = self.progress[key] | {"status": progress["status"], "reason": progress["reason"]}
+            why = {name: progress[name] for name in ("status", "reason", "traceback")}
+            progress = self.progress[key] | why
         self.progress[key] = progress
         if progress["status"] in (Status.DIVERGED, Status.FAILED) or not progress["history"]:
             return True
@@ -296,14 +315,24 @@ class _Session:
         status, reason = progress["status"], progress["reason"]
         if key in self.reason_stopped:
             status, reason = Status.STOPPED_EARLY, self.reason_stopped.pop(key)
+        elif crashed and not self._is_dead_for_good(key, proposal):
+            self.study.put_back(proposal.number)
+            return
         elif crashed:
-            status, reason = Status.FAILED, "its worker process died; the system may have run out of memory"
+            status, reason = Status.FAILED, f"its worker process died {_DEATHS} times; memory may have run out"
         elif status == "running" and self.time_is_up() and not self.stop_asked and not proposal.is_baseline:
             status, reason = Status.STOPPED_EARLY, _TIME_IS_UP
         elif status == "running":
             self.study.put_back(proposal.number)
             return
         self._finish(proposal, progress | {"status": str(status), "reason": reason}, self.started.pop(key))
+
+    def _is_dead_for_good(self, key: str, proposal: Proposal) -> bool:
+        """Whether a trial whose worker died is given up; else it goes on from its last checkpoint."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self.died[proposal.trial] += 1
+        self.blamed[proposal.trial] += self.nodes.pop(key, None) in alive | {None}
+        return self.blamed[proposal.trial] >= _DEATHS
 
     def _finish(self, proposal: Proposal, progress: dict[str, Any], started: float) -> None:
         record = {
@@ -323,10 +352,13 @@ class _Session:
         self._save_clock()
         records.write(self.trials.parent, self.study.records())
         self.trackers.trial_ended(record)
-        failed = progress["status"] == Status.FAILED
-        self._failures_in_a_row = self._failures_in_a_row + 1 if failed else 0
-        if self._failures_in_a_row >= _FAILURES_IN_A_ROW:
-            self.failure = f"{_FAILURES_IN_A_ROW} trials in a row failed, the last one so: {progress['reason']}"
+        if progress["status"] != Status.FAILED:
+            self._last_failures.clear()
+            return
+        self._last_failures.append(progress["reason"])
+        last = self._last_failures[-_FAILURES_IN_A_ROW:]
+        if len(last) == _FAILURES_IN_A_ROW and len(set(last)) == 1:
+            self.failure = f"{_FAILURES_IN_A_ROW} trials in a row failed for the same reason: {progress['reason']}"
 
     def close(self) -> str:
         """Takes in what Ray stopped without a word; how the search ended."""
@@ -394,7 +426,7 @@ class _StudyScheduler(FIFOScheduler):
         self._session = session
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        goes_on = self._session.reported(trial.trial_id, json.loads(result["progress"]))
+        goes_on = self._session.reported(trial.trial_id, json.loads(result["progress"]), result["node"])
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
 
@@ -417,15 +449,16 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resourc
 
     def report(progress: dict[str, Any], folder: Path | None) -> None:
         kept = Checkpoint.from_directory(str(folder)) if folder else None
-        tune.report({"progress": json.dumps(progress)}, checkpoint=kept)
+        tune.report({"progress": json.dumps(progress), "node": node}, checkpoint=kept)
 
+    node = ray.get_runtime_context().get_node_id()
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     resume = Path(config["checkpoint"]) if config["checkpoint"] else None
     try:
         task.run(RunConfig.from_dict(config["config"]), device, resume, report)
     except Exception as error:  # a trial that crashes is a result, with its reason
-        logger.exception("trial %s failed", config["trial"])
-        report(nothing_yet() | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}, None)
+        reason = f"{type(error).__name__}: {error}"
+        report(nothing_yet() | {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}, None)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ class TrialTask:
         """Trains to the end, from the checkpoint folder `resume` if there is one, reporting every epoch.
 
         Progress: `status` (running, completed or diverged), `reason`, `epochs`, `history`, `value` (the objective at
-        the best epoch), `best_epoch`, `thresholds`, `rules`, `replays`, `seconds`.
+        the best epoch), `best_epoch`, `thresholds`, `rules`, `replays`, `seconds`, and `micro_batch`, set where
+        memory ran out: smaller parts of a batch add up to the same step, so the trial goes on from its last epoch.
         """
-        started = time.monotonic()
         size = config.input_height, config.input_width
         cache = open_cache(keep_masks(self.train, config.num_segmented, config.seed), *size)
         validation = open_cache(self.validation, *size)
@@ -61,21 +61,37 @@ class TrialTask:
             if keeper.progress["epochs"] == config.epochs:
                 report(keeper.progress, keeper.directory)  # it was done, and only the word of it was lost
                 return
-            training = train.start(config, device, checkpoint.load_training(resume, device) if resume else None)
-            before = keeper.progress["seconds"]
-            factors = tuple({judgement.threshold_factor for judgement in keeper.judgements})
-            try:
-                for losses in train.fit(training, cache):
-                    scores = score(training.network, validation, config, device, factors)
-                    keeper.add(training, losses, scores, validation)
-                    keeper.progress["seconds"] = before + time.monotonic() - started
-                    done = training.epochs_done == config.epochs
-                    keeper.progress["status"] = "completed" if done else "running"
-                    report(keeper.progress, keeper.checkpoint(None if done else training))
-            except (train.TrainingDiverged, FloatingPointError) as error:
-                keeper.progress |= {"status": "diverged", "reason": str(error)}
+            small = config
+            while True:
+                try:
+                    self._train(small, keeper, cache, validation, device, report)
+                    return
+                except (MemoryError, RuntimeError) as error:
+                    small = _with_less_memory(small, error)
+                    keeper.progress["micro_batch"] = small.micro_batch
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+
+    def _train(
+        self, config: RunConfig, keeper: _Keeper, cache: Cache, validation: Cache, device: torch.device, report: Report
+    ) -> None:
+        """From the keeper's last epoch to the end. Raises what running out of memory raises."""
+        started, before = time.monotonic(), keeper.progress["seconds"]
+        known = (keeper.directory / "training.pt").exists()
+        training = train.start(config, device, checkpoint.load_training(keeper.directory, device) if known else None)
+        factors = tuple({judgement.threshold_factor for judgement in keeper.judgements})
+        try:
+            for losses in train.fit(training, cache):
+                scores = score(training.network, validation, config, device, factors)
+                keeper.add(training, losses, scores, validation)
                 keeper.progress["seconds"] = before + time.monotonic() - started
-                report(keeper.progress, None)
+                done = training.epochs_done == config.epochs
+                keeper.progress["status"] = "completed" if done else "running"
+                report(keeper.progress, keeper.checkpoint(None if done else training))
+        except (train.TrainingDiverged, FloatingPointError) as error:
+            keeper.progress |= {"status": "diverged", "reason": str(error)}
+            keeper.progress["seconds"] = before + time.monotonic() - started
+            report(keeper.progress, None)
 
     def judgements(self, config: RunConfig) -> list[Judgement]:
         """How a network of this configuration is judged: its own way first, then all others that the search may
@@ -95,6 +111,24 @@ def plain_rules(judgements: list[Judgement]) -> Iterator[Judgement]:
     for factor in sorted({1} | {j.threshold_factor for j in judgements}):
         yield own._replace(threshold_rule="pr_curve", threshold_factor=factor)
     yield own._replace(threshold_rule="grid", threshold_factor=1)
+
+
+def _with_less_memory(config: RunConfig, error: Exception) -> RunConfig:
+    """The same training in smaller parts, after an error that says that memory ran out; other errors are raised."""
+    if not _is_out_of_memory(error):
+        raise error
+    size = min(config.micro_batch or config.batch_size, config.batch_size)
+    if size == 1:
+        raise MemoryError(
+            f"one image of {config.input_height}x{config.input_width} does not fit into memory at width "
+            f"{config.width:g} ({error}); use a smaller input, or give a trial more of the device"
+        ) from error
+    return replace(config, micro_batch=size // 2)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def take_device(gpus: float, threads: int) -> torch.device:
@@ -201,7 +235,7 @@ def nothing_yet() -> dict[str, Any]:
     """The progress of a trial that has not begun."""
     return {
         "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,
-        "thresholds": None, "rules": {}, "replays": [], "seconds": 0.0,
+        "thresholds": None, "rules": {}, "replays": [], "seconds": 0.0, "micro_batch": None,
     }  # fmt: skip
 
 

@@ -260,6 +260,6 @@ def test_a_search_that_fails_says_why(place: Path) -> None:
     (place / "cache").write_text("a file where the folder should be")
     code, out, err = call(place, "search", "small.yaml", "--data", "set", "--wandb", "off", "--concurrent", "1")
     assert (code, out) == (1, "")
-    assert "tuner search: 3 trials in a row failed, the last one so: " in err
+    assert "tuner search: 3 trials in a row failed for the same reason: " in err
     assert "Traceback" not in err
     assert json.loads(call(place, "status", "runs/small", "--json")[1])["failed"] == 3

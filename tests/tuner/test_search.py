@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,16 @@ class ScriptedTask:
 
     folder: Path
     behaviour: dict[str, str] = field(default_factory=dict)
-    """delta_cls_loss as text -> crash, die, diverge or wait"""
+    """delta_cls_loss as text -> crash, die, die once, diverge or wait"""
 
     def run(self, config: RunConfig, _device: torch.device, resume: Path | None, report: Any) -> None:
         does = self.behaviour.get(f"{config.delta_cls_loss:g}", "")
         progress = checkpoint.load_progress(resume) if resume else self.fresh()
         for epoch in range(progress["epochs"] + 1, config.epochs + 1):
-            if does == "crash":
-                raise RuntimeError("a bug")
-            if does == "die":
+            if does.startswith("crash"):
+                raise RuntimeError(does.replace("crash", "a bug"))
+            if does == "die" or (does == "die once" and epoch == 3 and not (self.folder / "died").exists()):
+                (self.folder / "died").touch()
                 os._exit(1)
             if does == "diverge" and epoch == 2:
                 report(progress | {"status": "diverged", "reason": "not finite"}, None)
@@ -68,7 +69,7 @@ class ScriptedTask:
     def fresh(self) -> dict[str, Any]:
         return {
             "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,
-            "thresholds": None, "rules": {}, "replays": [], "seconds": 0.0,
+            "thresholds": None, "rules": {}, "replays": [], "seconds": 0.0, "micro_batch": None,
         }  # fmt: skip
 
 
@@ -128,11 +129,12 @@ def test_every_end_is_told_as_what_it_was(ray_cluster, tmp_path: Path) -> None:
     assert found[0]["baseline"]
     assert found[1]["reason"] == "not finite"
     assert found[2]["reason"] == "RuntimeError: a bug"
-    assert "worker process died" in found[3]["reason"]
+    assert 'raise RuntimeError(does.replace("crash", "a bug"))' in found[2]["traceback"]
+    assert found[3]["reason"] == "its worker process died 3 times; memory may have run out"
     assert [row["epoch"] for row in found[4]["history"]] == [1, 2, 3, 4]
     assert found[4]["value"] == pytest.approx(0.404)
     assert [status for what, status in events.seen if what == "ended"] == [status for _, status in ends(tmp_path)]
-    assert len([1 for what, _ in events.seen if what == "started"]) == 5
+    assert len([1 for what, _ in events.seen if what == "started"]) == 4 + 3  # the worker of one died three times
 
 
 @pytest.mark.slow
@@ -187,9 +189,39 @@ def test_a_stop_loses_nothing_and_the_search_goes_on_from_there(ray_cluster, tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
+def test_a_trial_whose_worker_died_goes_on_from_its_last_epoch(ray_cluster, tmp_path: Path) -> None:
+    space = scripted_space([1.0, 2.0])
+    assert run(space, tmp_path, _1="die once") == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (1, "completed"), (2, "completed")]
+    epochs = (tmp_path / "epochs.txt").read_text().split("\n")
+    assert [epoch for epoch in epochs if epoch.startswith("1 ")] == ["1 1", "1 2", "1 3", "1 4"]
+    trials = SearchStudy(space, "abc123", tmp_path / "study.journal")._study.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_baseline_whose_worker_died_goes_on(ray_cluster, tmp_path: Path) -> None:
+    """Outside the space, where it is no point of the study."""
+    space = scripted_space([1.0])
+    space = replace(space, search={**space.search, "delta_cls_loss": replace(space.search["delta_cls_loss"], low=0.5)})
+    assert run(space, tmp_path, _0_01="die once") == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (1, "completed")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_failures_of_many_kinds_end_no_search(ray_cluster, tmp_path: Path) -> None:
+    space = scripted_space([1.0, 2.0, 3.0, 4.0])
+    assert run(space, tmp_path, _1="crash 1", _2="crash 2", _3="crash 3") == "finished"
+    assert [status for _, status in ends(tmp_path)] == ["completed", "failed", "failed", "failed", "completed"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
 def test_a_bug_ends_the_search(ray_cluster, tmp_path: Path) -> None:
     space = scripted_space([1.0, 2.0, 3.0, 4.0])
-    with pytest.raises(SearchFailed, match="3 trials in a row failed, the last one so: RuntimeError: a bug"):
+    with pytest.raises(SearchFailed, match="3 trials in a row failed for the same reason: RuntimeError: a bug"):
         run(space, tmp_path, _0_01="crash", _1="crash", _2="crash")
     assert len(ends(tmp_path)) == 3
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import checkpoint, layouts, splits, synthetic
+from model import checkpoint, layouts, splits, synthetic, train
 from model.config import Judgement, RunConfig
 from model.data import open_cache
 from model.evaluate import score
@@ -122,8 +122,6 @@ def test_dilation_moves_the_target_and_not_the_yardstick(task: TrialTask, tmp_pa
 
 @pytest.mark.slow
 def test_a_trial_that_diverges_says_so(task: TrialTask, tmp_path: Path, monkeypatch) -> None:
-    from model import train
-
     def diverge(*_: Any) -> None:
         raise train.TrainingDiverged("the loss of epoch 1 is not a finite number")
 
@@ -194,3 +192,55 @@ def test_blackening_in_a_trial_is_what_its_figures_say(task: TrialTask, tmp_path
     selected = thresholds.select(scores.counts, scores.decision_logits)
     assert not selected.predicted[~thresholds.decide(scores.decision_logits)].any()
     assert scores.figures([thresholds])[0]["dice_positive_mean"] == pytest.approx(reports.progress[0]["value"])
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
+def test_where_memory_runs_out_a_trial_goes_on_in_smaller_parts(task, tmp_path: Path, monkeypatch, error) -> None:
+    config = RunConfig(**CONFIG.to_dict() | {"batch_size": 4, "learning_rate": 0.05})  # large steps magnify rounding
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "small").mkdir()
+    straight, small = Reports(tmp_path / "straight"), Reports(tmp_path / "small")
+    task.run(config, CPU, None, straight)
+    train_epoch = train.train_epoch
+
+    def fits_two(training: train.Training, cache: Any) -> dict[str, float]:
+        if training.epochs_done == 1 and training.config.micro_batch != 2:
+            raise error
+        return train_epoch(training, cache)
+
+    monkeypatch.setattr(train, "train_epoch", fits_two)
+    task.run(config, CPU, None, small)
+    wanted, found = straight.progress[-1], small.progress[-1]
+    assert (wanted["micro_batch"], found["micro_batch"]) == (None, 2)
+    assert [p["status"] for p in small.progress] == ["running", "running", "completed"]
+    for key in ("loss_segmentation", "loss_decision", "dice_mean"):
+        assert [r[key] for r in found["history"]] == pytest.approx([r[key] for r in wanted["history"]], rel=0.02)
+
+
+def test_one_image_that_does_not_fit_is_said(task, tmp_path: Path, monkeypatch) -> None:
+    def never(*_: Any) -> None:
+        raise OUT_OF_MEMORY[0]
+
+    monkeypatch.setattr(train, "train_epoch", never)
+    config = RunConfig(**CONFIG.to_dict() | {"batch_size": 4})
+    with pytest.raises(
+        MemoryError, match=r"one image of 64x128 does not fit into memory at width 0.1 .CUDA out of mem"
+    ):
+        task.run(config, CPU, None, Reports(tmp_path))
+
+
+def test_another_error_is_not_taken_for_memory(task, tmp_path: Path, monkeypatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(train, "train_epoch", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        task.run(CONFIG, CPU, None, Reports(tmp_path))
