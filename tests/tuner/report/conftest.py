@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
-from model import counts
 from model.centre_lines import trace
 from model.config import RunConfig
 from model.counts import to_half
 from model.thresholds import sigmoid
+from tests.tables import count
 from tuner import report
 
 SIDE = 96
@@ -91,7 +91,7 @@ def write_split(path: Path, made: Made, logit: float) -> None:
         labels=made.labels,
         decision_logits=made.decision_logits,
         centre_lines=np.array([trace(*pair) for pair in zip(made.truths, masks, strict=True)]),
-        **counts.count(made.truths, made.logits).arrays(),
+        **count(made.truths, made.logits).arrays(),
     )
 
 
@@ -240,8 +240,8 @@ def write_run(
     logit = float(to_half(np.array(-0.6)))
     made = {}
     for role in ["winner"] if baseline_wins else ["winner", "baseline"]:
-        for split, count, seed in (("validation", 12, 1), ("test", tests, 2)):
-            made[f"{role}-{split}"] = make_split(split, count, without[split], 1.0 if role == "winner" else 0.8, seed)
+        for split, images, seed in (("validation", 12, 1), ("test", tests, 2)):
+            made[f"{role}-{split}"] = make_split(split, images, without[split], 1.0 if role == "winner" else 0.8, seed)
             write_split(evaluation / f"{role}-{split}.npz", made[f"{role}-{split}"], logit)
     chosen = {
         record["trial"]: {
