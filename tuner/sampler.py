@@ -146,8 +146,8 @@ class SearchStudy:
         return Proposal(self.trial_id(number), number, params, config, is_baseline)
 
     def _trained_twin(self, proposal: Proposal) -> dict[str, Any] | None:
-        """The record of a trial that trained the same network to its end, or to where it diverged, and was judged in the
-        proposed way too. One that was stopped early was compared as it was judged itself, so it answers for nothing
+        """The record of a trial that trained the same network to its end, or to where it diverged, and was judged in
+        the proposed way too. One that was stopped early was compared as it was judged itself, so it answers for nothing
         but the very same configuration; one that crashed may do better another time."""
         for record in self.records():
             config = RunConfig.from_dict(record["config"])

@@ -1,7 +1,6 @@
 """The study at its border: a real Optuna journal on disk, opened again as after a kill."""
 
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
