@@ -234,6 +234,7 @@ class Judgement(NamedTuple):
     def of(cls, values: Mapping[str, Any]) -> Judgement:
         """From JUDGING_FIELDS."""
         found = cls(**{name: values[name] for name in JUDGING_FIELDS})
+        found = found._replace(lower_threshold=round(found.lower_threshold, 9))  # 0.3 + 6 * 0.1 is 0.9
         return found if found.threshold_rule == "pr_curve" else found._replace(threshold_factor=1)
 
     @property

@@ -29,6 +29,7 @@ _LARGEST = 65504.0
 
 _CODES = 1 << 16
 _LOWEST_CODE = -(1 << 15)
+_CODE_OF_INFINITY = 0x7C00
 
 ROW = np.dtype([("code", "i2"), ("background", "i4"), ("margin", "i4"), ("truth", "i4"), ("reached", "i4")])
 """One distinct score of an image, and how many pixels have just it: outside the truth and far from it; outside within
@@ -63,7 +64,8 @@ def least_codes(thresholds_K: Array) -> Ints:
     """(K,) the lowest code that each threshold selects; 32768, which is no code, where it selects nothing."""
     half = to_half(np.asarray(thresholds_K, np.float64))
     least = codes(np, half).astype(np.int64) + (half.astype(np.float64) < thresholds_K)
-    return np.where(np.asarray(thresholds_K) > _LARGEST, -_LOWEST_CODE, least)
+    least = np.where(np.asarray(thresholds_K) > _LARGEST, -_LOWEST_CODE, least)
+    return np.where(np.isneginf(thresholds_K), _LOWEST_CODE, least)
 
 
 def spread(xp: Any, values_HW: Any, distance: int) -> Any:
@@ -297,17 +299,12 @@ class CountsBuilder:
         return PixelCounts(rows, np.cumsum([0, *self._lengths]))
 
 
-def count(truth_NHW: Array, logits_NHW: Array, tolerance: int = TOLERANCE) -> PixelCounts:
-    """Count tables of whole arrays."""
-    builder = CountsBuilder()
-    for truth_HW, logits_HW in zip(truth_NHW, logits_NHW, strict=True):
-        builder.add(tally(np, to_half(np.asarray(logits_HW)), np.asarray(truth_HW).astype(np.uint8), tolerance))
-    return builder.build()
-
-
 def select(truth_NHW: Array, scores_NHW: Array, thresholds_K: Array, tolerance: int) -> Selected:
     """What `scores >= threshold` selects, for scores of any kind and without tables: one histogram an image. Half
-    precision is counted by its codes; all else by a search among the thresholds, which is slower and as exact."""
+    precision is counted by its codes; all else by a search among the thresholds, which is slower and as exact.
+
+    Any truth but 0 is 1. ValueError for scores that are NaN, and for more than 32,766 thresholds.
+    """
     codes_of, least = _coding(scores_NHW.dtype, np.asarray(thresholds_K, np.float64))
 
     def of_many(codes_HW: Array) -> Ints:
@@ -320,7 +317,7 @@ def select(truth_NHW: Array, scores_NHW: Array, thresholds_K: Array, tolerance: 
     out = np.empty((4, len(truth_NHW), len(least)), np.int64)
     whole = np.empty((2, len(truth_NHW), 1), np.int64)
     for n, (truth_HW, scores_HW) in enumerate(zip(truth_NHW, scores_NHW, strict=True)):
-        mask_HW = np.asarray(truth_HW).astype(np.uint8)
+        mask_HW = (np.asarray(truth_HW) != 0).astype(np.uint8)
         codes_HW = codes_of(scores_HW)
         truth = _positions(np, mask_HW)
         out[:2, n] = of_many(codes_HW), of_few(codes_HW.ravel()[truth])
@@ -340,11 +337,27 @@ def _coding(dtype: Any, thresholds_K: Floats) -> tuple[Callable[[Array], Array],
         return _codes_of_half, least_codes(thresholds_K)
     # A score's code is how many of the thresholds it reaches.
     ordered = np.sort(thresholds_K)
-    assert len(ordered) < -_LOWEST_CODE
-    least = np.searchsorted(ordered, thresholds_K) + 1
-    return lambda scores_HW: np.searchsorted(ordered, scores_HW, side="right").astype(np.int16), least
+    if len(ordered) >= -_LOWEST_CODE - 1:
+        raise ValueError(
+            f"at most {-_LOWEST_CODE - 2:,} thresholds can be tried at a time, found {len(ordered):,}; "
+            "pass them in parts"
+        )
+
+    def codes_of_any(scores_HW: Array) -> Array:
+        _refuse_nan(bool(np.isnan(scores_HW).any()))
+        return np.searchsorted(ordered, scores_HW, side="right").astype(np.int16)
+
+    return codes_of_any, np.searchsorted(ordered, thresholds_K) + 1
 
 
 def _codes_of_half(half_HW: Array) -> Array:
-    bits = np.ascontiguousarray(half_HW).view(np.int16)
-    return bits if bits.min() >= 0 else codes(np, np.ascontiguousarray(half_HW))  # probabilities are their own codes
+    half = np.ascontiguousarray(half_HW)
+    bits = half.view(np.int16)
+    found = bits if bits.min() >= 0 else codes(np, half)  # probabilities are their own codes
+    _refuse_nan(found.max() > _CODE_OF_INFINITY or found.min() < -_CODE_OF_INFINITY - 1)
+    return found
+
+
+def _refuse_nan(found: bool) -> None:
+    if found:
+        raise ValueError("scores must be numbers, found NaN; the network that gave them has diverged")

@@ -179,7 +179,8 @@ def decision_threshold(labels_N: Array, scores_N: Array) -> tuple[float, float]:
 
 
 def min_of_max(truth_NHW: Array, probability_NHW: Array) -> float:
-    """Rule 1 on whole arrays. ValueError if no image has a defect."""
+    """Rule 1 on whole arrays. ValueError if no image has a defect, or for NaN."""
+    _refuse_nan(probability_NHW)
     positive = truth_NHW.reshape(len(truth_NHW), -1).any(axis=1)
     if not positive.any():
         raise ValueError("min_of_max needs an image with a defect, found none; choose the threshold on others")
@@ -187,8 +188,17 @@ def min_of_max(truth_NHW: Array, probability_NHW: Array) -> float:
 
 
 def pr_curve(truth_NHW: Array, probability_NHW: Array, factor: int = 1) -> tuple[float, float]:
-    """Rule 2 on whole arrays: (threshold, F measure) over every `factor`-th pixel, a pixel counting at >=."""
+    """Rule 2 on whole arrays: (threshold, F measure) over every `factor`-th pixel, a pixel counting at >=.
+
+    Where none of these is of the truth, the highest score and 0. ValueError for NaN.
+    """
+    _refuse_nan(probability_NHW)
     return best_f_measure(curve(truth_NHW.ravel()[::factor], probability_NHW.ravel()[::factor]))
+
+
+def _refuse_nan(scores_NHW: Array) -> None:
+    if np.isnan(scores_NHW).any():
+        raise ValueError("scores must be numbers, found NaN; the network that gave them has diverged")
 
 
 class Sweep(NamedTuple):

@@ -98,7 +98,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def finals(options: argparse.Namespace) -> int:
-    from tuner.finals import check_test_is_sealed
+    from tuner.finals import OPEN_TEST, check_test_is_sealed
     from tuner.pipeline import evaluate
     from tuner.run import load
     from tuner.search import cluster
@@ -107,7 +107,7 @@ def finals(options: argparse.Namespace) -> int:
     check_test_is_sealed(run.directory, options.open_test)
     with run.locked(), cluster(run.options.address):
         evaluate(run, options.open_test)
-    print(run.directory / "evaluation")
+    print(run.directory / "evaluation" / (OPEN_TEST if options.open_test else ""))
     return 0
 
 

@@ -30,6 +30,9 @@ from tuner.records import SearchFailed
 from tuner.search import Resources, newest_checkpoint, run_on_worker
 from tuner.trial import take_device
 
+OPEN_TEST = "open-test"
+"""Below evaluation/ and report/: what thresholds chosen on test give."""
+
 SHOWN_EXAMPLES = 24
 """Test images whose maps are kept for the report, from the worst to the best by Dice."""
 
@@ -57,12 +60,12 @@ class Finalist:
 
 
 def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resources, open_test: bool = False) -> None:
-    """Writes evaluation/ and best/.
+    """Writes evaluation/ and best/. ValueError if that was done before.
 
-    ValueError if the test split was opened before, unless `open_test` asks for it: then the thresholds, too, are chosen
-    on test, as the public scripts do, and say so wherever they go. Configuration and epoch stay those of validation.
+    With `open_test` the thresholds, too, are chosen on test, as the public scripts do, and say so wherever they go;
+    that lies apart, in evaluation/open-test/, and leaves the rest as it is. Configuration and epoch stay those of
+    validation.
     """
-    evaluation = run_directory / "evaluation"
     check_test_is_sealed(run_directory, open_test)
     found = records.read(run_directory)
     winner = _finalist(run_directory, records.best(found))
@@ -71,19 +74,23 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
     baseline = _finalist(run_directory, records.baseline(found))
     finalists = {"winner": winner} | ({"baseline": baseline} if baseline and baseline.trial != winner.trial else {})
 
-    evaluation.mkdir(exist_ok=True)
+    evaluation = run_directory / "evaluation"
+    target = evaluation / OPEN_TEST if open_test else evaluation
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "selection.json").unlink(missing_ok=True)  # written last: without it, nothing here counts
     trials = [finalist.trial for finalist in finalists.values()]
-    _note_opening(evaluation, trials, fingerprint_of_test(splits), again=open_test)
+    _note_opening(evaluation, trials, fingerprint_of_test(splits), open_test)
     files, applied = run_on_worker(
         _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test
     )
     for name, arrays in files.items():
-        _write_arrays(evaluation / name, arrays)
-    write_json(evaluation / "architecture.json", _architectures(winner.config))
+        _write_arrays(target / name, arrays)
+    write_json(target / "architecture.json", _architectures(winner.config))
     finalists = {role: replace(finalist, thresholds=applied[role]) for role, finalist in finalists.items()}
-    _write_best(run_directory / "best", finalists["winner"])
+    if not open_test:
+        _write_best(run_directory / "best", finalists["winner"])
     write_json(
-        evaluation / "selection.json",
+        target / "selection.json",
         {
             "winner": winner.trial,
             "baseline": baseline.trial if baseline else None,
@@ -95,16 +102,18 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
 
 
 def check_test_is_sealed(run_directory: Path, open_test: bool) -> None:
-    """ValueError if the test split was opened before and nobody asks to open it again.
+    """ValueError if the test split was evaluated before and nobody asks to open it again.
 
     An evaluation that was cut short has shown nothing to anybody: it may be done again, and is logged again.
     """
-    log = run_directory / "evaluation" / "openings.jsonl"
-    if (log.parent / "selection.json").exists() and not open_test:
-        when = json.loads(log.read_text().splitlines()[0])["time"]
+    evaluation = run_directory / "evaluation"
+    if (evaluation / "selection.json").exists() and not open_test:
+        log = evaluation / "openings.jsonl"
+        times = [json.loads(line)["time"] for line in log.read_text().splitlines()] if log.exists() else []
         raise ValueError(
-            f"the test split is opened once a run, and it was at {when}; every further look makes its figures less "
-            "honest. `tuner report` draws the report again; --open-test opens the split again and logs it"
+            f"the test split is opened once a run, and it was at {times[0] if times else 'a time that is not logged'}; "
+            "every further look makes its figures less honest. `tuner report` draws the report again; --open-test "
+            "opens the split again, logs it and keeps what it finds apart"
         )
 
 
@@ -124,7 +133,7 @@ def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | 
     if (kept["epoch"], kept["thresholds"]) != (record["best_epoch"], record["thresholds"]) or not model.exists():
         raise SearchFailed(
             f"the checkpoint {folder} must hold epoch {record['best_epoch']} of trial {source} with the thresholds of "
-            f"its record, found epoch {kept['epoch']}; it was changed, or is older than records.jsonl"
+            f"its record, found epoch {kept['epoch']} with {kept['thresholds']}; one of them was changed"
         )
     return Finalist(
         record["trial"],
@@ -136,11 +145,11 @@ def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | 
     )
 
 
-def _note_opening(evaluation: Path, trials: list[str], fingerprint: str, again: bool) -> None:
+def _note_opening(evaluation: Path, trials: list[str], fingerprint: str, open_test: bool) -> None:
     path = evaluation / "openings.jsonl"
     before = path.read_text() if path.exists() else ""
     why = "the final evaluation of winner and baseline"
-    if again:
+    if open_test:
         why = "asked for with --open-test, to choose thresholds on it"
     time = datetime.now(UTC).isoformat(timespec="seconds")
     line = {"time": time, "trials": trials, "why": why, "fingerprint": fingerprint}
@@ -173,16 +182,17 @@ def _evaluate_on_worker(
             thresholds = scores.choose(judgement, chosen_on="test")
         for split, cache in caches.items():
             scores = score(network, cache, config, device, centre_lines_at=thresholds)
-            files[f"{role}-{split}.npz"] = _split_arrays(cache, scores)
+            files[f"{role}-{split}.npz"] = _split_arrays(cache, scores, thresholds)
             if (role, split) == ("winner", "test"):
                 files["examples.npz"] = _example_arrays(network, cache, config, device, thresholds, scores)
         applied[role] = thresholds
     return files, applied
 
 
-def _split_arrays(cache: Cache, scores: Scores) -> dict[str, Array]:
+def _split_arrays(cache: Cache, scores: Scores, thresholds: Thresholds) -> dict[str, Array]:
     assert scores.centre_lines is not None
     return {
+        "thresholds": np.array(json.dumps(thresholds.to_dict())),
         "names": np.array([sample.name for sample in cache.samples]),
         "groups": np.array([sample.group for sample in cache.samples]),
         "sources": np.array([sample.source for sample in cache.samples]),

@@ -185,11 +185,12 @@ def load(directory: str | Path, data: str | Path | None = None) -> Run:
     path = Path(directory)
     try:
         info = json.loads((path / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be the folder of a run, with a run.json ({error})") from error
-    space = space_file.parse(info["space"], str(path / "run.json"))
-    where = info["data_path"] if data is None else _data_path(data)
-    return Run(directory=path, space=space, data=where, options=Options(**info["options"]))
+        space, options = info["space"], Options(**info["options"])
+        where = info["data_path"] if data is None else _data_path(data)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} must be the folder of a run, with a whole run.json ({why})") from error
+    return Run(directory=path, space=space_file.parse(space, str(path / "run.json")), data=where, options=options)
 
 
 def _with_options(space: Space, options: Options) -> Space:

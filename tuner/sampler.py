@@ -146,15 +146,20 @@ class SearchStudy:
         return Proposal(self.trial_id(number), number, params, config, is_baseline)
 
     def _trained_twin(self, proposal: Proposal) -> dict[str, Any] | None:
-        """The record of a trial that trained the same network, as far as the same search would have let it, and was
-        judged in the proposed way too. One that crashed may do better another time."""
-        wanted = proposal.config.training_fields()
+        """The record of a trial that trained the same network to its end, or to where it diverged, and was judged in
+        the proposed way too. One that was stopped early was compared as it was judged itself, so it answers for nothing
+        but the very same configuration; one that crashed may do better another time."""
         for record in self.records():
-            if record["replayed_from"] or record["status"] == "failed":
+            config = RunConfig.from_dict(record["config"])
+            if record["replayed_from"] or config.training_fields() != proposal.config.training_fields():
                 continue
-            known = record["status"] == "diverged" or _replay(record, proposal.config)
-            if known and RunConfig.from_dict(record["config"]).training_fields() == wanted:
-                return record
+            match record["status"]:
+                case "completed" if _replay(record, proposal.config):
+                    return record
+                case "diverged":
+                    return record
+                case "stopped_early" if config.judgement() == proposal.config.judgement():
+                    return record
         return None
 
     def _tell_from_replay(self, proposal: Proposal, source: dict[str, Any]) -> None:

@@ -63,7 +63,8 @@ class FloatParam:
     def values(self) -> tuple[float, ...]:
         """All of them; there must be a step."""
         assert self.step is not None
-        return tuple(self.low + n * self.step for n in range(round((self.high - self.low) / self.step) + 1))
+        count = round((self.high - self.low) / self.step) + 1
+        return tuple(min(self.low + n * self.step, self.high) for n in range(count))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -158,12 +158,15 @@ def test_no_test_pixel_is_seen_before_the_finals(place: Path) -> None:
     assert code == 0, err
     code, out, err = call(place, "report", "runs/small")
     assert code == 0, err
-    honest, stamped = (json.loads((place / folder / "metrics.json").read_text()) for folder in ("elsewhere", REPORT))
+    folders = (place / REPORT, place / REPORT / "open-test")
+    honest, stamped = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
     assert [m["thresholds_chosen_on"] for m in (honest, stamped)] == ["validation", "test"]
-    assert [m["test_openings"] for m in (honest, stamped)] == [1, 2]
+    assert [m["test_openings"] for m in (honest, stamped)] == [2, 2]
+    before = json.loads((place / "elsewhere/metrics.json").read_text())
+    assert honest == before | {"test_openings": 2}  # the honest figures are as they were
     assert honest["best"] == stamped["best"]
     assert stamped["test"]["decision_f1"] >= honest["test"]["decision_f1"]  # chosen for just that
-    assert json.loads((place / "runs/small/best/thresholds.json").read_text())["chosen_on"] == "test"
+    assert json.loads((place / "runs/small/best/thresholds.json").read_text())["chosen_on"] == "validation"
 
 
 def create(place: Path, name: str) -> Run:

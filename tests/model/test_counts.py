@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
-from model import counts
+from model import counts, metrics, thresholds
 from model.counts import CountsBuilder, PixelCounts
+from tests.tables import count
 
 TRUTHS = hnp.arrays(np.bool_, (2, 5, 6))
 HALVES = st.sampled_from([-65504.0, -11.0, -1.0, -6e-8, -0.0, 0.0, 6e-8, 0.5, 10.99, 11.0, 65504.0])
@@ -22,12 +23,12 @@ CROSS = np.array([[0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0
 
 
 @given(TRUTHS, LOGITS, st.lists(THRESHOLDS, min_size=1, max_size=4))
-def test_tables_select_what_masks_select(truth, logits, thresholds) -> None:
-    selected = counts.count(truth, logits).at(thresholds)
+def test_tables_select_what_masks_select(truth, logits, limits) -> None:
+    selected = count(truth, logits).at(limits)
     scores = np.clip(logits, -65504, 65504).astype(np.float16).astype(float)
     for n in range(2):
         grown = ndimage.binary_dilation(truth[n], CROSS)
-        for k, threshold in enumerate(thresholds):
+        for k, threshold in enumerate(limits):
             mask = scores[n] >= threshold
             assert selected.predicted[n, k] == mask.sum()
             assert selected.hits[n, k] == (mask & truth[n]).sum()
@@ -69,13 +70,13 @@ def test_one_rounding_for_numpy_and_torch(logits) -> None:
     hnp.arrays(np.float64, 4, elements=st.sampled_from([-1.0, 0.0, 0.1, 0.25, 0.3, 1.0, 2.0])),
     st.sampled_from([np.float16, np.float32, np.float64]), st.integers(0, 2),
 )  # fmt: skip
-def test_selecting_without_tables_is_the_same(truth, scores, thresholds, dtype, tolerance) -> None:
+def test_selecting_without_tables_is_the_same(truth, scores, limits, dtype, tolerance) -> None:
     """Half precision by lookup, everything else by search; thresholds in any order, equal ones too."""
     scores = scores.astype(dtype)
-    selected = counts.select(truth, scores, thresholds, tolerance)
+    selected = counts.select(truth, scores, limits, tolerance)
     cross = CROSS[2 - tolerance : 3 + tolerance, 2 - tolerance : 3 + tolerance]
     for n in range(2):
-        for k, threshold in enumerate(thresholds):
+        for k, threshold in enumerate(limits):
             mask = scores[n].astype(float) >= threshold
             assert selected.predicted[n, k] == mask.sum()
             assert selected.hits[n, k] == (mask & truth[n]).sum()
@@ -89,9 +90,47 @@ def test_half_precision_cannot_hold_every_probability_and_the_search_can() -> No
     assert counts.select(np.ones((1, 1, 2)), scores, np.array([0.123456785]), 0).predicted == 1
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("nan", [np.nan, -np.nan])
+def test_nan_is_refused(dtype, nan) -> None:
+    scores = np.zeros((1, 3, 3), dtype)
+    scores[0, 1, 1] = np.copysign(nan, nan)
+    for function in (thresholds.sweep, metrics.two_pixel):
+        with pytest.raises(ValueError, match="scores must be numbers, found NaN"):
+            function(np.ones((1, 3, 3)), scores, np.array([0.5]))
+    for function in (thresholds.pr_curve, thresholds.min_of_max):
+        with pytest.raises(ValueError, match="scores must be numbers, found NaN"):
+            function(np.ones((1, 3, 3)), scores)
+
+
+def test_infinities_are_numbers() -> None:
+    for dtype in (np.float16, np.float32):
+        scores = np.array([[[-np.inf, 0.0, np.inf]]], dtype)
+        assert counts.select(np.ones((1, 1, 3)), scores, np.array([-np.inf, 0.0, 1.0]), 0).predicted.tolist() == [
+            [3, 2, 1]
+        ]
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64, np.float32])
+def test_any_truth_but_nought_is_one(dtype) -> None:
+    truth = np.array([[[0, 1]]], dtype)
+    for soft in (truth, truth * np.array(0.25, np.float32), truth.astype(np.int64) * 256):
+        assert counts.select(soft, np.ones((1, 1, 2)), np.array([0.5]), 0).hits == 1
+        assert thresholds.min_of_max(soft, np.ones((1, 1, 2))) == 1
+        assert thresholds.pr_curve(soft, np.array([[[0.0, 1.0]]]))[0] == 1
+
+
+def test_more_thresholds_than_codes_are_refused() -> None:
+    many = np.linspace(0, 1, 40_000)
+    with pytest.raises(ValueError, match="at most 32,766 thresholds can be tried at a time, found 40,000; pass them"):
+        counts.select(np.ones((1, 2, 2)), np.ones((1, 2, 2)), many, 0)
+    assert counts.select(np.ones((1, 2, 2)), np.ones((1, 2, 2)), many[:32_766], 0).hits.min() == 4
+    assert counts.select(np.ones((1, 2, 2)), np.ones((1, 2, 2), np.float16), many, 0).hits.min() == 4
+
+
 @given(TRUTHS, LOGITS, hnp.arrays(np.bool_, 2))
 def test_the_curve_holds_all_pixels_and_hides_those_that_are_not_kept(truth, logits, kept) -> None:
-    points = counts.count(truth, logits).pixel_curve(kept)
+    points = count(truth, logits).pixel_curve(kept)
     scores = np.where(kept[:, None, None], counts.to_half(logits).astype(float), -np.inf)
     assert points.thresholds.tolist() == sorted(set(scores.ravel().tolist()), reverse=True)
     for k, threshold in enumerate(points.thresholds):
@@ -102,11 +141,11 @@ def test_the_curve_holds_all_pixels_and_hides_those_that_are_not_kept(truth, log
 @given(TRUTHS, LOGITS, hnp.arrays(np.bool_, 2), st.sampled_from([[0, 1], [1, 0], [0, 0]]))
 def test_curves_without_a_group_are_those_of_the_others(truth, logits, kept, groups) -> None:
     groups = np.array(groups)
-    without = counts.count(truth, logits).curves_without(kept, groups)
+    without = count(truth, logits).curves_without(kept, groups)
     for group, points in zip(np.unique(groups), without, strict=True):
         rest = groups != group
         if rest.any():
-            alone = counts.count(truth[rest], logits[rest]).pixel_curve(kept[rest])
+            alone = count(truth[rest], logits[rest]).pixel_curve(kept[rest])
             for a, b in zip(points, alone, strict=True):
                 np.testing.assert_array_equal(a, b)
         else:
@@ -114,7 +153,7 @@ def test_curves_without_a_group_are_those_of_the_others(truth, logits, kept, gro
 
 
 def test_tables_survive_a_file(tmp_path) -> None:
-    found = counts.count(np.eye(4)[None], np.arange(16.0).reshape(1, 4, 4))
+    found = count(np.eye(4)[None], np.arange(16.0).reshape(1, 4, 4))
     np.savez(tmp_path / "counts.npz", **found.arrays())
     with np.load(tmp_path / "counts.npz", allow_pickle=False) as arrays:
         again = PixelCounts.from_arrays(arrays)
@@ -150,7 +189,7 @@ def test_growing_by_two_pixels_uses_a_cross() -> None:
     ids=["both empty", "missed", "false alarm", "perfect", "one pixel off", "three pixels off"],
 )
 def test_degenerate_images(truth, mask, dice, two_pixel, tolerant) -> None:
-    selected = counts.count(np.array([truth]), np.array([mask], float)).at(0.5)
+    selected = count(np.array([truth]), np.array([mask], float)).at(0.5)
     assert selected.dice()[0, 0] == pytest.approx(dice)
     assert selected.two_pixel()[2][0, 0] == pytest.approx(two_pixel)
     assert selected.tolerant()[2][0, 0] == pytest.approx(tolerant)

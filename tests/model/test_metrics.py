@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as hnp
 from model import counts, metrics
 from model.curves import area_under_roc, average_precision, curve
 from model.thresholds import logit
+from tests.tables import count
 
 TRUTHS = hnp.arrays(np.bool_, (3, 4, 5)).filter(lambda truth: truth.any())
 LOGITS = hnp.arrays(np.float32, (3, 4, 5), elements=st.sampled_from([-12.0, -1.0, 0.0, 0.5, 11.0]))
@@ -22,7 +23,7 @@ def threshold_free(tables: counts.PixelCounts, kept: np.ndarray) -> dict[str, fl
 def test_figures_are_what_their_definitions_say(truth, logits) -> None:
     mask = logits >= 0
     labels = truth.any(axis=(1, 2))
-    found = metrics.figures(counts.count(truth, logits).at(0.0), labels, np.array([0.0, 1.0, 2.0]))
+    found = metrics.figures(count(truth, logits).at(0.0), labels, np.array([0.0, 1.0, 2.0]))
 
     def iou(a: np.ndarray, b: np.ndarray) -> float:
         return (a & b).sum() / (a | b).sum() if (a | b).any() else 1.0
@@ -56,7 +57,7 @@ def test_background_flatters_the_two_class_iou() -> None:
     """A crack of 1 % of the pixels, half of it missed."""
     truth, mask = np.zeros((2, 1, 10, 100), bool)
     truth[0, 5, :10], mask[0, 5, :5] = True, True
-    found = metrics.figures(counts.count(truth, mask * 1.0).at(0.5), np.array([True]), np.zeros(1))
+    found = metrics.figures(count(truth, mask * 1.0).at(0.5), np.array([True]), np.zeros(1))
     assert found["iou_pooled"] == 0.5
     assert found["iou_two_class"] == pytest.approx(0.747, abs=1e-3)
 
@@ -65,7 +66,7 @@ def test_background_flatters_the_two_class_iou() -> None:
 def test_figures_without_a_threshold(truth, logits, kept) -> None:
     scores = np.where(kept[:, None, None], counts.to_half(logits).astype(float), -np.inf)
     np.testing.assert_allclose(metrics.SWEPT, logit(np.arange(1, 100) / 100), atol=1e-12)
-    found = threshold_free(counts.count(truth, logits), kept)
+    found = threshold_free(count(truth, logits), kept)
     masks = [scores >= t for t in metrics.SWEPT]
     positive = truth.any(axis=(1, 2))
 
@@ -83,11 +84,11 @@ def test_figures_without_a_threshold(truth, logits, kept) -> None:
 
 def test_what_cannot_exist_is_nan() -> None:
     nothing = np.zeros((2, 3, 3))
-    found = metrics.figures(counts.count(nothing, nothing - 1).at(0.0), np.zeros(2, bool), np.zeros(2))
+    found = metrics.figures(count(nothing, nothing - 1).at(0.0), np.zeros(2, bool), np.zeros(2))
     for name in ("dice_positive_mean", "precision", "recall", "f1", "f1_positive", "decision_ap", "decision_auc"):
         assert np.isnan(found[name]), name
     assert found["dice_mean"] == 1.0
-    assert np.isnan([*threshold_free(counts.count(nothing, nothing), np.ones(2, bool)).values()]).all()
+    assert np.isnan([*threshold_free(count(nothing, nothing), np.ones(2, bool)).values()]).all()
 
 
 @pytest.mark.parametrize("labels", [[True, True], [False, False]])
@@ -120,7 +121,7 @@ def test_confusion_counts_images() -> None:
 
 
 def test_every_figure_has_a_name_and_a_definition() -> None:
-    tables = counts.count(np.ones((1, 2, 2)), np.ones((1, 2, 2)))
+    tables = count(np.ones((1, 2, 2)), np.ones((1, 2, 2)))
     named = metrics.figures(tables.at(0.0), np.array([True]), np.zeros(1))
     named |= threshold_free(tables, np.array([True]))
     named |= metrics.decision_figures(metrics.confusion(np.array([1]), np.array([True])))

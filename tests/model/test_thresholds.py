@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from model import counts, curves, metrics, thresholds
+from model import curves, metrics, thresholds
 from model.counts import CountsBuilder, tally, to_half
 from model.thresholds import Thresholds, ThresholdSearch
+from tests.tables import count
 
 
 def search(truth: np.ndarray, logits: np.ndarray, factor: int = 1, kept: np.ndarray | None = None) -> ThresholdSearch:
@@ -21,7 +22,7 @@ def search(truth: np.ndarray, logits: np.ndarray, factor: int = 1, kept: np.ndar
         every = to_half(logits[n].ravel())[None, first::factor], truth[n].ravel()[None, first::factor]
         strided.add(tally(np, every[0], every[1].astype(np.uint8), tolerance=0))
     kept = np.ones(len(truth), bool) if kept is None else kept
-    return ThresholdSearch(counts.count(truth, logits), {factor: strided.build()}, kept)
+    return ThresholdSearch(count(truth, logits), {factor: strided.build()}, kept)
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +153,7 @@ def test_equal_scores_select_everything_or_nothing() -> None:
 def test_tables_and_masks_apply_thresholds_alike(truth, logits, decisions, blacken, lower, threshold, decision) -> None:
     """One way for figures (from tables) and one for pictures (from maps): they must select the same pixels."""
     applied = Thresholds("grid", 1, threshold, decision, blacken, lower)
-    selected = applied.select(counts.count(truth, logits), decisions)
+    selected = applied.select(count(truth, logits), decisions)
     for n in range(3):
         mask = applied.mask(logits[n], decisions[n])
         assert selected.predicted[n, 0] == mask.sum()
@@ -165,7 +166,7 @@ def test_tables_and_masks_apply_thresholds_alike(truth, logits, decisions, black
 def test_lowering_happens_once_and_only_where_a_positive_is_empty() -> None:
     below = float(thresholds.logit(0.46))
     logits = np.array([[[below, -3.0]], [[below, 1.0]], [[float(thresholds.logit(0.44)), -3.0]]], np.float32)
-    tables = counts.count(np.ones((3, 1, 2)), logits)
+    tables = count(np.ones((3, 1, 2)), logits)
     applied = Thresholds("grid", 1, 0.0, 0.0, blacken=False, lower_threshold=0.9)
     assert applied.select(tables, np.array([1.0, 1.0, 1.0])).predicted[:, 0].tolist() == [1, 1, 0]
     assert applied.select(tables, np.array([-1.0, 1.0, 1.0])).predicted[:, 0].tolist() == [0, 1, 0]
@@ -183,7 +184,7 @@ def test_a_lowered_threshold_is_a_share_of_the_probability(logit: float) -> None
 
 def test_many_thresholds_select_in_one_pass_what_each_does_alone() -> None:
     rng = np.random.default_rng(0)
-    tables = counts.count(rng.random((5, 6, 6)) > 0.8, rng.normal(0, 2, (5, 6, 6)))
+    tables = count(rng.random((5, 6, 6)) > 0.8, rng.normal(0, 2, (5, 6, 6)))
     decisions = rng.normal(0, 1, 5)
     found = [
         Thresholds("grid", 1, t, d, blacken, lower)

@@ -1,7 +1,6 @@
 """The study at its border: a real Optuna journal on disk, opened again as after a kill."""
 
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -133,32 +132,42 @@ def test_a_trained_network_answers_other_threshold_rules(journal: Path) -> None:
     assert set(states(journal)) == {TrialState.COMPLETE}
 
 
-@pytest.mark.parametrize(
-    ("status", "value", "state"),
-    [("diverged", None, TrialState.FAIL), ("stopped_early", 0.3, TrialState.PRUNED), ("failed", None, None)],
-)
-def test_how_a_training_ended_holds_for_its_replays(journal: Path, status: str, value: Any, state: Any) -> None:
-    """The same weights diverge again, and are cut again; a crash may not come again."""
+def one_network() -> Space:
+    """All of whose points train the same network, the baseline's."""
     search = {
         "learning_rate": {"type": "categorical", "choices": [1.0]},
         "threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]},
     }
-    space = small_space(search=search, sampler="random")
-    study = SearchStudy(space, "abc123", journal)
+    return small_space(search=search, sampler="random")
+
+
+def test_what_diverged_diverges_under_every_rule(journal: Path) -> None:
+    study = SearchStudy(one_network(), "abc123", journal)
     baseline = study.ask()
-    replays = [] if status == "diverged" else ended(baseline)["replays"]
-    study.finish(baseline, ended(baseline, status, value=value, replays=replays))
-    again = study.ask()
-    if state is None:
-        assert again is not None
-        return
-    assert again is None
-    assert set(states(journal)) == {state}
+    study.finish(baseline, ended(baseline, "diverged", value=None, replays=[]))
+    assert study.ask() is None
+    assert set(states(journal)) == {TrialState.FAIL}
     for record in study.records()[1:]:
-        assert (record["status"], record["replayed_from"]) == (status, baseline.trial)
-        wanted = {"pr_curve": 0.4, "grid": 0.5}[record["params"]["threshold_rule"]]
-        assert record["value"] == (None if status == "diverged" else wanted)
-    assert study.values_at(1) == {}  # a replay reached no rung of its own
+        assert (record["status"], record["value"], record["replayed_from"]) == ("diverged", None, baseline.trial)
+
+
+def test_what_crashed_is_tried_again(journal: Path) -> None:
+    study = SearchStudy(one_network(), "abc123", journal)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline, "failed", value=None, replays=[]))
+    assert study.ask() is not None
+
+
+def test_a_trial_that_was_stopped_answers_for_itself_alone(journal: Path) -> None:
+    """At its rung it was compared under its own rule; under another it might have gone on, and is trained."""
+    study = SearchStudy(one_network(), "abc123", journal)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline, "stopped_early", value=0.4))
+    again = study.ask()
+    assert again.params["threshold_rule"] == "grid"
+    for record in study.records()[1:]:
+        assert (record["status"], record["params"]["threshold_rule"]) == ("stopped_early", "pr_curve")
+    assert study.values_at(2) == {}  # a replay reached no rung of its own
 
 
 def test_conditional_parameters_are_asked_only_where_they_hold(journal: Path) -> None:

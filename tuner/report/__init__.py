@@ -22,14 +22,19 @@ __all__ = ["write"]
 _MARKS = ("index.html", "metrics.json")
 """files by which a folder is known as a report"""
 
+_OPEN_TEST = "open-test"
+
 
 def write(run_directory: Path, out: Path | None = None) -> Path:
     """Writes the report of a run into `out` (RUN/report by default), whole or not at all; returns index.html.
 
-    An earlier report there is replaced. Raises ValueError that says what is missing, or that `out` holds something
-    else.
+    Where thresholds were chosen on test as well, a second report on these lies in its folder open-test/. An earlier
+    report is replaced. Raises ValueError that says what is missing, or that `out` holds something else.
     """
     run = inputs.read(Path(run_directory))
+    stamped = None
+    if (Path(run_directory) / "evaluation" / _OPEN_TEST / "selection.json").is_file():
+        stamped = inputs.read(Path(run_directory), f"evaluation/{_OPEN_TEST}")
     target = (Path(out) if out is not None else Path(run_directory) / "report").resolve()
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +42,9 @@ def write(run_directory: Path, out: Path | None = None) -> Path:
     try:
         fresh.mkdir()
         _fill(run, fresh)
+        if stamped is not None:
+            (fresh / _OPEN_TEST).mkdir()
+            _fill(stamped, fresh / _OPEN_TEST)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -93,18 +93,21 @@ class Section:
 
 
 def stamped(section: Section, stamp: str) -> Section:
-    """The section with a stamp on every table, picture and headline figure."""
+    """The section with a stamp on every table, picture and headline figure that does not say so itself."""
+
+    def words(text: str) -> str:
+        return text if stamp in text else f"{text} ({stamp})".strip()
 
     def mark(block: Block) -> Block:
         match block:
             case Table():
-                return replace(block, caption=f"{block.caption} ({stamp})".strip())
+                return replace(block, caption=words(block.caption))
             case Tables():
-                return replace(block, tables=[replace(t, caption=f"{t.caption} ({stamp})") for t in block.tables])
+                return replace(block, tables=[replace(t, caption=words(t.caption)) for t in block.tables])
             case Pictures():
-                return replace(block, pictures=[replace(p, caption=f"{p.caption} ({stamp})") for p in block.pictures])
+                return replace(block, pictures=[replace(p, caption=words(p.caption)) for p in block.pictures])
             case Cards():
-                return replace(block, cards=[replace(c, label=f"{c.label} ({stamp})") for c in block.cards])
+                return replace(block, cards=[replace(c, label=words(c.label)) for c in block.cards])
             case _:
                 return block
 

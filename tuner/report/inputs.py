@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from model.centre_lines import CentreLines
 from model.counts import PixelCounts
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,57 +121,82 @@ class Run:
         return None, False
 
 
-def read(directory: Path) -> Run:
-    """Raises ValueError that names what is missing and the command that makes it."""
+def read(directory: Path, evaluation: str = "evaluation") -> Run:
+    """Reads one of the run's evaluations. ValueError that names what is missing or broken and the way out."""
     if not (directory / "run.json").is_file():
         raise ValueError(
             f"{directory} is no run directory: run.json is missing; give a folder that `tuner search` made"
         )
-    evaluation = directory / "evaluation"
-    _require(directory, ["selection.json"])
-    selection = _json(evaluation / "selection.json")
+    folder = directory / evaluation
+    _require(folder, ["selection.json"])
+    way_out = f"remove {folder / 'selection.json'} and run `tuner finals {directory}`, which opens the test split again"
+    selection = _parsed(folder / "selection.json", lambda path: _selection(_json(path)), way_out)
     winner, baseline = selection["winner"], selection["baseline"]
     roles = ["winner"] + (["baseline"] if baseline is not None and baseline != winner else [])
     files = [f"{role}-{split}.npz" for role in roles for split in ("validation", "test")]
-    _require(directory, [*files, "examples.npz", "architecture.json"])
-    judged = {role: _candidate(evaluation, role, selection) for role in roles}
+    _require(folder, [*files, "examples.npz", "architecture.json"])
+    judged = {role: _candidate(folder, role, selection, way_out) for role in roles}
     return Run(
         facts=_json(directory / "run.json"),
         records=list(_json_lines(directory / "records.jsonl")),
         winner=judged["winner"],
         baseline=judged["winner"] if baseline == winner else judged.get("baseline"),
-        examples=_examples(evaluation / "examples.npz"),
-        architecture=_json(evaluation / "architecture.json"),
-        openings=list(_json_lines(evaluation / "openings.jsonl")),
+        examples=_parsed(folder / "examples.npz", _examples, way_out),
+        architecture=_parsed(folder / "architecture.json", _architecture, way_out),
+        openings=list(_json_lines(directory / "evaluation" / "openings.jsonl")),
     )
 
 
-def _require(directory: Path, names: list[str]) -> None:
-    missing = [f"evaluation/{name}" for name in names if not (directory / "evaluation" / name).is_file()]
+def _require(folder: Path, names: list[str]) -> None:
+    missing = [f"{folder.name}/{name}" for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{directory} has no {', '.join(missing)}: the winner is not judged yet; "
-            f"run `tuner finals {directory}` first"
+            f"{folder.parent} has no {', '.join(missing)}: the winner is not judged yet; "
+            f"run `tuner finals {folder.parent}` first"
         )
 
 
-def _candidate(evaluation: Path, role: str, selection: Json) -> Candidate:
+def _parsed(path: Path, parse: Callable[[Path], T], way_out: str) -> T:
+    """ValueError for a file that is cut short, was changed or is of another version."""
+    try:
+        return parse(path)
+    except (OSError, EOFError, KeyError, IndexError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is broken or of another version ({type(error).__name__}: {error}); {way_out}"
+        ) from error
+
+
+def _selection(found: Json) -> Json:
+    for trial in {found["winner"], found["baseline"]} - {None}:
+        for key in ("config", "epoch", "thresholds", "value"):
+            found["trials"][trial][key]
+    return found
+
+
+def _candidate(folder: Path, role: str, selection: Json, way_out: str) -> Candidate:
     trial = selection[role]
     chosen = selection["trials"][trial]
+
+    def split(path: Path) -> Split:
+        return _split(path, chosen["thresholds"])
+
     return Candidate(
         trial=trial,
         config=chosen["config"],
         epoch=chosen["epoch"],
         thresholds=chosen["thresholds"],
         value=chosen["value"],
-        validation=_split(evaluation / f"{role}-validation.npz"),
-        test=_split(evaluation / f"{role}-test.npz"),
+        validation=_parsed(folder / f"{role}-validation.npz", split, way_out),
+        test=_parsed(folder / f"{role}-test.npz", split, way_out),
     )
 
 
-def _split(path: Path) -> Split:
+def _split(path: Path, thresholds: Json) -> Split:
+    """ValueError unless it was judged at these thresholds and its arrays are of one length and hold numbers."""
     with np.load(path, allow_pickle=False) as arrays:
-        return Split(
+        if json.loads(str(arrays["thresholds"])) != thresholds:
+            raise ValueError(f"it was judged at {arrays['thresholds']}, selection.json says {json.dumps(thresholds)}")
+        found = Split(
             names=[str(name) for name in arrays["names"]],
             groups=[str(group) for group in arrays["groups"]],
             sources=[str(source) for source in arrays["sources"]],
@@ -178,6 +205,15 @@ def _split(path: Path) -> Split:
             counts=PixelCounts.from_arrays(arrays),
             centre_lines=CentreLines(*arrays["centre_lines"].T),
         )
+    parts = (found.groups, found.sources, found.labels, found.decision_logits, found.counts, found.centre_lines.truth)
+    if any(len(part) != len(found) for part in parts) or not np.isfinite(found.decision_logits).all():
+        raise ValueError("its arrays must have one entry an image and hold numbers")
+    return found
+
+
+def _architecture(path: Path) -> dict[str, list[Json]]:
+    found = _json(path)
+    return {name: list(found[name]) for name in ("original", "used")}
 
 
 def _examples(path: Path) -> Examples:

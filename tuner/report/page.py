@@ -48,8 +48,9 @@ def build(run: Run, results: Results, metrics: Json, gallery: Gallery) -> Page:
         provenance(run),
     ]
     if results.test.is_stamped:
-        touched = ("top", "test", "thresholds", "examples")
-        sections = [stamped(section, STAMP) if section.anchor in touched else section for section in sections]
+        sections = [
+            stamped(section, STAMP) if section.anchor in ("test", "examples") else section for section in sections
+        ]
     return Page(
         title=f"{data_name(run)}: the best of {words.plural(len(run.records), 'trial')}",
         subtitle=f"run {run.facts['name']} · {run.facts['created'][:10]} · winner {run.winner.trial}",
@@ -70,9 +71,10 @@ def _head(run: Run, results: Results, metrics: Json, gallery: Gallery) -> Sectio
         "Test images with a defect that the winner segments best: input, and the answer laid over it.",
     )
     blocks: list[Block] = [Cards(_cards(run, metrics)), Text(verdict(run, results)), Pictures([strip])]
-    if run.searched:
-        blocks.append(_best_configuration(run))
-    return Section("top", "", blocks)
+    head = Section("top", "", blocks)
+    if results.test.is_stamped:
+        head = stamped(head, STAMP)
+    return Section("top", "", [*head.blocks, *([_best_configuration(run)] if run.searched else [])])
 
 
 def _cards(run: Run, metrics: Json) -> list[Card]:

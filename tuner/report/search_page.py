@@ -19,8 +19,8 @@ OTHER_DEFINITIONS = (
     (
         "95 % interval",
         "over groups of images, none below 20: studentized bootstrap for means, pooled ratios and paired differences; "
-        "Clopper-Pearson with an effective number of images for rates; Newcombe 2006 for AUC; binomial among the "
-        "positives for AP",
+        "Clopper-Pearson with an effective number of images for the decision's rates; Newcombe 2006 for its AUC; "
+        "binomial among the positives for its AP; jackknife for pixel AP and ODS",
     ),
 )
 

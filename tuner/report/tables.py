@@ -23,6 +23,7 @@ from model.intervals import (
     Ratio,
     ap_interval,
     auc_interval,
+    contributing,
     decision_f1_interval,
     difference_interval,
     jackknife_interval,
@@ -178,7 +179,7 @@ class Judged:
         if self.figures["decision_auc"] is not None:
             found["decision_auc"] = auc_interval(labels, self.split.decision_logits, groups)
             found["decision_ap"] = ap_interval(labels, self.split.decision_logits, groups)
-        if self.groups.max() + 1 >= MIN_GROUPS:
+        if contributing(self.selected.truth[:, 0], groups) >= MIN_GROUPS:
             found["pixel_ap"] = jackknife_interval(self.figures["pixel_ap"] or 0.0, self._pixel_ap_without())
             found["ods"] = jackknife_interval(self.figures["ods"] or 0.0, self._ods_without())
         return {key: interval for key in ALL_KEYS if (interval := found.get(key)) and self.figures[key] is not None}

@@ -65,7 +65,7 @@ _KINDS = {
 def _test_table(metrics: Json) -> Table:
     """Every figure; what each one is stands at the end of the page. Columns that would be empty are left out."""
     test, baseline, differences = metrics["test"], metrics["baseline"], metrics["difference"]
-    judged = {"winner": test} | ({"baseline": baseline} if baseline["dice_mean"] is not None else {})
+    judged = {"winner": test} | ({"baseline": baseline} if differences else {})
     header = ["figure"]
     for name, figures in judged.items():
         header += [name, "95 % interval"] if figures["ci95"] else [name]
@@ -95,19 +95,23 @@ def _with_spread(figures: Json, key: str) -> str:
 
 
 def _why_no_interval(test: Judged, metrics: Json) -> str:
-    groups = int(test.groups.max()) + 1
+    """What the intervals are, and which of the winner's figures have none."""
     text = (
         "Intervals are over groups of test images, since images of one photo move together, and the difference is that "
         "of the same images. ± is the standard deviation over images. "
     )
+    groups = int(test.groups.max()) + 1
     if groups < intervals.MIN_GROUPS:
         return text + f"There are none here ({intervals.why_none(groups)})."
     without = [key for keys in _KINDS.values() for key in keys if _lacks_interval(metrics["test"], key)]
     if not without:
         return text
-    names = ", ".join(map(words.metric, without))
+    with_truth = intervals.contributing(test.selected.truth[:, 0], test.groups)
+    of_labels = [intervals.contributing(side, test.groups) for side in (test.split.labels, ~test.split.labels)]
     return (
-        f"{text}No interval for {names}: fewer than {intervals.MIN_GROUPS} groups contribute, or nearly all are alike."
+        f"{text}No interval for: {'; '.join(map(words.metric, without))}. Fewer than {intervals.MIN_GROUPS} groups "
+        f"contribute to these ({with_truth} have a defect in a mask, {of_labels[0]} in a label, {of_labels[1]} have an "
+        "image without one), or nearly all groups are alike."
     )
 
 

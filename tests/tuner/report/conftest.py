@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
-from model import counts
 from model.centre_lines import trace
 from model.config import RunConfig
 from model.counts import to_half
 from model.thresholds import sigmoid
+from tests.tables import count
 from tuner import report
 
 SIDE = 96
@@ -80,18 +80,20 @@ def make_split(name: str, count: int, negatives: int, quality: float, seed: int)
     )
 
 
-def write_split(path: Path, made: Made, logit: float) -> None:
+def write_split(path: Path, made: Made, thresholds: dict[str, Any]) -> None:
+    logit = thresholds["segmentation_logit"]
     masks = to_half(made.logits).astype(np.float64) >= logit
     sources = ["crackforest" if k % 3 else "crack <500>" for k in range(len(made.names))]
     np.savez(
         path,
+        thresholds=np.array(json.dumps(thresholds)),
         names=np.array(made.names),
         groups=np.array(made.groups),
         sources=np.array(sources),
         labels=made.labels,
         decision_logits=made.decision_logits,
         centre_lines=np.array([trace(*pair) for pair in zip(made.truths, masks, strict=True)]),
-        **counts.count(made.truths, made.logits).arrays(),
+        **count(made.truths, made.logits).arrays(),
     )
 
 
@@ -230,6 +232,7 @@ def write_run(
     baseline_wins: bool = False,
     objectives: int = 1,
     tests: int = 96,
+    chosen_on: str = "validation",
 ) -> dict[str, Made]:
     """Writes a run directory and returns what the winner was judged on."""
     evaluation = directory / "evaluation"
@@ -238,16 +241,17 @@ def write_run(
     baseline, winner = records[0]["trial"], records[0 if baseline_wins else 1]["trial"]
     without = {"validation": 4, "test": tests // 2} if negatives else {"validation": 0, "test": 0}
     logit = float(to_half(np.array(-0.6)))
+    thresholds = make_thresholds(negatives, logit) | {"chosen_on": chosen_on}
     made = {}
     for role in ["winner"] if baseline_wins else ["winner", "baseline"]:
-        for split, count, seed in (("validation", 12, 1), ("test", tests, 2)):
-            made[f"{role}-{split}"] = make_split(split, count, without[split], 1.0 if role == "winner" else 0.8, seed)
-            write_split(evaluation / f"{role}-{split}.npz", made[f"{role}-{split}"], logit)
+        for split, images, seed in (("validation", 12, 1), ("test", tests, 2)):
+            made[f"{role}-{split}"] = make_split(split, images, without[split], 1.0 if role == "winner" else 0.8, seed)
+            write_split(evaluation / f"{role}-{split}.npz", made[f"{role}-{split}"], thresholds)
     chosen = {
         record["trial"]: {
             "config": record["config"],
             "epoch": record["best_epoch"],
-            "thresholds": make_thresholds(negatives, logit),
+            "thresholds": thresholds,
             "value": record["value"],
         }
         for record in records[:2]

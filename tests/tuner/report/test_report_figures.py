@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -122,25 +123,56 @@ def test_differences_are_those_of_the_same_images(usual) -> None:
 
 
 def test_thresholds_chosen_on_test_are_stamped_everywhere(make_run) -> None:
+    """Beside a report that is not touched."""
     directory, _ = make_run(trials=2, tests=12)
-    path = directory / "evaluation" / "selection.json"
-    selection = json.loads(path.read_text())
-    for chosen in selection["trials"].values():
-        chosen["thresholds"]["chosen_on"] = "test"
-    path.write_text(json.dumps(selection))
-    folder = report.write(directory).parent
-    assert json.loads((folder / "metrics.json").read_text())["thresholds_chosen_on"] == "test"
+    stamped, _ = make_run(trials=2, tests=12, chosen_on="test")
+    shutil.copytree(stamped / "evaluation", directory / "evaluation/open-test")
+    honest = report.write(directory).parent
+    folder = honest / "open-test"
+    assert [json.loads((f / "metrics.json").read_text())["thresholds_chosen_on"] for f in (honest, folder)] == [
+        "validation",
+        "test",
+    ]
+    assert "chosen on test" not in (honest / "report.md").read_text()
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
         assert {row["thresholds_chosen_on"] for row in csv.DictReader(file)} == {"test"}
     text = (folder / "report.md").read_text()
     assert "figures are no estimates of what new images would give" in text
-    for section in ("Test", "Thresholds", "Example images"):
-        part = text.split(f"## {section}\n")[1].split("\n## ")[0]
-        lines = [line for line in part.splitlines() if line]
-        captions = [line for line in lines if line.startswith("**")]
+    head, *parts = text.split("\n## ")
+    sections = {part.splitlines()[0]: part for part in parts}
+    assert head.count("thresholds chosen on test") == 5  # four headline figures and the strip of examples
+    for name in ("Test", "Example images"):
+        lines = [line for line in sections[name].splitlines() if line]
+        captions = [line for line in lines if line.startswith("**") and not line.startswith("| ")]
         captions += [lines[k + 1] for k, line in enumerate(lines) if line.startswith("![")]
         assert captions
-        assert all("thresholds chosen on test" in line for line in captions)
+        assert all(line.count("thresholds chosen on test") == 1 for line in captions)
+    assert "Chosen on test, carried by the winner" in sections["Thresholds"]
+    assert sections["Thresholds"].count("chosen on test") == 0  # what every rule gives was chosen on validation
+
+
+@pytest.mark.parametrize("name", ["winner-test.npz", "examples.npz", "selection.json", "architecture.json"])
+@pytest.mark.parametrize("content", [b"", b"PK", b"{}", b"[1]"])
+def test_a_broken_file_is_named(make_run, name: str, content: bytes) -> None:
+    directory, _ = make_run(trials=2, tests=6)
+    (directory / "evaluation" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is"):
+        report.write(directory)
+
+
+def test_arrays_that_do_not_belong_together_are_refused(make_run) -> None:
+    directory, _ = make_run(trials=2, tests=6)
+    path = directory / "evaluation/winner-test.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    for change, why in (
+        ({"labels": arrays["labels"][:-1]}, "one entry an image"),
+        ({"decision_logits": np.full(6, np.nan)}, "hold numbers"),
+        ({"thresholds": np.array(json.dumps({"rule": "grid"}))}, "it was judged at .*grid.*, selection.json says"),
+    ):
+        np.savez(path, **(arrays | change))
+        with pytest.raises(ValueError, match=why):
+            report.write(directory)
 
 
 def test_states_and_time_of_the_search(usual) -> None:
