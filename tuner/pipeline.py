@@ -76,7 +76,8 @@ def _search(run: Run, console: Console | None) -> str:
     space, options, info = run.space, run.options, run.info
     found = run.splits()
     run.verify(found.train + found.validation)
-    task = TrialTask(found.train, found.validation, space.objective.metric, space.replayed_values())
+    metric, compare = space.objective.metric, space.scheduler.compare
+    task = TrialTask(found.train, found.validation, metric, compare, space.replayed_values())
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     sessions = _closed(run, info["sessions"])
     study = SearchStudy(space, info["id"], run.directory / "study.journal")

@@ -164,8 +164,9 @@ class SearchStudy:
 
     def _tell_from_replay(self, proposal: Proposal, source: dict[str, Any]) -> None:
         replay = _replay(source, proposal.config) or {"value": None, "epoch": None, "thresholds": None}
-        if replay["value"] is not None:
-            self.report(proposal.number, replay["epoch"], replay["value"])
+        if source["status"] == "stopped_early":  # pruned trials tell Optuna by their last epoch
+            for row in source["history"]:
+                self.report(proposal.number, row["epoch"], row["compared"])
         self.finish(
             proposal,
             source
@@ -188,10 +189,10 @@ class SearchStudy:
 
     # Telling
 
-    def report(self, number: int | None, epoch: int, value: float) -> None:
-        """An epoch's objective. Telling it twice, after a resume, changes nothing."""
+    def report(self, number: int | None, epoch: int, compared: float) -> None:
+        """The figure of an epoch that schedulers compare. Telling it twice, after a resume, changes nothing."""
         if number is not None:
-            self._storage.set_trial_intermediate_value(self._storage_id(number), epoch, value)
+            self._storage.set_trial_intermediate_value(self._storage_id(number), epoch, compared)
 
     def finish(self, proposal: Proposal, record: dict[str, Any]) -> None:
         """The end of a trial: its record, then its state."""
@@ -219,13 +220,14 @@ class SearchStudy:
 
     # Reading
 
-    def values_at(self, epoch: int) -> dict[int, float]:
-        """The objective at an epoch of every trial that was trained to it, by number; without the baseline."""
+    def curves(self) -> dict[int, dict[int, float]]:
+        """The figure that schedulers compare, by number and epoch, of every trial that was trained; without the
+        baseline."""
         first = 1 if self._attr("baseline_in_space") else 0
         return {
-            trial.number: trial.intermediate_values[epoch]
+            trial.number: trial.intermediate_values
             for trial in self._study.get_trials(deepcopy=False)
-            if trial.number >= first and epoch in trial.intermediate_values and not _is_replay(trial)
+            if trial.number >= first and trial.intermediate_values and not _is_replay(trial)
         }
 
     def records(self) -> list[dict[str, Any]]:

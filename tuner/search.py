@@ -28,10 +28,10 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from model import checkpoint
-from tuner import records
+from tuner import records, schedulers
 from tuner.records import SearchFailed, Status
 from tuner.sampler import Proposal, SearchStudy
-from tuner.space import Budget, Scheduler
+from tuner.space import Budget
 from tuner.tracking import Trackers
 from tuner.trial import TrialTask, nothing_yet, take_device
 
@@ -166,23 +166,6 @@ def _previews(trials: Path, trial: str) -> dict[str, bytes]:
     return {file.stem: file.read_bytes() for file in sorted(folders[-1].glob("*.png"))} if folders else {}
 
 
-def asha_stops(value: float, others: list[float], reduction: int) -> bool:
-    """Asynchronous successive halving (Li et al., MLSys 2020) at one rung: whether a value is outside the best
-    1/reduction of those that reached the rung so far, and at least of the best one. The first to arrive goes on."""
-    better = sum(other > value for other in others)
-    return better >= max(1, (len(others) + 1) // reduction) if others else False
-
-
-def rungs(scheduler: Scheduler, epochs: int) -> list[int]:
-    """Epochs (counted from 1) at which trials are compared."""
-    if scheduler.name == "none":
-        return []
-    found = [scheduler.min_epochs]
-    while found[-1] * scheduler.reduction < epochs:
-        found.append(found[-1] * scheduler.reduction)
-    return [epoch for epoch in found if epoch < epochs]
-
-
 class _Session:
     """What the searcher, the scheduler and the stopper share: the trials that run, and what is to happen to them."""
 
@@ -236,7 +219,7 @@ class _Session:
         epoch = checkpoint.load_progress(checkpoint_folder)["epochs"] if checkpoint_folder else 0
         if checkpoint_folder:  # the driver may have died between the checkpoint and the study
             for row in checkpoint.load_progress(checkpoint_folder)["history"]:
-                self.study.report(proposal.number, row["epoch"], row["value"])
+                self.study.report(proposal.number, row["epoch"], row["compared"])
         self.live[key] = proposal
         self.judged[key] = 0
         self.started[key] = self.elapsed()
@@ -277,7 +260,7 @@ class _Session:
         if progress["status"] in (Status.DIVERGED, Status.FAILED) or not progress["history"]:
             return True
         row = progress["history"][-1]
-        self.study.report(proposal.number, row["epoch"], row["value"])
+        self.study.report(proposal.number, row["epoch"], row["compared"])
         is_best = row["epoch"] == progress["best_epoch"]
         previews = _previews(self.trials, proposal.trial) if is_best else {}
         self.trackers.epoch_ended(proposal.trial, row, previews)
@@ -286,25 +269,20 @@ class _Session:
         if self.time_is_up():
             self.reason_stopped[key] = _TIME_IS_UP
             return False
-        return not self._is_cut(key, proposal, progress["history"])
+        return not self._is_cut(key, proposal, row["epoch"])
 
-    def _is_cut(self, key: str, proposal: Proposal, history: list[dict[str, Any]]) -> bool:
-        """Whether the scheduler stops a trial at the last rung that it has passed since it was last compared; after a
-        resume that may be an earlier one than its epoch."""
-        epoch = history[-1]["epoch"]
-        scheduler = self.study.space.scheduler
-        passed = [rung for rung in rungs(scheduler, proposal.config.epochs) if self.judged[key] < rung <= epoch]
+    def _is_cut(self, key: str, proposal: Proposal, epoch: int) -> bool:
+        """Whether the scheduler stops a trial that has reached an epoch."""
+        assert proposal.number is not None  # only the baseline may have none, and it is not compared
+        scheduler, since = self.study.space.scheduler, self.judged[key]
         self.judged[key] = epoch
-        if not passed:
+        if not schedulers.compares(scheduler, proposal.config.epochs, proposal.number, since, epoch):
             return False
-        rung = passed[-1]
-        value = next(row["value"] for row in history if row["epoch"] == rung)
-        others = self.study.values_at(rung)
-        others.pop(proposal.number or 0, None)
-        if asha_stops(value, list(others.values()), scheduler.reduction):
-            self.reason_stopped[key] = f"not among the best at epoch {rung}"
-            return True
-        return False
+        curves = self.study.curves()
+        reason = schedulers.stops(scheduler, proposal.config.epochs, proposal.number, since, curves)
+        if reason:
+            self.reason_stopped[key] = reason
+        return reason is not None
 
     def ended(self, key: str, crashed: bool) -> None:
         """A trial has left its worker."""

@@ -11,8 +11,9 @@ from typing import Any
 
 from model.config import DEFAULTS, JUDGING_FIELDS, RunConfig
 
+COMPARED = ("segmentation", "objective")
 SAMPLERS = ("tpe", "random")
-SCHEDULERS = ("asha", "none")
+SCHEDULERS = ("asha", "hyperband", "median", "none")
 SEGMENTATION_METRICS = (
     "dice_mean", "dice_positive_mean", "iou_mean", "iou_positive_mean", "precision", "recall", "f1", "iou_pooled",
     "two_pixel_f1", "tolerance_f1",
@@ -135,11 +136,19 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheduler:
-    """`asha` stops a trial at epochs min_epochs * reduction^k unless it is in the best 1/reduction there."""
+    """When trials are compared and stopped (tuner/schedulers.py).
+
+    `asha` and `hyperband` compare at epochs min_epochs * reduction^k and let the best 1/reduction go on; `median` at
+    every epoch from min_epochs on.
+    """
 
     name: str = "none"
     min_epochs: int = 1
     reduction: int = 3
+    compare: str = "segmentation"
+    """what is compared. With dynamic balance the decision branch learns late, and a trial at a rung is on the loss
+    schedule of its whole length: so by default only the masks, as they are without blackening, by the objective if it
+    is one of segmentation, else by mean Dice. `objective` is the objective itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ import yaml
 from model.config import DEFAULTS, RULES, input_size_problem
 from model.layouts import LAYOUTS
 from tuner.space import (
+    COMPARED,
     DECISION_METRICS,
     METRICS,
     SAMPLERS,
@@ -339,7 +340,7 @@ class _Reader:
 
     def scheduler(self, value: Any, epochs: int) -> Scheduler:
         value = {"name": value} if isinstance(value, str) else value
-        if not self.mapping("scheduler", value, ("name", "min_epochs", "reduction"), required=("name",)):
+        if not self.mapping("scheduler", value, ("name", "min_epochs", "reduction", "compare"), required=("name",)):
             return Scheduler()
         rule = f"must be one of {', '.join(SCHEDULERS)}"
         name = self.value(value, "name", str, rule, "none", SCHEDULERS.__contains__, "scheduler.")
@@ -347,7 +348,9 @@ class _Reader:
         min_epochs = self.value(value, "min_epochs", int, rule, 1, lambda v: 1 <= v <= epochs, "scheduler.")
         rule = "must be a whole number of at least 2"
         reduction = self.value(value, "reduction", int, rule, 3, lambda v: v >= 2, "scheduler.")
-        return Scheduler(name=name, min_epochs=min_epochs, reduction=reduction)
+        rule = f"must be one of {', '.join(COMPARED)}"
+        compare = self.value(value, "compare", str, rule, "segmentation", COMPARED.__contains__, "scheduler.")
+        return Scheduler(name=name, min_epochs=min_epochs, reduction=reduction, compare=compare)
 
     def budget(self, value: Any) -> Budget:
         if not self.mapping("budget", value, _BUDGET_KEYS):
@@ -366,11 +369,17 @@ class _Reader:
 
     def late_decision(self, space: Space) -> None:
         """A rung compares nothing that has not begun to learn."""
-        late = space.train.get("dynamic_balance", DEFAULTS["dynamic_balance"]) or "dynamic_balance" in space.search
-        if space.objective.metric in DECISION_METRICS and space.scheduler.name != "none" and late:
+
+        def may_be(name: str) -> bool:
+            return bool(space.train.get(name, DEFAULTS[name])) or name in space.search
+
+        decides = space.objective.metric in DECISION_METRICS or may_be("blacken")
+        scheduler = space.scheduler
+        if scheduler.name != "none" and scheduler.compare == "objective" and decides and may_be("dynamic_balance"):
             self.problem(
-                "scheduler", "must be none for a decision metric with dynamic_balance: the decision learns late, "
-                "so early epochs say nothing of it", space.scheduler.name, "or set train.dynamic_balance: false",
+                "scheduler.compare", "must be segmentation for an objective that depends on the decision, with "
+                "dynamic_balance: the decision learns late, so early epochs say nothing of it", scheduler.compare,
+                "or set train.dynamic_balance: false",
             )  # fmt: skip
 
     def start_from(self, space: Space, value: Any) -> tuple[dict[str, Any], ...]:
@@ -434,6 +443,7 @@ def schema() -> dict[str, Any]:
         "name": {"enum": list(SCHEDULERS)},
         "min_epochs": {"type": "integer", "minimum": 1},
         "reduction": {"type": "integer", "minimum": 2},
+        "compare": {"enum": list(COMPARED)},
     }
     properties = {
         "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},

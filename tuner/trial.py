@@ -43,6 +43,8 @@ class TrialTask:
     train: list[Sample]
     validation: list[Sample]
     metric: str
+    compare: str
+    """what schedulers compare: see `tuner.space.Scheduler`"""
     replayed: Mapping[str, tuple[Any, ...]]
     """values of JUDGING_FIELDS that a trained network is also judged by, beside the trial's own"""
 
@@ -147,7 +149,7 @@ class _Keeper:
     """
 
     def __init__(self, task: TrialTask, config: RunConfig, scratch: Path, resume: Path | None) -> None:
-        self.metric = task.metric
+        self.metric, self.compare = task.metric, task.compare
         self.config = config
         self.judgements = task.judgements(config)
         self.rules = list(plain_rules(self.judgements))
@@ -179,6 +181,7 @@ class _Keeper:
             highest |= {key: max(highest.get(key, value), value) for key, value in row.items() if value is not None}
         own = replays[0]
         history_row = {"epoch": epoch, "value": judged[0][self.metric] or 0.0} | losses | judged[0]
+        history_row["compared"] = self._compared(scores, judged[0])
         self.progress |= {
             "epochs": epoch,
             "history": [*self.progress["history"], history_row | {"decision_f1": decision_f1}],
@@ -191,6 +194,17 @@ class _Keeper:
         self._keep_weights(training, found[0])
         if own["epoch"] == epoch:
             self._draw(training, validation, found[0])
+
+    def _compared(self, scores: Scores, own: Mapping[str, float | None]) -> float:
+        """The figure of this epoch that a scheduler compares."""
+        plain = self.config.judgement()._replace(blacken=False, lower_threshold=1.0)
+        figures = own
+        if self.compare == "segmentation" and plain != self.config.judgement():
+            figures = scores.figures([scores.choose(plain)])[0]
+        metric = self.metric
+        if self.compare == "segmentation" and metric.startswith("decision"):
+            metric = "dice_mean"
+        return figures[metric] or 0.0
 
     def _keep_weights(self, training: train.Training, thresholds: Thresholds) -> None:
         """Those of each epoch that is the best by a judgement of this configuration or one the search may propose."""

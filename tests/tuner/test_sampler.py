@@ -84,7 +84,7 @@ def test_what_was_running_is_asked_for_again_with_its_name(space: Space, journal
     again = SearchStudy(space, "abc123", journal)
     assert count_running(journal) == 0
     assert [again.ask() for _ in range(2)] == [killed, stopped]
-    assert again.values_at(1) == {killed.number: 0.3}
+    assert again.curves() == {killed.number: {1: 0.3}}
     new = again.ask()
     assert new.number == 3
     assert new.params not in (finished.params, killed.params, stopped.params)
@@ -162,12 +162,14 @@ def test_a_trial_that_was_stopped_answers_for_itself_alone(journal: Path) -> Non
     """At its rung it was compared under its own rule; under another it might have gone on, and is trained."""
     study = SearchStudy(one_network(), "abc123", journal)
     baseline = study.ask()
-    study.finish(baseline, ended(baseline, "stopped_early", value=0.4))
+    history = [{"epoch": epoch, "value": 0.4, "compared": epoch / 10} for epoch in (1, 2)]
+    study.finish(baseline, ended(baseline, "stopped_early", value=0.4, history=history))
     again = study.ask()
     assert again.params["threshold_rule"] == "grid"
     for record in study.records()[1:]:
         assert (record["status"], record["params"]["threshold_rule"]) == ("stopped_early", "pr_curve")
-    assert study.values_at(2) == {}  # a replay reached no rung of its own
+        assert study._study.trials[record["number"]].intermediate_values == {1: 0.1, 2: 0.2}
+    assert study.curves() == {}  # a replay reached no rung of its own
 
 
 def test_conditional_parameters_are_asked_only_where_they_hold(journal: Path) -> None:

@@ -20,8 +20,8 @@ from tests.tuner.conftest import small_space
 from tuner import records, search
 from tuner.records import SearchFailed
 from tuner.sampler import SearchStudy
-from tuner.search import Resources, asha_stops, rungs
-from tuner.space import Scheduler, Space
+from tuner.search import Resources
+from tuner.space import Space
 from tuner.tracking import Tracker, Trackers
 
 
@@ -52,9 +52,10 @@ class ScriptedTask:
             with (self.folder / "epochs.txt").open("a") as log:
                 log.write(f"{config.delta_cls_loss:g} {epoch}\n")
             value = config.delta_cls_loss / 10 + epoch / 1000
+            compared = -value if does == "late" else value
             progress |= {
                 "epochs": epoch,
-                "history": [*progress["history"], {"epoch": epoch, "value": value}],
+                "history": [*progress["history"], {"epoch": epoch, "value": value, "compared": compared}],
                 "value": value,
                 "best_epoch": epoch,
                 "seconds": progress["seconds"] + 1.0,
@@ -149,6 +150,16 @@ def test_asha_stops_the_worse_and_never_the_baseline(ray_cluster, tmp_path: Path
     trial = SearchStudy(space, "abc123", tmp_path / "study.journal")._study.trials[2]
     assert trial.state.name == "PRUNED"
     assert list(trial.intermediate_values) == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_rungs_compare_what_they_are_told_to(ray_cluster, tmp_path: Path) -> None:
+    """A trial whose objective comes late is not cut for it, and one whose masks are worse is."""
+    space = scripted_space([1.0, 2.0, 0.5], {"name": "asha", "min_epochs": 1, "reduction": 2})
+    assert run(space, tmp_path, _2="late") == "finished"
+    assert ends(tmp_path)[1:] == [(1, "completed"), (2, "stopped_early"), (0.5, "stopped_early")]
+    assert records.read(tmp_path)[2]["value"] == 0.201  # by its objective it was the best
 
 
 @pytest.mark.slow
@@ -257,7 +268,7 @@ def test_an_epoch_that_the_driver_did_not_live_to_see_is_compared_after_all(ray_
     (tmp_path / "trials").mkdir()
     folder = tmp_path / "trials/attempt-1/abc123-0002/checkpoint_000001"
     folder.mkdir(parents=True)
-    rows = [{"epoch": epoch, "value": 0.1 + epoch / 1000} for epoch in (1, 2)]
+    rows = [{"epoch": epoch, "value": 0.1, "compared": 0.1 + epoch / 1000} for epoch in (1, 2)]
     reached = ScriptedTask(tmp_path).fresh() | {"epochs": 2, "history": rows, "value": 0.102, "best_epoch": 2}
     write_json(folder / "progress.json", reached)
     checkpoint.seal(folder)
@@ -282,29 +293,6 @@ def test_a_function_runs_on_a_worker(ray_cluster) -> None:
     assert search.run_on_worker(lambda: os.getpid(), Resources()) != os.getpid()
     with pytest.raises(ValueError, match=r"it asks for 1000 CPU, found .*; lower --cpus-per-trial"):
         search.default_resources(1000, None, None)
-
-
-def test_rungs_are_epochs_before_the_last() -> None:
-    asha = Scheduler(name="asha", min_epochs=2, reduction=3)
-    assert rungs(asha, 50) == [2, 6, 18]
-    assert rungs(asha, 18) == [2, 6]
-    assert rungs(asha, 2) == []
-    assert rungs(Scheduler(), 50) == []
-
-
-@pytest.mark.parametrize(
-    ("value", "others", "stops"),
-    [
-        (0.1, [], False),
-        (0.1, [0.2], True),
-        (0.3, [0.2], False),
-        (0.2, [0.2], False),
-        (0.5, [0.6, 0.1, 0.2, 0.3, 0.4], False),
-        (0.4, [0.6, 0.5, 0.1, 0.2, 0.3], True),
-    ],
-)
-def test_a_rung_keeps_its_best_third(value: float, others: list[float], stops: bool) -> None:
-    assert asha_stops(value, others, reduction=3) is stops
 
 
 class Raising(Tracker):

@@ -72,7 +72,7 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
         (changed(objective={"metric": "dice_mean", "mode": "min"}), r"objective\.mode: must be max"),
         (changed(objective=[{"metric": "dice_mean"}, {"metric": "f1"}]), r"objective: must be one metric in this version, found a list of 2"),
         (changed(sampler="bayes"), r"sampler: must be one of tpe, random, found 'bayes'"),
-        (changed(scheduler="hyper"), r"scheduler\.name: must be one of asha, none, found 'hyper'"),
+        (changed(scheduler="hyper"), r"scheduler\.name: must be one of asha, hyperband, median, none, found 'hyper'"),
         (changed(scheduler={"name": "asha", "min_epochs": 9}), r"scheduler\.min_epochs: must be a whole number from 1 to train\.epochs, 4, found 9"),
         (changed(budget={}), r"budget: needs at least one of trials, hours, device_hours, money, found \{\}"),
         (changed(budget={"trials": 0}), r"budget\.trials: must be a whole number of at least 1 \(the baseline is the first trial\), found 0"),
@@ -85,8 +85,8 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
         (changed(name="a b"), r"name: must be a word for file names"),
         ([], r"the file: must be a mapping of keys to values, found \[\]"),
         (
-            changed(objective={"metric": "decision_ap"}, scheduler="asha"),
-            r"scheduler: must be none for a decision metric with dynamic_balance: the decision learns late",
+            changed(objective={"metric": "decision_ap"}, scheduler={"name": "asha", "compare": "objective"}),
+            r"scheduler\.compare: must be segmentation for an objective that depends on the decision, with dynamic_balance",
         ),
     ],
 )  # fmt: skip
@@ -103,12 +103,15 @@ def test_all_problems_come_in_one_error() -> None:
 
 def test_rules_between_keys_come_in_the_same_error() -> None:
     document = changed(
-        train__learning_rat=1, objective={"metric": "decision_ap"}, scheduler="asha", start_from=[{"dilate": 2}]
+        train__learning_rat=1,
+        objective={"metric": "decision_ap"},
+        scheduler={"name": "asha", "compare": "objective"},
+        start_from=[{"dilate": 2}],
     )
     with pytest.raises(SpaceError) as caught:
         space_file.parse(document)
     keys = [problem.split(":")[0] for problem in caught.value.problems]
-    assert keys == ["train.learning_rat", "scheduler", "start_from[0]"]
+    assert keys == ["train.learning_rat", "scheduler.compare", "start_from[0]"]
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path) -> None:

@@ -32,7 +32,7 @@ def task(tmp_path_factory) -> TrialTask:
     synthetic.write(folder, count=24, height=64, width=128)
     found = splits.assign(layouts.read(folder), folder, 0.25, 0.25, 0)
     torch.set_num_threads(1)
-    return TrialTask(found.train, found.validation, "dice_positive_mean", REPLAYED)
+    return TrialTask(found.train, found.validation, "dice_positive_mean", "segmentation", REPLAYED)
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +154,26 @@ def test_which_epochs_are_kept(best_by: str, kept: list[int]) -> None:
     assert found == kept
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("metric", ["decision_ap", "dice_positive_mean"])
+def test_what_rungs_compare_does_not_depend_on_the_decision(task: TrialTask, tmp_path: Path, metric: str) -> None:
+    """With dynamic balance the decision has hardly begun to learn; blackened by it, all masks may be empty."""
+    config = RunConfig(**CONFIG.to_dict() | {"epochs": 1, "blacken": True, "lower_threshold": 0.9})
+    compared = {}
+    for compare in ("segmentation", "objective"):
+        (tmp_path / compare).mkdir()
+        reports = Reports(tmp_path / compare)
+        TrialTask(task.train, task.validation, metric, compare, {}).run(config, CPU, None, reports)
+        row = reports.progress[-1]["history"][0]
+        compared[compare] = row["compared"]
+        assert compare == "segmentation" or row["compared"] == row["value"]
+    network, _, _ = checkpoint.load_model(tmp_path / "objective/1/best/1", CPU)
+    scores = score(network, open_cache(task.validation, 64, 128), config, CPU)
+    plain = scores.figures([scores.choose(CONFIG.judgement())])[0]
+    assert compared["segmentation"] == plain["dice_mean" if metric == "decision_ap" else metric]
+
+
 def test_a_network_is_judged_in_every_way_that_the_search_may_propose(task: TrialTask) -> None:
     found = task.judgements(CONFIG)
     assert found[0] == CONFIG.judgement()
@@ -172,7 +192,7 @@ def test_a_replay_is_what_training_in_that_way_gives(task: TrialTask, tmp_path: 
         (tmp_path / str(n)).mkdir()
         own = Reports(tmp_path / str(n))
         config = RunConfig(**CONFIG.to_dict() | Judgement.of(replay)._asdict())
-        TrialTask(task.train, task.validation, task.metric, {}).run(config, CPU, None, own)
+        TrialTask(task.train, task.validation, task.metric, task.compare, {}).run(config, CPU, None, own)
         last = own.progress[-1]
         assert (last["value"], last["best_epoch"]) == (replay["value"], replay["epoch"])
         assert last["thresholds"] == replay["thresholds"]

@@ -1,0 +1,171 @@
+"""Searches that are killed at random moments and resumed: is anything lost, done twice, or left in between?
+
+    python -m bench.kills [--runs 20]
+
+Each run is a 12-trial search with real training on a small procedural set. At random moments SIGKILL hits the driver,
+the worker of a trial, or both; what has lost its driver is resumed, as often as it takes. In the end there must be 12
+distinct trials in a final state, none trained again after it was done, and the study and records.jsonl must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from model import synthetic
+
+TRIALS = 12
+_SPACE = """
+name: small
+data: {height: 64, width: 128, validation_share: 0.25, test_share: 0.25}
+train: {width: 0.1, epochs: 3, precision: float32}
+search:
+  learning_rate: {type: float, low: 0.1, high: 2.0, log: true}
+  dilate: {type: int, low: 1, high: 7, step: 2}
+objective: {metric: dice_positive_mean}
+scheduler: {name: asha, min_epochs: 1, reduction: 2}
+budget: {trials: 12}
+"""
+
+
+def tuner(place: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """The command, in a session of its own."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", "tuner", *arguments],
+        cwd=place,
+        env=environment | {"SEGDEC_TUNER_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=(place / "stderr.txt").open("ab"),
+        start_new_session=True,
+    )
+
+
+def of_session(leader: int) -> list[tuple[int, str]]:
+    """(process, its command) of what a command and Ray started for it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == leader:
+                found.append((int(folder.name), (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()))
+        except (OSError, UnicodeDecodeError):
+            continue  # it has ended
+    return found
+
+
+def kill(process: subprocess.Popen[bytes], whom: str) -> str:
+    """SIGKILL to the driver, to the worker of a trial or to both; whom it hit."""
+    workers = [number for number, command in of_session(process.pid) if command.startswith("ray::ImplicitFunc")]
+    hit = []
+    if whom in ("worker", "both") and workers:
+        os.kill(random.choice(workers), signal.SIGKILL)
+        hit.append("worker")
+    if whom in ("driver", "both") or not workers:
+        process.kill()
+        hit.append("driver")
+    return " and ".join(hit)
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether it ended in that time."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def one_run(place: Path, kills: int) -> tuple[list[str], list[str]]:
+    """Whom the kills hit, and what was wrong in the end."""
+    synthetic.write(place / "set", count=24, height=64, width=128)
+    (place / "small.yaml").write_text(_SPACE)
+    run = place / "runs/small"
+    command = ("search", "small.yaml", "--data", "set", "--wandb", "off", "--no-report")
+    hit: list[str] = []
+    ended_before: dict[str, Any] = {}
+    again: list[str] = []
+    while True:
+        process = tuner(place, *command)
+        while len(hit) < kills and not wait(process, random.uniform(3, 13)):
+            hit.append(kill(process, random.choice(["driver", "worker", "both"])))
+        done = wait(process, 600)
+        for number, _ in of_session(process.pid):  # Ray's processes notice in a while that their driver is gone
+            os.kill(number, signal.SIGKILL)
+        if not done:
+            return hit, ["it did not end in ten minutes"]
+        found = records(run)
+        again += [trial for trial, record in ended_before.items() if found.get(trial) != record]
+        ended_before = found
+        if process.returncode == 0:
+            break
+        command = ("resume", "runs/small") if (run / "run.json").exists() else command
+    return hit, [f"changed after its end: {trial}" for trial in again] + problems(run)
+
+
+def records(run: Path) -> dict[str, Any]:
+    """records.jsonl by trial."""
+    path = run / "records.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["trial"]: record for record in map(json.loads, lines)}
+
+
+def problems(run: Path) -> list[str]:
+    """What is wrong with a search that has ended."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = JournalStorage(JournalFileBackend(str(run / "study.journal")))
+    (name,) = optuna.get_all_study_names(storage)
+    trials = optuna.load_study(study_name=name, storage=storage).trials
+    found = records(run)
+    wrong = [f"trial {t.number} is left {t.state.name} ({t.params})" for t in trials if not t.state.is_finished()]
+    wrong += [] if len(found) == TRIALS else [f"{len(found)} records, not {TRIALS}"]
+    if [trial.user_attrs.get("record") for trial in trials] != list(found.values()):
+        wrong.append("the study and records.jsonl differ")
+    for record in found.values():
+        if [row["epoch"] for row in record["history"]] != list(range(1, record["epochs"] + 1)):
+            wrong.append(f"{record['trial']} has epochs {[row['epoch'] for row in record['history']]}")
+        if record["status"] not in ("completed", "stopped_early"):
+            wrong.append(f"{record['trial']} {record['status']}: {record['reason']}")
+    return wrong
+
+
+def main() -> int:
+    """Prints a line a run; 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=2, help="a run")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    random.seed(options.seed)
+    print("| run | killed | s | what was wrong |")
+    print("| --- | --- | --- | --- |")
+    counts: Counter[str] = Counter()
+    for number in range(1, options.runs + 1):
+        with tempfile.TemporaryDirectory(prefix="segdec-kills-") as place:
+            began = time.perf_counter()
+            hit, wrong = one_run(Path(place), options.kills)
+            if wrong:
+                sys.stderr.write((Path(place) / "stderr.txt").read_text())
+        counts.update(hit)
+        counts["wrong"] += bool(wrong)
+        seconds = time.perf_counter() - began
+        print(f"| {number} | {', '.join(hit)} | {seconds:.0f} | {'; '.join(wrong) or 'nothing'} |", flush=True)
+    whom = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "wrong")
+    print(f"\n{counts['wrong']} of {options.runs} runs wrong; killed: {whom}")
+    return min(counts["wrong"], 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

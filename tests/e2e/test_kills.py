@@ -1,0 +1,18 @@
+"""A few of the runs of bench/kills.py: real searches that are killed at random moments and resumed."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from bench import kills
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_search_that_is_killed_at_random_loses_nothing(tmp_path: Path, seed: int) -> None:
+    random.seed(seed)
+    hit, wrong = kills.one_run(tmp_path, kills=2)
+    assert hit
+    assert not wrong, (tmp_path / "stderr.txt").read_text()
