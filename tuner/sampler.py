@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +35,9 @@ from tuner.space import FloatParam, IntParam, Param, Space
 
 MAX_REPLAYS_IN_A_ROW = 20
 """So many proposals in a row that need no training mean that there is nothing new to find."""
+
+_STARTUP_TRIALS = 5
+"""drawn at random before a model is fitted"""
 
 _STATES = {
     "completed": TrialState.COMPLETE,
@@ -75,7 +80,8 @@ class SearchStudy:
             load_if_exists=True,
         )
         # A sampler does not remember what it drew before a stop; the count keeps it from drawing the same again.
-        self._study.sampler = _sampler(space, seed=space.seed + len(self._study.get_trials(deepcopy=False)))
+        seed = space.seed + len(self._study.get_trials(deepcopy=False))
+        self._samplers = _sampler(space, seed), optuna.samplers.RandomSampler(seed)
         if "queued" not in self._study.user_attrs:
             self._queue_first_trials()
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -107,7 +113,11 @@ class SearchStudy:
             baseline = Proposal(self.trial_id(None), None, self._outside_params(config), config, True)
             self._running[None] = baseline
             return baseline
-        for _ in range(MAX_REPLAYS_IN_A_ROW):
+        for known in range(MAX_REPLAYS_IN_A_ROW):
+            # A model that insists on what is known already is not asked for ever.
+            self._study.sampler = self._samplers[known >= MAX_REPLAYS_IN_A_ROW // 2]
+            if self.space.sampler == "grid" and not self._queue_next_of_grid():
+                return None
             trial = self._study.ask()
             params = self._suggest(trial)
             proposal = self._proposal(trial.number, params)
@@ -122,6 +132,28 @@ class SearchStudy:
             self._tell_from_replay(proposal, source)
         self._study.set_user_attr("exhausted_at", self._trained())
         return None
+
+    def _queue_next_of_grid(self) -> bool:
+        """Enqueues the next point that is not in the study yet, unless one waits already; False at the end."""
+        trials = self._study.get_trials(deepcopy=False)
+        if any(trial.state is TrialState.WAITING for trial in trials):
+            return True
+        known = [trial.params for trial in trials]
+        place = int(self._attr("grid_place") or 0)
+        while place < len(self._grid) and self._grid[place] in known:
+            place += 1
+        self._study.set_user_attr("grid_place", place)
+        if place == len(self._grid):
+            return False
+        self._study.enqueue_trial(self._grid[place])
+        return True
+
+    @cached_property
+    def _grid(self) -> list[dict[str, Any]]:
+        """All points, in an order that the seed fixes: a part of them is a sample of all."""
+        points = self.space.grid()
+        random.Random(self.space.seed).shuffle(points)
+        return points
 
     def _trained(self) -> int:
         """How many networks have been trained; the space is exhausted until there is another."""
@@ -278,14 +310,23 @@ def _suggest(trial: optuna.trial.Trial, name: str, param: Param) -> Any:
 
 
 def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
-    if space.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
+    """What tuner/space_file.py refuses never gets here: no sampler draws at random in silence."""
+    samplers = optuna.samplers
     with warnings.catch_warnings():
-        # `group` is marked experimental; without it, conditional parameters would be drawn one by one.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=5, multivariate=True, group=True, constant_liar=True
-        )
+        if space.sampler == "gp":
+            return samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
+        if space.sampler == "cmaes":
+            return samplers.CmaEsSampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
+        if space.sampler == "qmc":
+            # Its place in the sequence is in the study; the seed must stay what it was.
+            return samplers.QMCSampler(seed=space.seed, scramble=True)
+        if space.sampler == "tpe":
+            # Without `group`, conditional parameters would be drawn one by one.
+            return samplers.TPESampler(
+                seed=seed, n_startup_trials=_STARTUP_TRIALS, multivariate=True, group=True, constant_liar=True
+            )
+        return samplers.RandomSampler(seed=seed)  # grid: every point is enqueued
 
 
 class _KernelLock(BaseJournalFileLock):

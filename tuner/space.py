@@ -12,7 +12,7 @@ from typing import Any
 from model.config import DEFAULTS, JUDGING_FIELDS, RunConfig
 
 COMPARED = ("segmentation", "objective")
-SAMPLERS = ("tpe", "random")
+SAMPLERS = ("tpe", "gp", "cmaes", "qmc", "random", "grid")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 SEGMENTATION_METRICS = (
     "dice_mean", "dice_positive_mean", "iou_mean", "iou_positive_mean", "precision", "recall", "f1", "iou_pooled",
@@ -222,6 +222,19 @@ class Space:
                 if 0 < len(values) <= _MOST_REPLAYED:
                     found[name] = values
         return found
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every point once; each parameter must have a countable range."""
+        points: list[dict[str, Any]] = [{}]
+        for name, param in self.search.items():
+            assert not (isinstance(param, FloatParam) and param.step is None)
+            applies = [all(point.get(parent) in values for parent, values in param.when.items()) for point in points]
+            points = [
+                point | ({name: value} if here else {})
+                for point, here in zip(points, applies, strict=True)
+                for value in (param.values() if here else (None,))
+            ]
+        return points
 
     def to_dict(self) -> dict[str, Any]:
         """As in its YAML file, with every default written out; `parse` takes it back."""

@@ -46,6 +46,7 @@ _TOP_KEYS = (
     "name", "data", "train", "search", "objective", "sampler", "scheduler", "budget", "start_from", "seed",
 )  # fmt: skip
 _REQUIRED_KEYS = ("name", "data", "search", "budget")
+_LARGEST_GRID = 100_000
 _BUDGET_KEYS = ("trials", "hours", "device_hours", "money", "price_per_device_hour")
 
 
@@ -129,6 +130,7 @@ class _Reader:
             name=name, data=data, train=train, search=search, objective=objective, sampler=sampler,
             scheduler=scheduler, budget=budget, start_from=(), seed=seed,
         )  # fmt: skip
+        self.sampler_fits(space)
         self.late_decision(space)
         points = self.start_from(space, document.get("start_from", []))
         if not self.problems:  # what follows needs the single values to be right
@@ -366,6 +368,29 @@ class _Reader:
         if ("money" in value) != ("price_per_device_hour" in value):
             self.problem("budget", "money and price_per_device_hour go together", list(value), "add the other one")
         return Budget(trials=trials, **limits)
+
+    def sampler_fits(self, space: Space) -> None:
+        """What a sampler cannot draw is refused here, not drawn at random in silence."""
+        kinds = {name: type(param) for name, param in space.search.items()}
+        found = {
+            "conditional": [name for name, param in space.search.items() if param.when],
+            "categorical": [name for name, kind in kinds.items() if kind is ChoiceParam],
+            "unstepped": [n for n, p in space.search.items() if isinstance(p, FloatParam) and p.step is None],
+        }
+        cannot = {"gp": ["conditional"], "cmaes": ["conditional", "categorical"], "qmc": ["conditional", "categorical"]}
+        for kind in cannot.get(space.sampler, []):
+            if found[kind]:
+                rule = f"{space.sampler} draws no {kind} parameters"
+                self.problem("sampler", rule, ", ".join(found[kind]), "use tpe or random")
+        if space.sampler == "cmaes" and len(space.search) < 2:
+            self.problem("sampler", "cmaes needs two parameters to search", len(space.search), "use tpe or random")
+        if space.sampler == "grid" and found["unstepped"]:
+            rule = "grid needs a step for each float"
+            self.problem("sampler", rule, ", ".join(found["unstepped"]), "give a step, or choices")
+        if space.sampler == "grid" and not found["unstepped"]:
+            size = math.prod(len(param.values()) for param in space.search.values())
+            if size > _LARGEST_GRID:
+                self.problem("sampler", f"grid takes at most {_LARGEST_GRID:,} points", f"{size:,}", "use fewer values")
 
     def late_decision(self, space: Space) -> None:
         """A rung compares nothing that has not begun to learn."""
