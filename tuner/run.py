@@ -189,7 +189,7 @@ def load(directory: str | Path, data: str | Path | None = None) -> Run:
         where = info["data_path"] if data is None else _data_path(data)
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} must be the folder of a run, with a whole run.json ({why})") from error
+        raise ValueError(f"{path} must be the folder of a run, with a run.json ({why})") from error
     return Run(directory=path, space=space_file.parse(space, str(path / "run.json")), data=where, options=options)
 
 
