@@ -38,6 +38,9 @@ from tuner.trial import TrialTask, nothing_yet, take_device
 _FAILURES_IN_A_ROW = 3
 """So many trials that failed one after another for the same reason are a bug or a broken machine, not bad luck."""
 
+_SECONDS_BETWEEN_SAVES = 10.0
+"""so much of the hours used may be forgotten when the driver is killed"""
+
 _DEATHS = 3
 """So many deaths of a trial's worker process are the trial's own doing. That of its node does not count."""
 
@@ -177,6 +180,8 @@ class _Session:
         self.live: dict[str, Proposal] = {}
         self.progress: dict[str, dict[str, Any]] = {}
         self.started: dict[str, float] = {}
+        self.before: dict[str, float] = {}
+        """seconds of a running trial in earlier sessions"""
         self.judged: dict[str, int] = {}
         """the last epoch at which a trial was compared in this session"""
         self.reason_stopped: dict[str, str] = {}
@@ -189,6 +194,8 @@ class _Session:
         self.blamed: Counter[str] = Counter()
         """how often it died without its node"""
         self._last_failures: list[str] = []
+        self._used_up: str | None = None
+        self._device_seconds = sum(record["device_seconds"] for record in records.charged(study.records()))
         self._before = study.wall_seconds()
         self._clock = self._saved = time.monotonic()
         there = ray.cluster_resources()
@@ -217,14 +224,14 @@ class _Session:
             # Nothing new now; a trial that is running may still change the sampler's mind.
             return None if self.live else Searcher.FINISHED
         checkpoint_folder = newest_checkpoint(self.trials, proposal.trial)
-        epoch = checkpoint.load_progress(checkpoint_folder)["epochs"] if checkpoint_folder else 0
-        if checkpoint_folder:  # the driver may have died between the checkpoint and the study
-            for row in checkpoint.load_progress(checkpoint_folder)["history"]:
-                self.study.report(proposal.number, row["epoch"], row["compared"])
+        progress = checkpoint.load_progress(checkpoint_folder) if checkpoint_folder else nothing_yet()
+        for row in progress["history"]:  # the driver may have died between the checkpoint and the study
+            self.study.report(proposal.number, row["epoch"], row["compared"])
         self.live[key] = proposal
+        self.before[key] = progress["seconds"]
         self.judged[key] = 0
         self.started[key] = self.elapsed()
-        self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), epoch)
+        self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["epochs"])
         return {
             "trial": proposal.trial,
             "folder": f"{proposal.trial}.{died}" if (died := self.died[proposal.trial]) else proposal.trial,
@@ -235,17 +242,13 @@ class _Session:
     def nothing_left(self) -> bool:
         """Whether no further trial may start."""
         used = records.charged(self.study.records())
-        limits = self.budget
-        running = sum(progress["seconds"] for progress in self.progress.values()) * self.resources.devices
-        device_hours = (sum(record["device_seconds"] for record in used) + running) / 3600
         baseline_has_begun = records.baseline(used) is not None or self._baseline_runs()
+        trials = self.budget.trials
         return (
             self.stop_asked
             or self.failure is not None
-            or (limits.trials is not None and len(used) + len(self.live) >= limits.trials)
-            or (baseline_has_begun and self.time_is_up())
-            or (limits.device_hours is not None and device_hours >= limits.device_hours)
-            or (limits.money is not None and device_hours * (limits.price_per_device_hour or 0) >= limits.money)
+            or (trials is not None and len(used) + len(self.live) >= trials)
+            or (baseline_has_begun and self.used_up() is not None)
         )
 
     # What happens
@@ -267,8 +270,10 @@ class _Session:
         self.trackers.epoch_ended(proposal.trial, row, previews)
         if progress["status"] == Status.COMPLETED or proposal.is_baseline:
             return True
-        if self.time_is_up():
-            self.reason_stopped[key] = _TIME_IS_UP
+        if time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
+            self._save_clock()
+        if reason := self.used_up():
+            self.reason_stopped[key] = reason
             return False
         return not self._is_cut(key, proposal, row["epoch"])
 
@@ -289,6 +294,7 @@ class _Session:
         """A trial has left its worker."""
         if key not in self.live:
             return
+        used_up = self.used_up()
         proposal = self.live.pop(key)
         progress = self.progress.pop(key, None) or nothing_yet()
         status, reason = progress["status"], progress["reason"]
@@ -299,8 +305,8 @@ class _Session:
             return
         elif crashed:
             status, reason = Status.FAILED, f"its worker process died {_DEATHS} times; memory may have run out"
-        elif status == "running" and self.time_is_up() and not self.stop_asked and not proposal.is_baseline:
-            status, reason = Status.STOPPED_EARLY, _TIME_IS_UP
+        elif status == "running" and used_up and not self.stop_asked and not proposal.is_baseline:
+            status, reason = Status.STOPPED_EARLY, used_up
         elif status == "running":
             self.study.put_back(proposal.number)
             return
@@ -328,6 +334,7 @@ class _Session:
             **progress,
         }
         self.study.finish(proposal, record)
+        self._device_seconds += record["device_seconds"]
         self._save_clock()
         records.write(self.trials.parent, self.study.records())
         self.trackers.trial_ended(record)
@@ -353,13 +360,29 @@ class _Session:
         """Whether all running trials are to end now. The baseline always runs to its end."""
         if self.stop_asked or self.failure is not None:
             return True
-        return self.time_is_up() and not self._baseline_runs()
+        return self.used_up() is not None and not self._baseline_runs()
 
     def _baseline_runs(self) -> bool:
         return any(proposal.is_baseline for proposal in self.live.values())
 
-    def time_is_up(self) -> bool:
-        return self.budget.hours is not None and self.elapsed() >= self.budget.hours * 3600
+    def used_up(self) -> str | None:
+        """Which part of the budget is spent, as a reason; None while there is some of all. Once spent, it stays so,
+        whatever the trials that are stopped for it turn out to have used."""
+        limits = self.budget
+        device_hours = (self._device_seconds + sum(map(self._seconds_on_device, self.live))) / 3600
+        money = device_hours * (limits.price_per_device_hour or 0)
+        for name, spent, limit in (
+            ("hours", self.elapsed() / 3600, limits.hours),
+            ("device-hours", device_hours, limits.device_hours),
+            ("money", money, limits.money),
+        ):
+            if self._used_up is None and limit is not None and spent >= limit:
+                self._used_up = f"the {name} of the budget {'was' if name == 'money' else 'were'} used up"
+        return self._used_up
+
+    def _seconds_on_device(self, key: str) -> float:
+        """Device-seconds of a running trial so far, those of earlier sessions too."""
+        return (self.before[key] + self.elapsed() - self.started[key]) * self.resources.devices
 
     def elapsed(self) -> float:
         """Seconds that the search has run, over all sessions."""
@@ -369,9 +392,6 @@ class _Session:
         now = time.monotonic()
         self.study.add_wall_seconds(now - self._saved)
         self._saved = now
-
-
-_TIME_IS_UP = "the hours of the budget were used up"
 
 
 class _StudySearcher(Searcher):

@@ -103,7 +103,9 @@ def test_what_is_offered_works(sampler: str, scheduler: str, search: str, tmp_pa
     states = {"completed": TrialState.COMPLETE, "stopped_early": TrialState.PRUNED}
     trials = again._study.get_trials(deepcopy=False)
     assert all(trial.state.is_finished() for trial in trials)
-    trials = [trial for trial in trials if not trial.user_attrs["record"]["replayed_from"]]  # the same point drawn again
+    trials = [
+        trial for trial in trials if not trial.user_attrs["record"]["replayed_from"]
+    ]  # the same point drawn again
     assert [trial.state for trial in trials] == [states.get(end, TrialState.FAIL) for end in ends if end]
     assert [trial.user_attrs["record"]["status"] for trial in trials] == [end for end in ends if end]
     if scheduler == "none":

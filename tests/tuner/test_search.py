@@ -250,6 +250,22 @@ def test_when_the_hours_are_over_what_runs_is_stopped_early(ray_cluster, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        ({"device_hours": 0.003}, "the device-hours of the budget were used up"),
+        ({"money": 3.0, "price_per_device_hour": 1000.0}, "the money of the budget was used up"),
+    ],
+)
+def test_what_runs_when_the_budget_is_spent_is_stopped_early(ray_cluster, tmp_path: Path, budget, reason) -> None:
+    space = scripted_space([1.0, 2.0, 3.0], **budget)
+    assert run(space, tmp_path, concurrent=1, _1="wait") == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (1, "stopped_early")]
+    assert records.read(tmp_path)[1]["reason"] == reason
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
 def test_a_slow_baseline_does_not_stretch_the_hours_for_others(ray_cluster, tmp_path: Path) -> None:
     """The baseline waits until the time is up: what runs beside it is stopped at its next epoch, and nothing starts."""
     space = scripted_space([1.0, 2.0, 3.0, 4.0], hours=1e-6)
