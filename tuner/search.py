@@ -215,7 +215,8 @@ class _Session:
     def next(self, key: str) -> dict[str, Any] | str | None:
         """The configuration of the next trial, None to wait, or FINISHED."""
         if self.nothing_left():
-            return Searcher.FINISHED
+            # Ray asks no more after FINISHED, and a trial that runs may yet lose its worker.
+            return None if self.live else Searcher.FINISHED
         if len(self.live) >= self.slots:
             return None
         proposal = self.study.ask()

@@ -200,12 +200,13 @@ def test_a_stop_loses_nothing_and_the_search_goes_on_from_there(ray_cluster, tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_trial_whose_worker_died_goes_on_from_its_last_epoch(ray_cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dies", [1, 2], ids=["in the middle", "the last one"])
+def test_a_trial_whose_worker_died_goes_on_from_its_last_epoch(ray_cluster, tmp_path: Path, dies: int) -> None:
     space = scripted_space([1.0, 2.0])
-    assert run(space, tmp_path, _1="die once") == "finished"
+    assert run(space, tmp_path, **{f"_{dies}": "die once"}) == "finished"
     assert ends(tmp_path) == [(0.01, "completed"), (1, "completed"), (2, "completed")]
     epochs = (tmp_path / "epochs.txt").read_text().split("\n")
-    assert [epoch for epoch in epochs if epoch.startswith("1 ")] == ["1 1", "1 2", "1 3", "1 4"]
+    assert [line for line in epochs if line.startswith(f"{dies} ")] == [f"{dies} {epoch}" for epoch in range(1, 5)]
     trials = SearchStudy(space, "abc123", tmp_path / "study.journal")._study.trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
 
