@@ -29,10 +29,22 @@ class SearchFailed(RuntimeError):
     """A search that cannot go on, or that has nothing to show; the message says why."""
 
 
-def write(run_directory: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Replaces records.jsonl at once."""
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-    write_atomically(run_directory / FILE, lines.encode())
+class RecordsFile:
+    """records.jsonl, written whole each time, from lines that are made once."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._path = run_directory / FILE
+        self._lines: dict[str, str] = {}
+        self._is_written = False
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Replaces the file at once, if it does not hold these records yet. A record never changes."""
+        fresh = [record for record in records if record["trial"] not in self._lines]
+        if self._is_written and not fresh:
+            return
+        self._lines |= {record["trial"]: json.dumps(record, allow_nan=False) + "\n" for record in fresh}
+        write_atomically(self._path, "".join(self._lines[record["trial"]] for record in records).encode())
+        self._is_written = True
 
 
 def read(run_directory: Path) -> list[dict[str, Any]]:

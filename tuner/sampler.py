@@ -16,9 +16,11 @@ space is no point of the study: its record is the study's user attribute `baseli
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +32,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 
-from model.config import Judgement, RunConfig
+from model.config import JUDGING_FIELDS, Judgement, RunConfig
 from tuner.space import FloatParam, IntParam, Param, Space
 
 MAX_REPLAYS_IN_A_ROW = 20
@@ -79,6 +81,7 @@ class SearchStudy:
             pruner=optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
+        self._study_id = storage.get_study_id_from_name(self._study.study_name)
         # A sampler does not remember what it drew before a stop; the count keeps it from drawing the same again.
         seed = space.seed + len(self._study.get_trials(deepcopy=False))
         self._samplers = _sampler(space, seed), optuna.samplers.RandomSampler(seed)
@@ -86,6 +89,12 @@ class SearchStudy:
             self._queue_first_trials()
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.put_back(trial.number)
+        self._trained = 0
+        """how many networks have been trained; the space is exhausted until there is another"""
+        self._by_network: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        """their records by the fields that decide the weights"""
+        for record in self.records():
+            self._remember(record)
 
     def _queue_first_trials(self) -> None:
         baseline = self.space.baseline_params()
@@ -105,7 +114,7 @@ class SearchStudy:
         Proposals whose network is trained already are told from its replay on the way; one whose network is being
         trained waits, and so does whoever asks.
         """
-        if self._waits or self._attr("exhausted_at") == self._trained():
+        if self._waits or self._attr("exhausted_at") == self._trained:
             return None
         if not (self._attr("baseline_in_space") or self._attr("baseline") or self._baseline_asked):
             self._baseline_asked = True
@@ -130,7 +139,7 @@ class SearchStudy:
                 self._running[trial.number] = proposal
                 return proposal
             self._tell_from_replay(proposal, source)
-        self._study.set_user_attr("exhausted_at", self._trained())
+        self._study.set_user_attr("exhausted_at", self._trained)
         return None
 
     def _queue_next_of_grid(self) -> bool:
@@ -155,10 +164,6 @@ class SearchStudy:
         random.Random(self.space.seed).shuffle(points)
         return points
 
-    def _trained(self) -> int:
-        """How many networks have been trained; the space is exhausted until there is another."""
-        return sum(not record["replayed_from"] for record in self.records())
-
     def _is_being_trained(self, proposal: Proposal) -> bool:
         wanted = proposal.config.training_fields()
         return any(other.config.training_fields() == wanted for other in self._running.values())
@@ -181,16 +186,13 @@ class SearchStudy:
         """The record of a trial that trained the same network to its end, or to where it diverged, and was judged in
         the proposed way too. One that was stopped early was compared as it was judged itself, so it answers for nothing
         but the very same configuration; one that crashed may do better another time."""
-        for record in self.records():
-            config = RunConfig.from_dict(record["config"])
-            if record["replayed_from"] or config.training_fields() != proposal.config.training_fields():
-                continue
+        for record in self._by_network[_network_of(proposal.config.to_dict())]:
             match record["status"]:
                 case "completed" if _replay(record, proposal.config):
                     return record
                 case "diverged":
                     return record
-                case "stopped_early" if config.judgement() == proposal.config.judgement():
+                case "stopped_early" if Judgement.of(record["config"]) == proposal.config.judgement():
                     return record
         return None
 
@@ -230,12 +232,18 @@ class SearchStudy:
         """The end of a trial: its record, then its state."""
         self._waits = False
         self._running.pop(proposal.number, None)
+        self._remember(record)
         if proposal.number is None:
             self._study.set_user_attr("baseline", record)
             return
         self._storage.set_trial_user_attr(self._storage_id(proposal.number), "record", record)
         state = _STATES[record["status"]]
         self._study.tell(proposal.number, record["value"] if state is TrialState.COMPLETE else None, state=state)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        if not record["replayed_from"]:
+            self._trained += 1
+            self._by_network[_network_of(record["config"])].append(record)
 
     def put_back(self, number: int | None) -> None:
         """A running trial that was not finished: it is asked for again, with its parameters."""
@@ -277,17 +285,22 @@ class SearchStudy:
         return f"{self.run_id}-{'baseline' if number is None else format(number, '04d')}"
 
     def _attr(self, name: str) -> Any:
-        return self._study.user_attrs.get(name)
+        # `study.user_attrs` would copy all of them, records too.
+        return self._storage.get_study_user_attrs(self._study_id).get(name)
 
     def _storage_id(self, number: int) -> int:
-        study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _outside_params(self, baseline: RunConfig) -> dict[str, Any]:
         """Fields in which a baseline outside the space differs from what the space fixes."""
         fixed = RunConfig(**{**self.space.train, "seed": self.space.seed}).to_dict()
         skip = ("input_height", "input_width")
         return {k: v for k, v in baseline.to_dict().items() if k not in skip and v != fixed[k]}
+
+
+def _network_of(config: dict[str, Any]) -> str:
+    """The fields that decide the weights, as one word."""
+    return json.dumps({k: v for k, v in config.items() if k not in JUDGING_FIELDS}, sort_keys=True)
 
 
 def _is_replay(trial: optuna.trial.FrozenTrial) -> bool:

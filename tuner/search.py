@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune import Checkpoint, CheckpointConfig, FailureConfig, Stopper, TuneConfig
+from ray.tune import Checkpoint, FailureConfig, Stopper, TuneConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -145,7 +146,6 @@ def run_trials(
             storage_path=str(trials.resolve()),
             stop=_Stop(session),
             failure_config=FailureConfig(max_failures=0),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),  # the newest may have been cut short
             verbose=0,
         ),
     )
@@ -162,6 +162,13 @@ def newest_checkpoint(trials: Path, trial: str) -> Path | None:
 def _folders(trials: Path, trial: str, pattern: str) -> list[Path]:
     """What lies in the folders of a trial: one an attempt, and one more for each time that its worker died."""
     return [path for name in (trial, f"{trial}.*") for path in trials.glob(f"attempt-*/{name}/{pattern}")]
+
+
+def _prune(trials: Path, trial: str, keep: int) -> None:
+    """Removes all but a trial's newest checkpoints. Ray would save its whole experiment each time that it does."""
+    folders = sorted(_folders(trials, trial, "checkpoint_*"), key=lambda folder: folder.stat().st_mtime)
+    for folder in folders[: len(folders) - keep]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _previews(trials: Path, trial: str) -> dict[str, bytes]:
@@ -193,6 +200,7 @@ class _Session:
         """how often the worker of a trial died in this session"""
         self.blamed: Counter[str] = Counter()
         """how often it died without its node"""
+        self._file = records.RecordsFile(trials.parent)
         self._last_failures: list[str] = []
         self._used_up: str | None = None
         self._device_seconds = sum(record["device_seconds"] for record in records.charged(study.records()))
@@ -220,7 +228,7 @@ class _Session:
         if len(self.live) >= self.slots:
             return None
         proposal = self.study.ask()
-        records.write(self.trials.parent, self.study.records())  # asking may have replayed some
+        self._file.write(self.study.records())  # asking may have replayed some
         if proposal is None:
             # Nothing new now; a trial that is running may still change the sampler's mind.
             return None if self.live else Searcher.FINISHED
@@ -266,6 +274,7 @@ class _Session:
             return True
         row = progress["history"][-1]
         self.study.report(proposal.number, row["epoch"], row["compared"])
+        _prune(self.trials, proposal.trial, keep=2)  # the newest may have been cut short
         is_best = row["epoch"] == progress["best_epoch"]
         previews = _previews(self.trials, proposal.trial) if is_best else {}
         self.trackers.epoch_ended(proposal.trial, row, previews)
@@ -337,7 +346,8 @@ class _Session:
         self.study.finish(proposal, record)
         self._device_seconds += record["device_seconds"]
         self._save_clock()
-        records.write(self.trials.parent, self.study.records())
+        self._file.write(self.study.records())
+        _prune(self.trials, proposal.trial, keep=1 if progress["status"] == Status.COMPLETED else 0)
         self.trackers.trial_ended(record)
         if progress["status"] != Status.FAILED:
             self._last_failures.clear()
@@ -352,7 +362,7 @@ class _Session:
         for key in list(self.live):
             self.ended(key, crashed=False)
         self._save_clock()
-        records.write(self.trials.parent, self.study.records())
+        self._file.write(self.study.records())
         if self.failure:
             raise SearchFailed(self.failure)
         return "stopped" if self.stop_asked else "finished"
