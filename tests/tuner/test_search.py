@@ -147,6 +147,8 @@ def test_asha_stops_the_worse_and_never_the_baseline(ray_cluster, tmp_path: Path
     stopped = records.read(tmp_path)[2]
     assert stopped["reason"] == "not among the best at epoch 1"
     assert [row["epoch"] for row in stopped["history"]] == [1]
+    kept = [len(list((tmp_path / "trials").glob(f"*/abc123-000{n}/checkpoint_*"))) for n in range(4)]
+    assert kept == [1, 1, 0, 1]  # what was stopped is never gone on with
     trial = SearchStudy(space, "abc123", tmp_path / "study.journal")._study.trials[2]
     assert trial.state.name == "PRUNED"
     assert list(trial.intermediate_values) == [1]
