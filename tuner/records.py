@@ -74,3 +74,9 @@ def count(records: Iterable[dict[str, Any]]) -> dict[str, int]:
     """How many ended in each way."""
     found = Counter(record["status"] for record in records)
     return {status.value: found[status.value] for status in Status}
+
+
+def reasons(records: Iterable[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """(status, reason, how many) of the trials that did not complete, the most frequent first."""
+    found = Counter((record["status"], record["reason"]) for record in records if record["reason"])
+    return [(status, reason, count) for (status, reason), count in found.most_common()]

@@ -23,6 +23,7 @@ def describe(run: Run) -> dict[str, Any]:
         "trials": len(found),
         **counts,
         "running": _running(run) if running else 0,
+        "reasons": records.reasons(found),
         "best": {"trial": best["trial"], "value": best["value"], "params": best["params"]} if best else None,
         "elapsed_seconds": round(elapsed, 1),
         "remaining_seconds": _remaining(run, found, elapsed) if state != "finished" else 0.0,
@@ -36,6 +37,7 @@ def show(found: dict[str, Any]) -> str:
     if best := found["best"]:
         params = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best["params"].items())
         lines.append(f"best so far {best['value']:.4f} by {best['trial']}: {params or 'nothing searched'}")
+    lines += [f"{count} {status.replace('_', ' ')}: {reason}" for status, reason, count in found["reasons"]]
     left = found["remaining_seconds"]
     lines.append(
         f"{found['elapsed_seconds'] / 60:.1f} minutes used"

@@ -35,3 +35,6 @@ def test_only_what_was_completed_can_be_best() -> None:
     assert records.best(found[1:2]) is None
     assert records.charged([*found, record("e", replayed_from="a")]) == found
     assert records.count(found) == {"completed": 3, "stopped_early": 1, "diverged": 0, "failed": 0}
+    assert records.reasons([record("a", reason=None), *[record(n, "failed", reason="a bug") for n in "bc"]]) == [
+        ("failed", "a bug", 2)
+    ]
