@@ -65,7 +65,7 @@ def search(options: argparse.Namespace) -> int:
     from tuner.pipeline import run_search
 
     names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
-             "address", "wandb", "seed")  # fmt: skip
+             "address", "wandb", "seed", "warm_start")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
     if options.data is None:
         options.console.print("no --data: searching the procedural crack set", style="yellow")
@@ -218,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
     )
     made.add_argument("--seed", metavar="S", type=_seed, help="instead of the space's")
+    made.add_argument("--warm-start", metavar="RUN", help="a run whose completed trials the sampler is to know")
     made.add_argument("--no-report", action="store_true", help="search alone; the test split stays sealed")
 
     made = verb(resume, "resume", "go on with a run after any kind of stop", "tuner resume runs/demo")

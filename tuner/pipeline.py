@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from tuner import finals, report, tracking
 from tuner.run import Options, Run, create
+from tuner.run import load as load_run
 from tuner.sampler import SearchStudy
 from tuner.search import cluster, default_resources, run_trials
 from tuner.space import Space
@@ -35,6 +37,8 @@ def run_search(
     """
     space = space if isinstance(space, Space) else load_space(space)
     chosen = Options(**options)
+    if chosen.warm_start:
+        chosen = replace(chosen, warm_start=_warm(load_run(chosen.warm_start), space))
     if chosen.wandb == "online":
         tracking.check_online()
     run = create(space, data, Path(runs), name, chosen)
@@ -81,6 +85,8 @@ def _search(run: Run, console: Console | None) -> str:
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     sessions = _closed(run, info["sessions"])
     study = SearchStudy(space, info["id"], run.directory / "study.journal")
+    if options.warm_start:
+        _warm_start(study, options.warm_start, console)
     trackers = tracking.build(options.wandb, terminal=console is not None, console=console)
     trackers.search_started(_watched(run))
     session = {"started": time.time(), "ended": None}
@@ -95,6 +101,24 @@ def _search(run: Run, console: Console | None) -> str:
         trackers.search_ended(state)
         run.note(state=state, sessions=[*sessions, session | {"ended": time.time()}])
     return state
+
+
+def _warm(other: Run, space: Space) -> str:
+    """The folder of a run to start from, wherever a resume is called from. ValueError if it searched for another
+    figure."""
+    if (theirs := other.space.objective.metric) != space.objective.metric:
+        raise ValueError(
+            f"a warm start needs a run with the same objective, {space.objective.metric}, found {theirs} in "
+            f"{other.directory}; leave --warm-start out"
+        )
+    return str(other.directory.resolve())
+
+
+def _warm_start(study: SearchStudy, other: str, console: Console | None) -> None:
+    taken, dropped = study.warm_start(load_run(other).records)
+    if console is not None:
+        outside = f", {dropped} lie outside this space" if dropped else ""
+        console.print(f"warm start: {taken} completed trials of {other}{outside}")
 
 
 def _closed(run: Run, sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -43,6 +43,8 @@ class Options:
     address: str | None = None
     wandb: Literal["off", "offline", "online"] = "offline"
     seed: int | None = None
+    warm_start: str | None = None
+    """the folder of another run, whose completed trials the sampler knows from the start"""
     no_report: bool = False
     """the search alone: the test split stays sealed, also when the run is resumed"""
 

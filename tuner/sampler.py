@@ -21,6 +21,7 @@ import os
 import random
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +106,37 @@ class SearchStudy:
                 self._study.enqueue_trial(dict(point), skip_if_exists=True)
         self._study.set_user_attr("baseline_in_space", baseline is not None)
         self._study.set_user_attr("queued", True)
+
+    def warm_start(self, records: Iterable[dict[str, Any]]) -> tuple[int, int]:
+        """Lets the sampler know what another search found, once: how many of its completed trials lie in this space,
+        and how many do not and are dropped.
+
+        They are points of the study without a record: nothing is charged for them, and none can win.
+        """
+        if "warm_start" in self._storage.get_study_user_attrs(self._study_id):
+            taken, dropped = self._attr("warm_start")
+            return taken, dropped
+        taken = dropped = 0
+        for record in records:
+            if record["status"] != "completed" or record["value"] is None:
+                continue
+            config = record["config"]
+            params = {name: config[name] for name in self.space.search if name in config}
+            params = {name: params[name] for name in self.space.active(params)}
+            if not self.space.contains(params):
+                dropped += 1
+                continue
+            taken += 1
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params=params,
+                    distributions={name: _distribution(self.space.search[name]) for name in params},
+                    value=record["value"],
+                    user_attrs={"warm_start": record["trial"]},
+                )
+            )
+        self._study.set_user_attr("warm_start", (taken, dropped))
+        return taken, dropped
 
     # Asking
 
@@ -320,6 +352,15 @@ def _suggest(trial: optuna.trial.Trial, name: str, param: Param) -> Any:
     if isinstance(param, IntParam):
         return trial.suggest_int(name, param.low, param.high, log=param.log, step=param.step)
     return trial.suggest_categorical(name, param.choices)
+
+
+def _distribution(param: Param) -> optuna.distributions.BaseDistribution:
+    """What `_suggest` draws from."""
+    if isinstance(param, FloatParam):
+        return optuna.distributions.FloatDistribution(param.low, param.high, log=param.log, step=param.step)
+    if isinstance(param, IntParam):
+        return optuna.distributions.IntDistribution(param.low, param.high, log=param.log, step=param.step)
+    return optuna.distributions.CategoricalDistribution(param.choices)
 
 
 def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:

@@ -129,6 +129,7 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
         (["search", "small.yaml", "--data", "set", "--name", "../up"], "a run's name must be letters, digits"),
         (["resume", "nowhere"], "nowhere must be the folder of a run, with a run.json"),
         (["status", "."], "must be the folder of a run"),
+        (["search", "small.yaml", "--data", "set", "--warm-start", "nowhere"], "nowhere must be the folder of a run"),
         (["report", "nowhere"], "must be the folder of a run"),
         (
             ["data", "check", "nowhere"],

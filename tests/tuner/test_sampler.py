@@ -229,3 +229,28 @@ def test_a_network_that_is_being_trained_is_waited_for(journal: Path) -> None:
     study.finish(baseline, ended(baseline))
     assert study.ask() is None
     assert {record["replayed_from"] for record in study.records()} == {None, baseline.trial}
+
+
+def test_a_warm_start_is_known_to_the_sampler_and_is_nobodys_trial(journal: Path, tmp_path: Path) -> None:
+    wide = {"learning_rate": {"type": "float", "low": 0.01, "high": 2.0, "log": True}}
+    narrow = {"learning_rate": {"type": "float", "low": 0.5, "high": 2.0, "log": True}}
+    old = SearchStudy(small_space(search=wide), "old000", tmp_path / "old.journal")
+    for n in range(8):
+        proposal = old.ask()
+        end = ("failed", None) if n == 7 else ("completed", n / 10)
+        old.finish(proposal, ended(proposal, end[0], value=end[1], replays=[]))
+    inside = sum(r["params"]["learning_rate"] >= 0.5 for r in old.records()[:7])
+    assert 0 < inside < 7
+
+    study = SearchStudy(small_space(search=narrow), "abc123", journal)
+    assert study.warm_start(old.records()) == (inside, 7 - inside)
+    again = SearchStudy(small_space(search=narrow), "abc123", journal)
+    assert again.warm_start(old.records()) == (inside, 7 - inside)  # once
+    assert len(again._study.get_trials(states=(TrialState.COMPLETE,))) == inside
+    assert again.records() == []
+    assert again.curves() == {}
+    first = again.ask()
+    assert (first.is_baseline, first.number) == (True, 0)
+    again.finish(first, ended(first))
+    assert [record["trial"] for record in again.records()] == ["abc123-0000"]
+    assert again.ask().number == inside + 1
