@@ -261,7 +261,7 @@ def _fits(corners: list[Corner], machine: Machine) -> dict[str, Any]:
     return {"trial_bytes": need, "device_bytes": machine.memory_bytes, "fit": fit, "gpus_per_trial": share}
 
 
-_CAVEAT = "estimates from a few steps on this machine, as busy as it was; trials side by side slow each other down"
+_CAVEAT = "estimates from a few steps on this machine as busy as it was; trials side by side slow each other"
 
 
 def show(found: Mapping[str, Any]) -> str:
