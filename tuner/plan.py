@@ -241,9 +241,11 @@ def _check_budget(budget: Budget, baseline_seconds: float, devices: float) -> No
     for name, held in _hours_of_trials(budget, devices).items():
         if held < hours:
             limit = getattr(budget, name)
+            needed = limit * hours / held
+            shown = f"{needed:,.0f}" if needed >= 100 else f"{needed:.3g}"
             problems.append(
                 f"budget.{name} must hold the baseline, which always runs to its end and takes about "
-                f"{_figure(limit * hours / held)} here, found {limit:g}; raise it, take a faster device, or lower "
+                f"{shown} here, found {limit:g}; raise it, take a faster device, or lower "
                 "train.epochs, train.width or the input size"
             )
     if problems:
@@ -342,7 +344,7 @@ def _memory_text(found: Mapping[str, Any]) -> str:
         f"a trial needs about {_bytes(memory['trial_bytes'])} (this process at its peak, with its libraries): "
         f"{memory['fit']} fit into the machine's {_bytes(memory['device_bytes'])}"
     )
-    return text + ("" if memory["fit"] >= found["concurrent"] else "; TOO FEW for those at once: lower --concurrent")
+    return text + ("" if memory["fit"] >= found["concurrent"] else f"; TOO FEW for {found['concurrent']} at once here")
 
 
 def _wrapped(name: str, text: str) -> list[str]:
