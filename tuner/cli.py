@@ -122,6 +122,16 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def plan(options: argparse.Namespace) -> int:
+    from tuner.plan import plan, show
+
+    names = ("concurrent", "cpus_per_trial", "gpus_per_trial")
+    with options.console.status("checking the data, then timing a few steps"):
+        found = plan(options.space, options.data, **{name: getattr(options, name) for name in names})
+    print(json.dumps(found) if options.json else show(found))
+    return 0
+
+
 def data_check(options: argparse.Namespace) -> int:
     from model import duplicates, layouts, splits
 
@@ -242,6 +252,19 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(report, "report", "write the report from the run directory", "tuner report runs/demo")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
     made.add_argument("--out", metavar="DIR", help="where to; RUN/report if not given")
+
+    made = verb(plan, "plan", "check a space and its data, time a few steps, forecast hours and memory; no run is made",
+                "tuner plan demo --data synthetic")  # fmt: skip
+    made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
+    made.add_argument(
+        "--data", metavar="PATH", default="synthetic", help="folder with images/ and masks/, or synthetic"
+    )
+    made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit here if not given")
+    made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")
+    made.add_argument(
+        "--gpus-per-trial", metavar="F", type=_not_negative, help="GPUs that a trial holds, or a share of one"
+    )
+    made.add_argument("--json", action="store_true", help="for programs")
 
     data = verbs.add_parser("data", help="check or make a data set").add_subparsers(
         dest="data_verb", required=True, metavar="VERB"

@@ -150,12 +150,8 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
             f"a run's name must be new, found {directory}; choose another with --name, "
             f"or go on with `tuner resume {directory}`"
         )
+    found = checked_splits(space, data)
     folder = _data_folder(space, data)
-    if data == SYNTHETIC:
-        _make_synthetic(space, folder)
-    samples = layouts.read(folder, space.data.layout)
-    found = splits.assign(samples, folder, space.data.validation_share, space.data.test_share, space.seed)
-    _check_data_fits(space, found, data)
     building = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
     building.mkdir(parents=True)
     splits_file.write(building / _SPLITS, found, folder)
@@ -180,6 +176,21 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
     )
     building.rename(directory)
     return Run(directory=directory, space=space, data=data, options=options)
+
+
+def checked_splits(space: Space, data: str | Path) -> Splits:
+    """The samples of each split, after a look at every file. ValueError if a search of the space cannot use them.
+
+    Writes nothing but the synthetic set, into the cache.
+    """
+    data = _data_path(data)
+    folder = _data_folder(space, data)
+    if data == SYNTHETIC:
+        _make_synthetic(space, folder)
+    samples = layouts.read(folder, space.data.layout)
+    found = splits.assign(samples, folder, space.data.validation_share, space.data.test_share, space.seed)
+    _check_data_fits(space, found, data)
+    return found
 
 
 def load(directory: str | Path, data: str | Path | None = None) -> Run:

@@ -69,7 +69,7 @@ class TrialTask:
                     self._train(small, keeper, cache, validation, device, report)
                     return
                 except (MemoryError, RuntimeError) as error:
-                    small = _with_less_memory(small, error)
+                    small = with_less_memory(small, error)
                     keeper.progress["micro_batch"] = small.micro_batch
                     if device.type == "cuda":
                         torch.cuda.empty_cache()
@@ -115,7 +115,7 @@ def plain_rules(judgements: list[Judgement]) -> Iterator[Judgement]:
     yield own._replace(threshold_rule="grid", threshold_factor=1)
 
 
-def _with_less_memory(config: RunConfig, error: Exception) -> RunConfig:
+def with_less_memory(config: RunConfig, error: Exception) -> RunConfig:
     """The same training in smaller parts, after an error that says that memory ran out; other errors are raised."""
     if not _is_out_of_memory(error):
         raise error

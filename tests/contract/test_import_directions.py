@@ -51,6 +51,8 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
         ("tuner/records.py", ("ray", "optuna", "torch")),
         ("tuner/finals.py", ("optuna", "wandb")),
+        ("tuner/plan.py", ("ray", "optuna", "wandb", "torch", "tuner.search", "tuner.sampler", "tuner.pipeline")),
+        ("tuner/timing.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.sampler", "tuner.run")),
     ],
 )
 def test_each_module_keeps_to_its_side(module: str, forbidden: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from tests.tuner.conftest import small_space
 from tuner import cli
 
 VERBS = (
-    ["search"], ["resume"], ["status"], ["finals"], ["report"], ["data", "check"], ["data", "synth"],
+    ["search"], ["resume"], ["status"], ["finals"], ["report"], ["plan"], ["data", "check"], ["data", "synth"],
     ["data", "convert"], ["data", "cache"], ["schema"],
 )  # fmt: skip
 
@@ -127,6 +127,9 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
         (["search", "small.yaml", "--hours", "-1"], "must be a number above 0, found '-1'"),
         (["search", "small.yaml", "--address", "ray://head:10001"], "must be host:port of a Ray cluster, or auto"),
         (["search", "small.yaml", "--data", "set", "--name", "../up"], "a run's name must be letters, digits"),
+        (["plan", "nothing.yaml"], "tuner plan: nothing.yaml: 1 problem"),
+        (["plan", "small.yaml", "--data", "nowhere"], "there is no such folder; name the one that holds"),
+        (["plan", "small.yaml", "--data", "set", "--cpus-per-trial", "4096"], "it asks for 4096 cpus, found"),
         (["resume", "nowhere"], "nowhere must be the folder of a run, with a run.json"),
         (["status", "."], "must be the folder of a run"),
         (["search", "small.yaml", "--data", "set", "--warm-start", "nowhere"], "nowhere must be the folder of a run"),
@@ -155,6 +158,25 @@ def test_online_logging_needs_a_key(data: Path, capsys, monkeypatch, tmp_path: P
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     message = refused(capsys, "search", "small.yaml", "--data", "set", "--wandb", "online")
     assert "--wandb online needs a W&B API key" in message
+
+
+def test_a_plan_is_printed_for_people_and_for_programs(data: Path, capsys) -> None:
+    assert cli.main(["plan", "small.yaml", "--data", "set"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("plan of small: 1 configuration timed on CPU")
+    assert all(len(line) <= 100 for line in shown.splitlines())
+    assert cli.main(["plan", "small.yaml", "--data", "set", "--concurrent", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["trials"], found["concurrent"]) == (4, 3)
+    assert not Path("runs").exists()
+
+
+def test_a_plan_whose_budget_cannot_hold_the_baseline(data: Path, capsys) -> None:
+    document = small_space(budget={"hours": 1e-6}).to_dict()
+    Path("small.yaml").write_text(yaml.safe_dump(document))
+    message = refused(capsys, "plan", "small.yaml", "--data", "set")
+    assert "tuner plan: budget.hours must hold the baseline" in message
+    assert "found 1e-06; raise it" in message
 
 
 def test_debug_shows_where(data: Path) -> None:
