@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import layouts, splits, synthetic
-from model.data import open_cache
+from model import synthetic
 from tests.tuner.conftest import small_space
 from tuner import plan as plans
 from tuner.space import Scheduler, Space
 from tuner.timing import Corner, Machine
-from tuner.trial import TrialTask
 
 CPU = Machine(name="CPU", on_gpu=False, memory_bytes=8 * 2**30, devices_per_trial=1.0, concurrent=2)
 IMAGES = {"epoch": 100, "train": 150, "validation": 20, "test": 30}
@@ -235,25 +231,3 @@ def test_a_plan_checks_what_a_run_checks(data: Path, crackforest: Path) -> None:
         plans.plan(small_space(objective={"metric": "decision_ap"}), crackforest)
     with pytest.raises(ValueError, match="there is no such file"):
         plans.plan("nothing.yaml", data)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_a_training_takes_about_what_was_forecast(data: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path / "cache"))
-    space = small_space(train={"width": 0.25, "epochs": 2, "precision": "float32"}, search={})
-    samples = splits.assign(layouts.read(data), data, 0.25, 0.25, space.seed)
-    for split in (samples.train, samples.validation):
-        open_cache(split, 64, 128)
-    task = TrialTask(samples.train, samples.validation, space.objective.metric, "segmentation", {})
-    torch.set_num_threads(1)  # as a trial of one core
-    forecast = plans.plan(space, data)["baseline_hours"] * 3600
-    started = time.perf_counter()
-    task.run(
-        space.baseline_config(0),
-        torch.device("cpu"),
-        None,
-        lambda _, folder: shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True),
-    )
-    took = time.perf_counter() - started
-    assert took / 3 < forecast < took * 3
