@@ -28,7 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 
-from model.config import Judgement, RunConfig
+from model.config import DEFAULTS, Judgement, RunConfig
 from tuner.space import FloatParam, IntParam, Param, Space
 
 MAX_REPLAYS_IN_A_ROW = 20
@@ -149,16 +149,17 @@ class SearchStudy:
         """The record of a trial that trained the same network to its end, or to where it diverged, and was judged in
         the proposed way too. One that was stopped early was compared as it was judged itself, so it answers for nothing
         but the very same configuration; one that crashed may do better another time."""
+        wanted = proposal.config.training_fields()
         for record in self.records():
-            config = RunConfig.from_dict(record["config"])
-            if record["replayed_from"] or config.training_fields() != proposal.config.training_fields():
+            config = DEFAULTS | record["config"]
+            if record["replayed_from"] or any(config[name] != value for name, value in wanted.items()):
                 continue
             match record["status"]:
                 case "completed" if _replay(record, proposal.config):
                     return record
                 case "diverged":
                     return record
-                case "stopped_early" if config.judgement() == proposal.config.judgement():
+                case "stopped_early" if Judgement.of(config) == proposal.config.judgement():
                     return record
         return None
 
