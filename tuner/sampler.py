@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import optuna
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
@@ -55,18 +55,16 @@ class Proposal:
 
 
 class SearchStudy:
-    """One search's study in a journal file. One process writes to it."""
+    """One search's study, in a journal file that one process writes to; without one, in memory."""
 
-    def __init__(self, space: Space, run_id: str, journal: Path) -> None:
+    def __init__(self, space: Space, run_id: str, journal: Path | None) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        _mend(journal)
         self.space = space
         self.run_id = run_id
         self._baseline_asked = False
         self._running: dict[int | None, Proposal] = {}
         self._waits = False
-        storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
-        self._storage = storage
+        storage = self._storage = _storage(journal)
         self._study = optuna.create_study(
             storage=storage,
             study_name=f"{space.name}-{space.fingerprint()}",
@@ -287,6 +285,13 @@ def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=5, multivariate=True, group=True, constant_liar=True
         )
+
+
+def _storage(journal: Path | None) -> BaseStorage:
+    if journal is None:
+        return InMemoryStorage()
+    _mend(journal)
+    return JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
 
 
 class _KernelLock(BaseJournalFileLock):
