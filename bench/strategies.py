@@ -186,7 +186,7 @@ class OneEpoch:
         self.candidates, self.kept = candidates, kept
         self.running = 0
         """candidates in their first epoch"""
-        self.ranked: list[Trial] = []
+        self.one_epoch_old: list[Trial] = []
 
     def ask(self) -> Start | None:
         if self.baseline is not None:
@@ -196,10 +196,12 @@ class OneEpoch:
             self.candidates -= 1
             self.running += 1
             return Start({name: self._draw(param) for name, param in SPACE.search.items()}, "candidate")
-        if self.running or not self.kept or not self.ranked:
+        if self.running or not self.kept or not self.one_epoch_old:
             return None
         self.kept -= 1
-        return Start(self.ranked.pop(0).params, "kept", epoch=1)
+        best = max(self.one_epoch_old, key=lambda candidate: candidate.value)
+        self.one_epoch_old.remove(best)
+        return Start(best.params, "kept", epoch=1)
 
     def goes_on(self, trial: Trial) -> bool:
         return trial.handle != "candidate"
@@ -208,7 +210,7 @@ class OneEpoch:
         if trial.handle == "candidate":
             self.running -= 1
             if trial.status == "stopped_early":
-                self.ranked = sorted([*self.ranked, trial], key=lambda candidate: -candidate.value)
+                self.one_epoch_old.append(trial)
 
     def _draw(self, param: Param) -> float | int:
         if isinstance(param, IntParam):

@@ -34,10 +34,10 @@ class Curve:
 
 
 Curves = Callable[[Mapping[str, Any]], Curve]
-"""A configuration -> its curve; the same one whenever it is asked for."""
+"""The searched fields of a configuration -> its curve; the same one whenever it is asked for."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """One trial of a simulated search, as far as it has come."""
 
@@ -179,7 +179,10 @@ class StudyStrategy:
 
     def ask(self) -> Start | None:
         proposal = self.study.ask()
-        return None if proposal is None else Start(proposal.params, proposal)
+        if proposal is None:
+            return None
+        # A baseline outside the space names as its parameters only what makes it one.
+        return Start({name: getattr(proposal.config, name) for name in self.space.search}, proposal)
 
     def goes_on(self, trial: Trial) -> bool:
         """As `_Session.reported` and `_Session._is_cut` of tuner/search.py."""

@@ -146,6 +146,7 @@ def test_a_baseline_outside_the_space_is_simulated_too() -> None:
     found = simulate(strategy, lambda _: Curve(np.array([0.1, 0.2, 0.3])), trials=3)
     assert [record["number"] for record in strategy.study.records()] == [None, 0, 1]
     assert [trial.handle.is_baseline for trial in found.trials] == [True, False, False]
+    assert found.trials[0].params == {"learning_rate": 1.0, "threshold_rule": "pr_curve"}
 
 
 def test_one_epoch_spends_its_budget_on_candidates_and_the_best_of_them() -> None:
