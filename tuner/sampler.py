@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import optuna
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 
-from model.config import JUDGING_FIELDS, Judgement, RunConfig
+from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
 from tuner.space import FloatParam, IntParam, Param, Space
 
 MAX_REPLAYS_IN_A_ROW = 20
@@ -63,18 +63,16 @@ class Proposal:
 
 
 class SearchStudy:
-    """One search's study in a journal file. One process writes to it."""
+    """One search's study, in a journal file that one process writes to; without one, in memory."""
 
-    def __init__(self, space: Space, run_id: str, journal: Path) -> None:
+    def __init__(self, space: Space, run_id: str, journal: Path | None) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        _mend(journal)
         self.space = space
         self.run_id = run_id
         self._baseline_asked = False
         self._running: dict[int | None, Proposal] = {}
         self._waits = False
-        storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
-        self._storage = storage
+        storage = self._storage = _storage(journal)
         self._study = optuna.create_study(
             storage=storage,
             study_name=f"{space.name}-{space.fingerprint()}",
@@ -224,7 +222,7 @@ class SearchStudy:
                     return record
                 case "diverged":
                     return record
-                case "stopped_early" if Judgement.of(record["config"]) == proposal.config.judgement():
+                case "stopped_early" if Judgement.of(DEFAULTS | record["config"]) == proposal.config.judgement():
                     return record
         return None
 
@@ -331,8 +329,8 @@ class SearchStudy:
 
 
 def _network_of(config: dict[str, Any]) -> str:
-    """The fields that decide the weights, as one word."""
-    return json.dumps({k: v for k, v in config.items() if k not in JUDGING_FIELDS}, sort_keys=True)
+    """The fields that decide the weights, as one word; what an older record does not say is the default."""
+    return json.dumps({k: v for k, v in (DEFAULTS | config).items() if k not in JUDGING_FIELDS}, sort_keys=True)
 
 
 def _is_replay(trial: optuna.trial.FrozenTrial) -> bool:
@@ -381,6 +379,13 @@ def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
                 seed=seed, n_startup_trials=_STARTUP_TRIALS, multivariate=True, group=True, constant_liar=True
             )
         return samplers.RandomSampler(seed=seed)  # grid: every point is enqueued
+
+
+def _storage(journal: Path | None) -> BaseStorage:
+    if journal is None:
+        return InMemoryStorage()
+    _mend(journal)
+    return JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
 
 
 class _KernelLock(BaseJournalFileLock):

@@ -52,6 +52,21 @@ def test_a_baseline_outside_the_space_is_a_record_and_no_point(journal: Path) ->
     assert [record["trial"] for record in again.records()] == ["abc123-baseline"]
 
 
+def test_without_a_journal_the_study_is_in_memory(space: Space, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = SearchStudy(space, "abc123", None)
+    baseline, first = study.ask(), study.ask()
+    study.report(first.number, 1, 0.25)
+    study.finish(baseline, ended(baseline))
+    study.put_back(first.number)
+    assert study.ask() == first
+    assert study.curves() == {first.number: {1: 0.25}}
+    study.finish(first, ended(first, "stopped_early"))
+    assert [record["status"] for record in study.records()] == ["completed", "stopped_early"]
+    assert SearchStudy(space, "abc123", None).records() == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_start_from_follows_the_baseline(journal: Path) -> None:
     point = {"learning_rate": 0.25, "threshold_rule": "grid"}
     study = SearchStudy(small_space(start_from=[point]), "abc123", journal)
