@@ -71,7 +71,7 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
         (changed(objective={"metric": "dice"}), r"objective\.metric: must be one of dice_mean, .*found 'dice'; did you mean 'dice_mean'"),
         (changed(objective={"metric": "dice_mean", "mode": "min"}), r"objective\.mode: must be max"),
         (changed(objective=[{"metric": "dice_mean"}, {"metric": "f1"}]), r"objective: must be one metric in this version, found a list of 2"),
-        (changed(sampler="bayes"), r"sampler: must be one of tpe, random, found 'bayes'"),
+        (changed(sampler="bayes"), r"sampler: must be one of tpe, gp, cmaes, qmc, random, grid, found 'bayes'"),
         (changed(scheduler="hyper"), r"scheduler\.name: must be one of asha, hyperband, median, none, found 'hyper'"),
         (changed(scheduler={"name": "asha", "min_epochs": 9}), r"scheduler\.min_epochs: must be a whole number from 1 to train\.epochs, 4, found 9"),
         (changed(budget={}), r"budget: needs at least one of trials, hours, device_hours, money, found \{\}"),
