@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import torch
 
+from bench.memory import own_mib
 from model import layouts
 from model.config import RunConfig
 from model.data import batches, open_cache
@@ -39,12 +40,6 @@ def write_set(folder: Path, images: int, side: int) -> None:
         mask = np.zeros((side, side), np.uint8)
         mask[n % side] = 255 * (n % 4 > 0)
         cv2.imwrite(str(folder / f"masks/{n:05}.png"), mask)
-
-
-def own_mib() -> float:
-    """Memory of this process that is no file's."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 
 def trial(kind: str, samples: list[Sample], side: int, root: Path, together: Barrier) -> tuple[float, float, float]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from ray import tune
 
+from bench.memory import own_mib
 from model import checkpoint
 from model.config import RunConfig
 from model.files import write_json
@@ -152,12 +153,6 @@ def study_of(trials: int) -> None:
         size = (folder / "study.journal").stat().st_size / 2**20
     times = " | ".join(f"{1000 * sorted(each)[2]:.0f}" for each in (asks, ends, writes))
     print(f"| {trials:,} | {times} | {opening:.1f} | {size:.0f} | {own_mib():.0f} |", flush=True)
-
-
-def own_mib() -> float:
-    """Memory of this process that is no file's."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
+from bench.memory import own_mib
 from model import metrics, thresholds
 from model.config import Judgement
 from model.counts import CountsBuilder, spread, tally, to_half
@@ -151,12 +151,6 @@ def validate(count: int, side: int, blackened: bool) -> None:
     peak = max(peak, own_mib())
     per_image = distinct / count
     print(f"| {count} | {per_image:.0f} | {spent:.2f} | {chosen:.2f} | {spent + chosen:.2f} | {peak:.0f} |", flush=True)
-
-
-def own_mib() -> float:
-    """Memory of this process that is no file's."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 
 def main() -> None:
