@@ -344,7 +344,7 @@ def _coding(dtype: Any, thresholds_K: Floats) -> tuple[Callable[[Array], Array],
         )
 
     def codes_of_any(scores_HW: Array) -> Array:
-        _refuse_nan(bool(np.isnan(scores_HW).any()))
+        refuse_nan(bool(np.isnan(scores_HW).any()))
         return np.searchsorted(ordered, scores_HW, side="right").astype(np.int16)
 
     return codes_of_any, np.searchsorted(ordered, thresholds_K) + 1
@@ -354,10 +354,11 @@ def _codes_of_half(half_HW: Array) -> Array:
     half = np.ascontiguousarray(half_HW)
     bits = half.view(np.int16)
     found = bits if bits.min() >= 0 else codes(np, half)  # probabilities are their own codes
-    _refuse_nan(found.max() > _CODE_OF_INFINITY or found.min() < -_CODE_OF_INFINITY - 1)
+    refuse_nan(found.max() > _CODE_OF_INFINITY or found.min() < -_CODE_OF_INFINITY - 1)
     return found
 
 
-def _refuse_nan(found: bool) -> None:
+def refuse_nan(found: bool) -> None:
+    """ValueError if there is one."""
     if found:
         raise ValueError("scores must be numbers, found NaN; the network that gave them has diverged")

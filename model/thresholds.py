@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model.arrays import Array, Bools, Floats
-from model.counts import PixelCounts, Selected, select, to_half
+from model.counts import PixelCounts, Selected, refuse_nan, select, to_half
 from model.curves import best_f_measure, curve
 from model.metrics import just_above
 
@@ -180,7 +180,7 @@ def decision_threshold(labels_N: Array, scores_N: Array) -> tuple[float, float]:
 
 def min_of_max(truth_NHW: Array, probability_NHW: Array) -> float:
     """Rule 1 on whole arrays. ValueError if no image has a defect, or for NaN."""
-    _refuse_nan(probability_NHW)
+    refuse_nan(bool(np.isnan(probability_NHW).any()))
     positive = truth_NHW.reshape(len(truth_NHW), -1).any(axis=1)
     if not positive.any():
         raise ValueError("min_of_max needs an image with a defect, found none; choose the threshold on others")
@@ -192,13 +192,8 @@ def pr_curve(truth_NHW: Array, probability_NHW: Array, factor: int = 1) -> tuple
 
     Where none of these is of the truth, the highest score and 0. ValueError for NaN.
     """
-    _refuse_nan(probability_NHW)
+    refuse_nan(bool(np.isnan(probability_NHW).any()))
     return best_f_measure(curve(truth_NHW.ravel()[::factor], probability_NHW.ravel()[::factor]))
-
-
-def _refuse_nan(scores_NHW: Array) -> None:
-    if np.isnan(scores_NHW).any():
-        raise ValueError("scores must be numbers, found NaN; the network that gave them has diverged")
 
 
 class Sweep(NamedTuple):

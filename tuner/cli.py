@@ -98,8 +98,9 @@ def status(options: argparse.Namespace) -> int:
 
 
 def finals(options: argparse.Namespace) -> int:
-    from tuner.finals import OPEN_TEST, check_test_is_sealed
+    from tuner.finals import check_test_is_sealed
     from tuner.pipeline import evaluate
+    from tuner.records import OPEN_TEST
     from tuner.run import load
     from tuner.search import cluster
 

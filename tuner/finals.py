@@ -26,12 +26,9 @@ from model.sample import Sample
 from model.splits import Splits, fingerprint_of_test
 from model.thresholds import Thresholds, sigmoid
 from tuner import records
-from tuner.records import SearchFailed
+from tuner.records import OPEN_TEST, SearchFailed
 from tuner.search import Resources, newest_checkpoint, run_on_worker
 from tuner.trial import take_device
-
-OPEN_TEST = "open-test"
-"""Below evaluation/ and report/: what thresholds chosen on test give."""
 
 SHOWN_EXAMPLES = 24
 """Test images whose maps are kept for the report, from the worst to the best by Dice."""
@@ -128,7 +125,8 @@ def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | 
     if folder is None:
         raise SearchFailed(f"the checkpoint of trial {source} is gone from {run_directory / 'trials'}")
     replays = checkpoint.load_progress(folder)["replays"]
-    kept = next(replay for replay in replays if Judgement.of(replay) == config.judgement())
+    unknown = {"epoch": None, "thresholds": None}
+    kept = next((replay for replay in replays if Judgement.of(replay) == config.judgement()), unknown)
     model = folder / "best" / str(record["best_epoch"])
     if (kept["epoch"], kept["thresholds"]) != (record["best_epoch"], record["thresholds"]) or not model.exists():
         raise SearchFailed(

@@ -15,6 +15,9 @@ from model.files import write_atomically
 
 FILE = "records.jsonl"
 
+OPEN_TEST = "open-test"
+"""Below evaluation/ and report/: what thresholds chosen on test give."""
+
 
 class Status(enum.StrEnum):
     """How a trial ended."""

@@ -28,6 +28,7 @@ from model.files import write_atomically, write_json
 from model.sample import Sample
 from model.splits import keep_masks
 from model.thresholds import Thresholds, sigmoid
+from tuner.space import DECISION_METRICS
 
 Report = Callable[[dict[str, Any], Path | None], None]
 """Takes the progress (keys: `TrialTask.run`) and a sealed checkpoint folder, which it must copy."""
@@ -71,8 +72,8 @@ class TrialTask:
                 except (MemoryError, RuntimeError) as error:
                     small = with_less_memory(small, error)
                     keeper.progress["micro_batch"] = small.micro_batch
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
+                if device.type == "cuda":  # here, where the error holds no tensors any more
+                    torch.cuda.empty_cache()
 
     def _train(
         self, config: RunConfig, keeper: _Keeper, cache: Cache, validation: Cache, device: torch.device, report: Report
@@ -202,7 +203,7 @@ class _Keeper:
         if self.compare == "segmentation" and plain != self.config.judgement():
             figures = scores.figures([scores.choose(plain)])[0]
         metric = self.metric
-        if self.compare == "segmentation" and metric.startswith("decision"):
+        if self.compare == "segmentation" and metric in DECISION_METRICS:
             metric = "dice_mean"
         return figures[metric] or 0.0
 

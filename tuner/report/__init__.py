@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 
+from tuner.records import OPEN_TEST
 from tuner.report import inputs, page, render, style, tables
 from tuner.report.gallery import Gallery
 
@@ -21,8 +22,6 @@ __all__ = ["write"]
 
 _MARKS = ("index.html", "metrics.json")
 """files by which a folder is known as a report"""
-
-_OPEN_TEST = "open-test"
 
 
 def write(run_directory: Path, out: Path | None = None) -> Path:
@@ -33,8 +32,8 @@ def write(run_directory: Path, out: Path | None = None) -> Path:
     """
     run = inputs.read(Path(run_directory))
     stamped = None
-    if (Path(run_directory) / "evaluation" / _OPEN_TEST / "selection.json").is_file():
-        stamped = inputs.read(Path(run_directory), f"evaluation/{_OPEN_TEST}")
+    if (Path(run_directory) / "evaluation" / OPEN_TEST / "selection.json").is_file():
+        stamped = inputs.read(Path(run_directory), f"evaluation/{OPEN_TEST}")
     target = (Path(out) if out is not None else Path(run_directory) / "report").resolve()
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +42,8 @@ def write(run_directory: Path, out: Path | None = None) -> Path:
         fresh.mkdir()
         _fill(run, fresh)
         if stamped is not None:
-            (fresh / _OPEN_TEST).mkdir()
-            _fill(stamped, fresh / _OPEN_TEST)
+            (fresh / OPEN_TEST).mkdir()
+            _fill(stamped, fresh / OPEN_TEST)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
