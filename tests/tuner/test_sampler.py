@@ -468,6 +468,8 @@ def test_a_warm_start_with_constraints_needs_their_figures(journal: Path, tmp_pa
         proposal = old.ask()
         old.finish(proposal, ended(proposal, history=history))
     study = SearchStudy(small_space(search=search, **RECALL), "abc123", journal)
-    assert study.warm_start(old.records()) == (3, 1)
+    found = old.records()
+    replay = found[0] | {"trial": "r", "replayed_from": found[0]["trial"], "replays": []}  # its history is the other's
+    assert study.warm_start([*found, replay]) == (3, 2)
     known = study._study.get_trials(states=(TrialState.COMPLETE,))
     assert [trial.constraints for trial in known] == [{"recall": -0.25}, {"recall": 0.25}, {"recall": 1.0}]
