@@ -61,6 +61,15 @@ class Scores:
             return None, None
         return decision_threshold(self.labels, self.decision_logits)
 
+    @cached_property
+    def decision_rates(self) -> dict[str, float | None]:
+        """The rates of the decision at its threshold, under the names of records; None for what cannot exist."""
+        decision, _ = self.decision
+        if decision is None:
+            return {}
+        rates = metrics.decision_figures(metrics.confusion(self.labels, self.decision_logits >= decision))
+        return {name: None if np.isnan(value) else value for name, value in rates.items()}
+
     def figures(self, found: list[Thresholds]) -> list[dict[str, float | None]]:
         """The figures of a split at each of some thresholds, under the names of records; None for what cannot exist."""
         out = []

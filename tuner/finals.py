@@ -6,6 +6,7 @@ The only reader of the test split. It runs on a worker with a trial's resources.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -30,6 +31,8 @@ from tuner.records import OPEN_TEST, SearchFailed
 from tuner.search import Resources, newest_checkpoint, run_on_worker
 from tuner.trial import take_device
 
+logger = logging.getLogger(__name__)
+
 SHOWN_EXAMPLES = 24
 """Test images whose maps are kept for the report, from the worst to the best by Dice."""
 
@@ -45,6 +48,8 @@ class Finalist:
     thresholds: Thresholds
     epoch: int
     value: float
+    violations: dict[str, float] | None
+    """how far beyond each constraint; None where there is none"""
 
     def describe(self) -> dict[str, Any]:
         """Its entry in selection.json."""
@@ -53,11 +58,13 @@ class Finalist:
             "epoch": self.epoch,
             "thresholds": self.thresholds.to_dict(),
             "value": self.value,
-        }
+        } | ({} if self.violations is None else {"violations": self.violations})
 
 
 def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resources, open_test: bool = False) -> None:
     """Writes evaluation/ and best/. ValueError if that was done before.
+
+    Where no trial meets the constraints, the one that is least beyond them stands in, and all that is written says so.
 
     With `open_test` the thresholds, too, are chosen on test, as the public scripts do, and say so wherever they go;
     that lies apart, in evaluation/open-test/, and leaves the rest as it is. Configuration and epoch stay those of
@@ -65,9 +72,12 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
     """
     check_test_is_sealed(run_directory, open_test)
     found = records.read(run_directory)
-    winner = _finalist(run_directory, records.best(found))
+    nearest = records.nearest(found)
+    winner = _finalist(run_directory, nearest or records.best(found))
     if winner is None:
         raise SearchFailed("no trial has completed, so there is no best one; see the reasons in records.jsonl")
+    if nearest:
+        logger.warning("%s; it is evaluated all the same", records.none_feasible(nearest))
     baseline = _finalist(run_directory, records.baseline(found))
     finalists = {"winner": winner} | ({"baseline": baseline} if baseline and baseline.trial != winner.trial else {})
 
@@ -140,6 +150,7 @@ def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | 
         Thresholds.from_dict(record["thresholds"]),
         record["best_epoch"],
         record["value"],
+        record.get("violations"),
     )
 
 
@@ -248,6 +259,7 @@ def _write_best(best: Path, winner: Finalist) -> None:
     building.mkdir()
     shutil.copy2(Path(winner.model) / "model.safetensors", building)
     write_json(building / "config.json", winner.config.to_dict())
-    write_json(building / "thresholds.json", winner.thresholds.to_dict() | {"epoch": winner.epoch})
+    beyond = {"violations": winner.violations} if any((winner.violations or {}).values()) else {}
+    write_json(building / "thresholds.json", winner.thresholds.to_dict() | {"epoch": winner.epoch} | beyond)
     shutil.rmtree(best, ignore_errors=True)
     building.rename(best)

@@ -80,8 +80,15 @@ def _search(run: Run, console: Console | None) -> str:
     space, options, info = run.space, run.options, run.info
     found = run.splits()
     run.verify(found.train + found.validation)
-    metric, compare = space.objective.metric, space.scheduler.compare
-    task = TrialTask(found.train, found.validation, metric, compare, space.replayed_values())
+    task = TrialTask(
+        found.train,
+        found.validation,
+        space.objective.metric,
+        space.scheduler.compare,
+        space.replayed_values(),
+        space.cost.metric if space.cost else None,
+        tuple(bound.metric for bound in space.constraints),
+    )
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     sessions = _closed(run, info["sessions"])
     study = SearchStudy(space, info["id"], run.directory / "study.journal")
@@ -117,7 +124,8 @@ def _warm(other: Run, space: Space) -> str:
 def _warm_start(study: SearchStudy, other: str, console: Console | None) -> None:
     taken, dropped = study.warm_start(load_run(other).records)
     if console is not None:
-        outside = f", {dropped} lie outside this space" if dropped else ""
+        lacking = ", or lack a cost or a figure that it asks for" if study.space.cost or study.space.constraints else ""
+        outside = f", {dropped} lie outside this space{lacking}" if dropped else ""
         console.print(f"warm start: {taken} completed trials of {other}{outside}")
 
 

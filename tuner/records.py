@@ -7,7 +7,7 @@ from __future__ import annotations
 import enum
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,77 @@ def read(run_directory: Path) -> list[dict[str, Any]]:
 
 
 def best(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The completed trial with the largest value; the earlier one of equals. Stopped ones have not seen the end of
-    the loss schedule, so their values are no match."""
-    completed = [r for r in records if r["status"] == Status.COMPLETED and r["value"] is not None]
-    return max(completed, key=lambda record: record["value"], default=None)
+    """The completed trial with the largest value among those that meet the constraints; the earlier one of equals.
+    Of two objectives the first decides. Stopped ones have not seen the end of the loss schedule, so their values are
+    no match."""
+    return max((r for r in _completed(records) if is_feasible(r)), key=lambda r: r["value"], default=None)
+
+
+def nearest(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """What stands in for the best where trials have completed and none meets the constraints: the one that is least
+    beyond them, in sum; of equals the one with the largest value. None where there is a best, or none has completed."""
+    completed = _completed(records)
+    if any(map(is_feasible, completed)):
+        return None
+    return min(completed, key=lambda r: (sum(r["violations"].values()), -r["value"]), default=None)
+
+
+def none_feasible(nearest: Mapping[str, Any]) -> str:
+    """The message to `nearest`."""
+    return (
+        f"no completed trial meets the constraints; {nearest['trial']} comes nearest: {beyond(nearest['violations'])}"
+    )
+
+
+def beyond(violations: Mapping[str, float] | None) -> str:
+    """Violated constraints in words; "met" where there is none."""
+    return ", ".join(f"{name} {by:.3g} beyond its bound" for name, by in (violations or {}).items() if by) or "met"
+
+
+def is_feasible(record: dict[str, Any]) -> bool:
+    """Whether a trial meets every constraint of its space."""
+    return not any((record.get("violations") or {}).values())
+
+
+def pareto_front(records: Iterable[dict[str, Any]], modes: Sequence[str]) -> list[dict[str, Any]]:
+    """The completed trials that meet the constraints and that no other such trial equals or betters in all objectives
+    and betters in one. `modes`: max or min, of each objective. Trials with the same values are on it together."""
+
+    def losses(record: dict[str, Any]) -> tuple[float, ...]:
+        return tuple(-v if mode == "max" else v for v, mode in zip(record["values"], modes, strict=True))
+
+    found = [(losses(r), r) for r in _completed(records) if r.get("values") and is_feasible(r)]
+
+    def is_beaten(mine: tuple[float, ...]) -> bool:
+        return any(other != mine and all(a <= b for a, b in zip(other, mine, strict=True)) for other, _ in found)
+
+    return [record for mine, record in found if not is_beaten(mine)]
+
+
+def front(records: Iterable[dict[str, Any]], modes: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The Pareto front as it is shown, by the last objective and then the first: `trial`, `values` and `params`, of
+    equal values the first trial alone. None with one objective."""
+    if len(modes) < 2:
+        return None
+    distinct = {tuple(r["values"]): r for r in reversed(pareto_front(records, modes))}
+    return [
+        {key: distinct[v][key] for key in ("trial", "values", "params")}
+        for v in sorted(distinct, key=lambda v: v[::-1])
+    ]
+
+
+def _completed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [r for r in records if r["status"] == Status.COMPLETED and r["value"] is not None]
+
+
+def cost(metric: str, record: dict[str, Any]) -> float | None:
+    """What a training cost, by one of `tuner.space.COSTS`, from its record; None where the record does not know how
+    many masks there were."""
+    if metric == "device_seconds":
+        seconds: float = record["device_seconds"]
+        return seconds
+    kept = record["config"]["num_segmented"]
+    return record.get("num_segmented", None if kept == "all" else kept)
 
 
 def baseline(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from model.files import write_json
 from model.sample import Sample
 from model.splits import Splits
 from tuner import records, space_file
-from tuner.space import DECISION_METRICS, Space, is_name
+from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, Space, is_name
 
 SYNTHETIC = "synthetic"
 _SPLITS = "splits.json"
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The record of the best completed trial."""
+        """The record of the best completed trial that meets the constraints."""
         return records.best(self.records)
 
     @property
@@ -236,6 +236,12 @@ def _check_data_fits(space: Space, found: Splits, data: str) -> None:
         raise ValueError(
             f"objective {space.objective.metric} needs images without a defect, found none in {data}; "
             "use a segmentation metric such as dice_mean"
+        )
+    of_decision = [bound.metric for bound in space.constraints if bound.metric in CONSTRAINED_DECISION_METRICS]
+    if not found.has_negatives and of_decision:
+        raise ValueError(
+            f"a constraint on {', '.join(of_decision)} needs images without a defect, found none in {data}; "
+            "bound a segmentation metric such as recall"
         )
     best_by = space.search["best_by"].samples() if "best_by" in space.search else (space.train.get("best_by"),)
     if not found.has_negatives and {"decision", "both"} & set(best_by):

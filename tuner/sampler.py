@@ -5,12 +5,15 @@ be killed at any moment and go on from the study alone. States are exact:
 
 - WAITING: proposed, and not running: enqueued, or put back when the search was stopped; asked for again first
 - RUNNING: on a worker now
-- COMPLETE: trained to its last epoch; the value is the objective at the best epoch
+- COMPLETE: trained to its last epoch; the value is the objective at the best epoch, and the cost where there are two
 - PRUNED: stopped early, with all its intermediate values
 - FAIL: diverged, crashed or out of memory; the record says why
 
 The whole record of a trial (see tuner/records.py) is its user attribute `record`. A baseline that lies outside the
 space is no point of the study: its record is the study's user attribute `baseline`.
+
+Constraints are told as Optuna keeps them, so that samplers and `study.best_trial` see them: how far a figure lies
+beyond its bound, 0 or less where it meets it.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
+from tuner import records
 from tuner.space import FloatParam, IntParam, Param, Space
 
 MAX_REPLAYS_IN_A_ROW = 20
@@ -76,10 +80,12 @@ class SearchStudy:
         self._study = optuna.create_study(
             storage=storage,
             study_name=f"{space.name}-{space.fingerprint()}",
-            direction="maximize",
+            directions=[f"{objective.mode}imize" for objective in space.objectives],
             pruner=optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
+        if space.cost:
+            self._study = _StudyOfTwo(self._study.study_name, storage, pruner=self._study.pruner)
         self._study_id = storage.get_study_id_from_name(self._study.study_name)
         # A sampler does not remember what it drew before a stop; the count keeps it from drawing the same again.
         seed = space.seed + len(self._study.get_trials(deepcopy=False))
@@ -107,7 +113,7 @@ class SearchStudy:
 
     def warm_start(self, records: Iterable[dict[str, Any]]) -> tuple[int, int]:
         """Lets the sampler know what another search found, once: how many of its completed trials lie in this space,
-        and how many do not and are dropped.
+        and how many do not, or do not say what it cost or what the constraints ask for, and are dropped.
 
         They are points of the study without a record: nothing is charged for them, and none can win.
         """
@@ -115,13 +121,18 @@ class SearchStudy:
             taken, dropped = self._attr("warm_start")
             return taken, dropped
         taken = dropped = 0
+        records = list(records)
+        by_trial = {record["trial"]: record for record in records}
         for record in records:
             if record["status"] != "completed" or record["value"] is None:
                 continue
             config = record["config"]
             params = {name: config[name] for name in self.space.search if name in config}
             params = {name: params[name] for name in self.space.active(params)}
-            if not self.space.contains(params):
+            values = self._values(record, by_trial.get(record["replayed_from"] or record["trial"]))
+            figures = _figures(record)
+            is_whole = values is not None and all(bound.metric in figures for bound in self.space.constraints)
+            if not (is_whole and self.space.contains(params)):
                 dropped += 1
                 continue
             taken += 1
@@ -129,7 +140,8 @@ class SearchStudy:
                 optuna.trial.create_trial(
                     params=params,
                     distributions={name: _distribution(self.space.search[name]) for name in params},
-                    value=record["value"],
+                    values=values,
+                    constraints=self._excesses(record),
                     user_attrs={"warm_start": record["trial"]},
                 )
             )
@@ -249,6 +261,7 @@ class SearchStudy:
                 "seconds": 0.0,
                 "device_seconds": 0.0,
             },
+            source,
         )
 
     # Telling
@@ -258,17 +271,48 @@ class SearchStudy:
         if number is not None:
             self._storage.set_trial_intermediate_value(self._storage_id(number), epoch, compared)
 
-    def finish(self, proposal: Proposal, record: dict[str, Any]) -> None:
-        """The end of a trial: its record, then its state."""
+    def finish(
+        self, proposal: Proposal, record: dict[str, Any], trained: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The end of a trial: its record, then its state. `trained` is the record whose network a replay was read off.
+
+        Returns the record as it is kept: with `values` where there are two objectives, `violations` where there are
+        constraints.
+        """
         self._waits = False
         self._running.pop(proposal.number, None)
+        excesses = self._excesses(record)
+        if self.space.cost:
+            record = record | {"values": self._values(record, trained or record)}
+        if self.space.constraints:
+            record = record | {"violations": {metric: max(0.0, excess) for metric, excess in excesses.items()} or None}
         self._remember(record)
         if proposal.number is None:
             self._study.set_user_attr("baseline", record)
-            return
-        self._storage.set_trial_user_attr(self._storage_id(proposal.number), "record", record)
+            return record
+        storage_id = self._storage_id(proposal.number)
+        self._storage.set_trial_user_attr(storage_id, "record", record)
+        for metric, excess in excesses.items():  # as Trial.set_constraint does, which ignores what is told again
+            self._storage.set_trial_system_attr(storage_id, f"constraints:{metric}", excess)
         state = _STATES[record["status"]]
-        self._study.tell(proposal.number, record["value"] if state is TrialState.COMPLETE else None, state=state)
+        values = self._values(record, trained or record) if state is TrialState.COMPLETE else None
+        self._study.tell(proposal.number, values, state=state)
+        return record
+
+    def _values(self, record: dict[str, Any], trained: dict[str, Any] | None) -> list[float] | None:
+        """What a trial is told by, one an objective; None where the record does not say all. `trained` is the record
+        whose training it is."""
+        values = [record["value"]]
+        if self.space.cost:
+            values.append(trained and records.cost(self.space.cost.metric, trained))
+        return None if None in values else values
+
+    def _excesses(self, record: dict[str, Any]) -> dict[str, float]:
+        """How far a trial lies beyond each constraint, by figure; nothing for one that has no epoch to judge."""
+        if record["value"] is None or _STATES[record["status"]] is TrialState.FAIL:
+            return {}
+        figures = _figures(record)
+        return {bound.metric: bound.excess(figures.get(bound.metric)) for bound in self.space.constraints}
 
     def _remember(self, record: dict[str, Any]) -> None:
         if not record["replayed_from"]:
@@ -290,15 +334,28 @@ class SearchStudy:
 
     # Reading
 
-    def curves(self) -> dict[int, dict[int, float]]:
+    def curves(self, like: int | None = None) -> dict[int, dict[int, float]]:
         """The figure that schedulers compare, by number and epoch, of every trial that was trained; without the
-        baseline."""
+        baseline. Where masks are a cost, only of the trials with as many as trial `like`, if that is given."""
         first = 1 if self._attr("baseline_in_space") else 0
+        trials = self._study.get_trials(deepcopy=False)
+        wanted = None if like is None else self._masks(trials[like])
         return {
             trial.number: trial.intermediate_values
-            for trial in self._study.get_trials(deepcopy=False)
-            if trial.number >= first and trial.intermediate_values and not _is_replay(trial)
+            for trial in trials
+            if trial.number >= first
+            and trial.intermediate_values
+            and not _is_replay(trial)
+            and (wanted is None or self._masks(trial) == wanted)
         }
+
+    def _masks(self, trial: optuna.trial.FrozenTrial) -> int | str | None:
+        """How many positives keep their masks, as configured; None where that is no cost."""
+        if self.space.cost is None or self.space.cost.metric != "num_segmented":
+            return None
+        fixed = self.space.train.get("num_segmented", DEFAULTS["num_segmented"])
+        found: int | str = trial.params.get("num_segmented", fixed)
+        return found
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all finished trials, a baseline outside the space first."""
@@ -341,6 +398,24 @@ def _replay(record: dict[str, Any], config: RunConfig) -> dict[str, Any] | None:
     """What a trained network gave when it was judged as a configuration wants it."""
     wanted = config.judgement()
     return next((replay for replay in record["replays"] if Judgement.of(replay) == wanted), None)
+
+
+def _figures(record: dict[str, Any]) -> dict[str, float | None]:
+    """What a record knows of the epoch whose weights it keeps, judged in its own way."""
+    wanted = Judgement.of(DEFAULTS | record["config"])
+    replay: dict[str, Any] = next((one for one in record["replays"] if Judgement.of(one) == wanted), {})
+    own = [] if record["replayed_from"] else record["history"]  # a replay has the history of the other trial
+    rows = [row for row in own if row["epoch"] == record["best_epoch"]]
+    return {**(rows[0] if rows else {}), **replay.get("figures", {})}
+
+
+class _StudyOfTwo(optuna.Study):
+    """A study with two objectives. TPE ranks pruned trials by `direction`, which Optuna refuses here; what their epochs
+    say is of the figure, the first one."""
+
+    @property
+    def direction(self) -> optuna.study.StudyDirection:
+        return self.directions[0]
 
 
 def _suggest(trial: optuna.trial.Trial, name: str, param: Param) -> Any:

@@ -294,7 +294,7 @@ class _Session:
         self.judged[key] = epoch
         if not schedulers.compares(scheduler, proposal.config.epochs, proposal.number, since, epoch):
             return False
-        curves = self.study.curves()
+        curves = self.study.curves(proposal.number)
         reason = schedulers.stops(scheduler, proposal.config.epochs, proposal.number, since, curves)
         if reason:
             self.reason_stopped[key] = reason
@@ -343,7 +343,7 @@ class _Session:
             "replayed_from": None,
             **progress,
         }
-        self.study.finish(proposal, record)
+        record = self.study.finish(proposal, record)
         self._device_seconds += record["device_seconds"]
         self._save_clock()
         self._file.write(self.study.records())

@@ -20,6 +20,17 @@ SEGMENTATION_METRICS = (
 )  # fmt: skip
 DECISION_METRICS = ("decision_ap", "decision_auc")
 METRICS = SEGMENTATION_METRICS + DECISION_METRICS
+COSTS = ("num_segmented", "device_seconds")
+"""What may be minimised beside a figure: how many positive training images keep their masks; what a training took."""
+CONSTRAINED_DECISION_METRICS = (
+    *DECISION_METRICS, "decision_accuracy", "decision_precision", "decision_recall", "decision_specificity",
+    "decision_f1",
+)  # fmt: skip
+CONSTRAINED_METRICS = (
+    *SEGMENTATION_METRICS, "precision_mean", "recall_mean", "dice_std", "iou_std", "f1_positive",
+    "iou_pooled_positive", "iou_two_class", *CONSTRAINED_DECISION_METRICS,
+)  # fmt: skip
+"""Figures of an epoch on validation that may be bounded; each lies between 0 and 1."""
 
 SHARED_WITH_BASELINE = ("width", "epochs", "batch_size", "micro_batch", "precision")
 """What the baseline takes over from a space, besides data and input size; so these cannot be searched."""
@@ -128,10 +139,26 @@ class DataOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The validation figure that is searched for; all offered ones are better when larger."""
+    """What is searched for: a figure on validation, better when larger, or one of COSTS, better when smaller."""
 
     metric: str = "dice_mean"
     mode: str = "max"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """A bound, inclusive, on a validation figure of the epoch whose weights are kept; one of `min` and `max` is set."""
+
+    metric: str
+    min: float | None = None
+    max: float | None = None
+
+    def excess(self, value: float | None) -> float:
+        """How far a figure lies beyond the bound; 0 or less where it meets it. One that does not exist lies as far
+        beyond as figures reach, 1."""
+        if value is None:
+            return 1.0
+        return self.min - value if self.min is not None else value - (self.max or 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,11 +198,21 @@ class Space:
     train: Mapping[str, Any]
     search: Mapping[str, Param]
     objective: Objective
+    """the figure; what wins, where there is a cost beside it too"""
     sampler: str
     scheduler: Scheduler
     budget: Budget
     start_from: tuple[Mapping[str, Any], ...]
     seed: int
+    cost: Objective | None = None
+    """the second objective, one of COSTS"""
+    constraints: tuple[Constraint, ...] = ()
+    """at most one a figure"""
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The figure, and the cost if there is one."""
+        return (self.objective, self.cost) if self.cost else (self.objective,)
 
     def active(self, params: Mapping[str, Any]) -> list[str]:
         """The parameters whose conditions `params` meets."""
@@ -238,12 +275,15 @@ class Space:
 
     def to_dict(self) -> dict[str, Any]:
         """As in its YAML file, with every default written out; `parse` takes it back."""
+        objectives = [fields_of(objective) for objective in self.objectives]
+        bounds = [{k: v for k, v in fields_of(one).items() if v is not None} for one in self.constraints]
         return {
             "name": self.name,
             "data": fields_of(self.data),
             "train": dict(self.train),
             "search": {name: _param_dict(param) for name, param in self.search.items()},
-            "objective": fields_of(self.objective),
+            "objective": objectives if self.cost else objectives[0],
+            **({"constraints": bounds} if bounds else {}),
             "sampler": self.sampler,
             "scheduler": fields_of(self.scheduler) if self.scheduler.name != "none" else "none",
             "budget": {key: value for key, value in fields_of(self.budget).items() if value is not None},
@@ -253,7 +293,8 @@ class Space:
 
     def fingerprint(self) -> str:
         """Names what is searched: equal spaces may share a study, whatever they are allowed to spend."""
-        described = {k: v for k, v in self.to_dict().items() if k in ("data", "train", "search", "objective", "seed")}
+        names = ("data", "train", "search", "objective", "constraints", "seed")
+        described = {k: v for k, v in self.to_dict().items() if k in names}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -17,6 +17,8 @@ from model.config import DEFAULTS, RULES, input_size_problem
 from model.layouts import LAYOUTS
 from tuner.space import (
     COMPARED,
+    CONSTRAINED_METRICS,
+    COSTS,
     DECISION_METRICS,
     METRICS,
     SAMPLERS,
@@ -24,6 +26,7 @@ from tuner.space import (
     SHARED_WITH_BASELINE,
     Budget,
     ChoiceParam,
+    Constraint,
     DataOptions,
     FloatParam,
     IntParam,
@@ -43,7 +46,8 @@ _ELSEWHERE = {"seed": "seed, at the top level", "input_height": "data.height", "
 TUNABLE = tuple(name for name in RULES if name not in _ELSEWHERE)
 
 _TOP_KEYS = (
-    "name", "data", "train", "search", "objective", "sampler", "scheduler", "budget", "start_from", "seed",
+    "name", "data", "train", "search", "objective", "constraints", "sampler", "scheduler", "budget", "start_from",
+    "seed",
 )  # fmt: skip
 _REQUIRED_KEYS = ("name", "data", "search", "budget")
 _LARGEST_GRID = 100_000
@@ -120,7 +124,8 @@ class _Reader:
         data = self.data(document.get("data", {}))
         train = self.train(document.get("train", {}))
         search = self.search(document.get("search", {}), train)
-        objective = self.objective(document.get("objective", {}))
+        objective, cost = self.objectives(document.get("objective", {}))
+        constraints = self.constraints(document.get("constraints", []))
         sampler = self.value(
             document, "sampler", str, f"must be one of {', '.join(SAMPLERS)}", "tpe", SAMPLERS.__contains__
         )
@@ -128,9 +133,10 @@ class _Reader:
         budget = self.budget(document.get("budget", {}))
         space = Space(
             name=name, data=data, train=train, search=search, objective=objective, sampler=sampler,
-            scheduler=scheduler, budget=budget, start_from=(), seed=seed,
+            scheduler=scheduler, budget=budget, start_from=(), seed=seed, cost=cost, constraints=constraints,
         )  # fmt: skip
         self.sampler_fits(space)
+        self.cost_fits(space)
         self.late_decision(space)
         points = self.start_from(space, document.get("start_from", []))
         if not self.problems:  # what follows needs the single values to be right
@@ -325,20 +331,62 @@ class _Reader:
             ordered.update(free)
         return ordered
 
-    def objective(self, value: Any) -> Objective:
-        if isinstance(value, list):
-            self.problem("objective", "must be one metric in this version", f"a list of {len(value)}", "keep one")
-            return Objective()
-        if not self.mapping("objective", value, ("metric", "mode")):
+    def objectives(self, value: Any) -> tuple[Objective, Objective | None]:
+        """The figure, and the cost if there are two."""
+        if not isinstance(value, list):
+            return self.objective("objective", value), None
+        if len(value) != 2:
+            rule = "must be one objective or a list of two, a figure and a cost"
+            self.problem("objective", rule, f"a list of {len(value)}", "keep two")
+            return Objective(), None
+        return self.objective("objective[0]", value[0]), self.cost("objective[1]", value[1])
+
+    def objective(self, key: str, value: Any) -> Objective:
+        if not self.mapping(key, value, ("metric", "mode")):
             return Objective()
         metric = value.get("metric", "dice_mean")
-        if metric not in METRICS:
-            near = difflib.get_close_matches(str(metric), METRICS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else ""
-            self.problem("objective.metric", f"must be one of {', '.join(METRICS)}", metric, hint)
+        self.known(f"{key}.metric", metric, METRICS)
         if value.get("mode", "max") != "max":
-            self.problem("objective.mode", "must be max: every offered metric is better when larger", value["mode"])
+            self.problem(f"{key}.mode", "must be max: every offered metric is better when larger", value["mode"])
         return Objective(metric=str(metric))
+
+    def cost(self, key: str, value: Any) -> Objective | None:
+        if not self.mapping(key, value, ("metric", "mode"), required=("metric",)):
+            return None
+        self.known(f"{key}.metric", metric := value.get("metric", COSTS[0]), COSTS)
+        if value.get("mode", "min") != "min":
+            self.problem(f"{key}.mode", "must be min: the second objective is a cost", value["mode"])
+        return Objective(metric=str(metric), mode="min")
+
+    def known(self, key: str, name: Any, names: tuple[str, ...]) -> None:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else ""
+            self.problem(key, f"must be one of {', '.join(names)}", name, hint)
+
+    def constraints(self, value: Any) -> tuple[Constraint, ...]:
+        if not isinstance(value, list):
+            self.problem("constraints", "must be a list such as [{metric: recall, min: 0.9}]", value)
+            return ()
+        found: list[Constraint] = []
+        for n, described in enumerate(value):
+            key = f"constraints[{n}]"
+            if not self.mapping(key, described, ("metric", "min", "max"), required=("metric",)):
+                continue
+            metric = described.get("metric", METRICS[0])
+            self.known(f"{key}.metric", metric, CONSTRAINED_METRICS)
+            if any(metric == other.metric for other in found):
+                self.problem(f"{key}.metric", "must be bounded once", metric, "keep one of the two")
+            if ("min" in described) == ("max" in described):
+                shown = " and ".join(bound for bound in ("min", "max") if bound in described) or "neither"
+                self.problem(key, "must have either min or max", shown, "keep one")
+            rule = "must be a number from 0 to 1, as figures are"
+            bounds = {
+                bound: self.value(described, bound, float, rule, None, lambda v: 0 <= v <= 1, f"{key}.")
+                for bound in ("min", "max")
+            }
+            found.append(Constraint(metric=str(metric), **bounds))
+        return tuple(found)
 
     def scheduler(self, value: Any, epochs: int) -> Scheduler:
         value = {"name": value} if isinstance(value, str) else value
@@ -391,6 +439,27 @@ class _Reader:
             size = math.prod(len(param.values()) for param in space.search.values())
             if size > _LARGEST_GRID:
                 self.problem("sampler", f"grid takes at most {_LARGEST_GRID:,} points", f"{size:,}", "use fewer values")
+
+    def cost_fits(self, space: Space) -> None:
+        """What a cost, or constraints, ask of the rest of the space."""
+        several = [
+            what for what, there in (("two objectives", space.cost), ("constraints", space.constraints)) if there
+        ]
+        if several and space.sampler == "cmaes":
+            rule = f"cmaes knows nothing of {' or '.join(several)}"
+            self.problem("sampler", rule, space.sampler, "use tpe or gp")
+        if space.cost is None:
+            return
+        if space.cost.metric == "num_segmented" and "num_segmented" not in space.search:
+            self.problem(
+                "objective[1].metric", "num_segmented must be searched, or every trial costs the same",
+                "nothing of that name under search", "search num_segmented, or keep one objective",
+            )  # fmt: skip
+        if space.cost.metric == "device_seconds" and space.scheduler.name != "none":
+            self.problem(
+                "scheduler", "must be none where device_seconds is an objective: at a rung the quick and slightly "
+                "worse ones, which belong on the front, would be cut", space.scheduler.name, "say scheduler: none",
+            )  # fmt: skip
 
     def late_decision(self, space: Space) -> None:
         """A rung compares nothing that has not begun to learn."""
@@ -464,6 +533,11 @@ def schema() -> dict[str, Any]:
     def mapping(properties: dict[str, Any], required: tuple[str, ...] = ()) -> dict[str, Any]:
         return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
+    figure = mapping({"metric": {"enum": list(METRICS)}, "mode": {"const": "max"}})
+    cost = mapping({"metric": {"enum": list(COSTS)}, "mode": {"const": "min"}}, ("metric",))
+    both = {"type": "array", "prefixItems": [figure, cost], "minItems": 2, "items": False}
+    limit = {"type": "number", "minimum": 0, "maximum": 1, "description": "inclusive, on validation"}
+    bound = mapping({"metric": {"enum": list(CONSTRAINED_METRICS)}, "min": limit, "max": limit}, ("metric",))
     scheduler = {
         "name": {"enum": list(SCHEDULERS)},
         "min_epochs": {"type": "integer", "minimum": 1},
@@ -478,7 +552,8 @@ def schema() -> dict[str, Any]:
         ),
         "train": mapping({name: _field_schema(name) for name in TUNABLE}),
         "search": mapping({name: param | {"description": RULES[name].doc} for name in TUNABLE}),
-        "objective": mapping({"metric": {"enum": list(METRICS)}, "mode": {"const": "max"}}),
+        "objective": {"anyOf": [figure, both]},
+        "constraints": {"type": "array", "items": bound | {"oneOf": [{"required": ["min"]}, {"required": ["max"]}]}},
         "sampler": {"enum": list(SAMPLERS)},
         "scheduler": {"anyOf": [{"enum": list(SCHEDULERS)}, mapping(scheduler, ("name",))]},
         "budget": mapping({"trials": {"type": "integer", "minimum": 1}, **dict.fromkeys(_BUDGET_KEYS[1:], positive)}),

@@ -10,11 +10,13 @@ from tuner.run import Run
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """What `tuner status --json` prints (DESIGN: interfaces)."""
+    """What `tuner status --json` prints (DESIGN: interfaces). Beyond that: `nearest`, the completed trial that is least
+    beyond the constraints, where none meets them; `front`, where there are two objectives."""
     info, found = run.info, run.records
     running = run.is_running()
     state = info["state"] if running or info["state"] != "running" else "stopped"  # killed
     best = records.best(found)
+    nearest = records.nearest(found)
     counts = records.count(found)
     elapsed = _elapsed(run, running)
     return {
@@ -24,7 +26,9 @@ def describe(run: Run) -> dict[str, Any]:
         **counts,
         "running": _running(run) if running else 0,
         "reasons": records.reasons(found),
-        "best": {"trial": best["trial"], "value": best["value"], "params": best["params"]} if best else None,
+        "best": {key: best[key] for key in ("trial", "value", "params")} if best else None,
+        "nearest": {key: nearest[key] for key in ("trial", "value", "params", "violations")} if nearest else None,
+        "front": records.front(found, [objective.mode for objective in run.space.objectives]),
         "elapsed_seconds": round(elapsed, 1),
         "remaining_seconds": _remaining(run, found, elapsed) if state != "finished" else 0.0,
     }
@@ -35,8 +39,12 @@ def show(found: dict[str, Any]) -> str:
     ends = ", ".join(f"{found[s.value]} {s.value.replace('_', ' ')}" for s in records.Status)
     lines = [f"{found['run']}: {found['state']}, {found['trials']} trials ended ({ends}), {found['running']} running"]
     if best := found["best"]:
-        params = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best["params"].items())
-        lines.append(f"best so far {best['value']:.4f} by {best['trial']}: {params or 'nothing searched'}")
+        lines.append(f"best so far {best['value']:.4f} by {best['trial']}: {_params(best)}")
+    if nearest := found["nearest"]:
+        lines.append(f"{records.none_feasible(nearest)}; its value is {nearest['value']:.4f}: {_params(nearest)}")
+    for point in found["front"] or []:
+        value, cost = point["values"]
+        lines.append(f"on the front {value:.4f} for {cost:g} by {point['trial']}: {_params(point)}")
     lines += [f"{count} {status.replace('_', ' ')}: {reason}" for status, reason, count in found["reasons"]]
     left = found["remaining_seconds"]
     lines.append(
@@ -44,6 +52,11 @@ def show(found: dict[str, Any]) -> str:
         + (f", about {left / 60:.0f} minutes left" if left else ", time left unknown" if left is None else "")
     )
     return "\n".join(lines)
+
+
+def _params(trial: dict[str, Any]) -> str:
+    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial["params"].items())
+    return ", ".join(shown) or "nothing searched"
 
 
 def _elapsed(run: Run, running: bool) -> float:

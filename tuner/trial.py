@@ -26,7 +26,7 @@ from model.data import Cache, open_cache
 from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
 from model.sample import Sample
-from model.splits import keep_masks
+from model.splits import counts, keep_masks
 from model.thresholds import Thresholds, sigmoid
 from tuner.space import DECISION_METRICS
 
@@ -48,19 +48,27 @@ class TrialTask:
     """what schedulers compare: see `tuner.space.Scheduler`"""
     replayed: Mapping[str, tuple[Any, ...]]
     """values of JUDGING_FIELDS that a trained network is also judged by, beside the trial's own"""
+    cost: str | None = None
+    """one of `tuner.space.COSTS`"""
+    constrained: tuple[str, ...] = ()
+    """figures that constraints ask for: each replay carries those of its epoch"""
 
     def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
         """Trains to the end, from the checkpoint folder `resume` if there is one, reporting every epoch.
 
         Progress: `status` (running, completed or diverged), `reason`, `epochs`, `history`, `value` (the objective at
-        the best epoch), `best_epoch`, `thresholds`, `rules`, `replays`, `seconds`, and `micro_batch`, set where
-        memory ran out: smaller parts of a batch add up to the same step, so the trial goes on from its last epoch.
+        the best epoch), `best_epoch`, `thresholds`, `rules`, `replays`, `seconds`, `num_segmented` (positives that
+        kept their masks, where that is a cost), and `micro_batch`, set where memory ran out: smaller parts of a batch
+        add up to the same step, so the trial goes on from its last epoch.
         """
         size = config.input_height, config.input_width
-        cache = open_cache(keep_masks(self.train, config.num_segmented, config.seed), *size)
+        samples = keep_masks(self.train, config.num_segmented, config.seed)
+        cache = open_cache(samples, *size)
         validation = open_cache(self.validation, *size)
         with tempfile.TemporaryDirectory(prefix="segdec-trial-") as scratch:
             keeper = _Keeper(self, config, Path(scratch), resume)
+            if self.cost == "num_segmented":
+                keeper.progress["num_segmented"] = counts(samples)["segmented"]
             if keeper.progress["epochs"] == config.epochs:
                 report(keeper.progress, keeper.directory)  # it was done, and only the word of it was lost
                 return
@@ -150,7 +158,7 @@ class _Keeper:
     """
 
     def __init__(self, task: TrialTask, config: RunConfig, scratch: Path, resume: Path | None) -> None:
-        self.metric, self.compare = task.metric, task.compare
+        self.metric, self.compare, self.constrained = task.metric, task.compare, task.constrained
         self.config = config
         self.judgements = task.judgements(config)
         self.rules = list(plain_rules(self.judgements))
@@ -174,18 +182,22 @@ class _Keeper:
         found = [scores.choose(Judgement.of(replay)) for replay in replays]
         judged = scores.figures(found)
         decision_f1 = scores.decision[1]
-        for replay, highest, thresholds, figures in zip(replays, self.highest, found, judged, strict=True):
+        constrained = [self._constrained(scores, figures) for figures in judged]
+        for replay, highest, thresholds, figures, bounded in zip(
+            replays, self.highest, found, judged, constrained, strict=True
+        ):
             # The objective is 0, the worst, where this network has no such figure (precision of nothing predicted).
             row = {"value": figures[self.metric] or 0.0, "decision_f1": decision_f1, "dice_mean": figures["dice_mean"]}
             if is_best(row, highest, replay["best_by"]):
                 replay |= {"value": row["value"], "epoch": epoch, "thresholds": thresholds.to_dict()}
+                replay |= {"figures": bounded} if self.constrained else {}
             highest |= {key: max(highest.get(key, value), value) for key, value in row.items() if value is not None}
         own = replays[0]
         history_row = {"epoch": epoch, "value": judged[0][self.metric] or 0.0} | losses | judged[0]
         history_row["compared"] = self._compared(scores, judged[0])
         self.progress |= {
             "epochs": epoch,
-            "history": [*self.progress["history"], history_row | {"decision_f1": decision_f1}],
+            "history": [*self.progress["history"], history_row | {"decision_f1": decision_f1} | constrained[0]],
             "replays": replays,
             "value": own["value"],
             "best_epoch": own["epoch"],
@@ -195,6 +207,10 @@ class _Keeper:
         self._keep_weights(training, found[0])
         if own["epoch"] == epoch:
             self._draw(training, validation, found[0])
+
+    def _constrained(self, scores: Scores, figures: Mapping[str, float | None]) -> dict[str, float | None]:
+        """The figures that constraints ask for."""
+        return {name: (dict(figures) | scores.decision_rates).get(name) for name in self.constrained}
 
     def _compared(self, scores: Scores, own: Mapping[str, float | None]) -> float:
         """The figure of this epoch that a scheduler compares."""

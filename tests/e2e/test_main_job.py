@@ -17,10 +17,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import yaml
 
 from model import layouts, splits, synthetic
 from model.inspection import decode_image
 from model.sample import Sample
+from tuner import records as tuner_records
 from tuner import run as runs
 from tuner import space_file
 from tuner.run import Options, Run
@@ -131,6 +133,62 @@ def test_from_a_space_to_a_report(place: Path) -> None:
     assert (code, out) == (0, "runs/small/report/index.html\n")
     check_whole(place)
     assert len((place / "runs/small/evaluation/openings.jsonl").read_text().splitlines()) == 1
+
+
+def search_for(place: Path, **goals: object) -> tuple[list[dict], dict, str, str]:
+    """A search of the small space for other goals; its records, metrics.json, report and what it said."""
+    space = yaml.safe_load(SPACE) | goals
+    space["search"]["num_segmented"] = {"type": "categorical", "choices": [2, "all"]}
+    del space["search"]["learning_rate"]  # so that the masks alone make another network
+    space["train"]["epochs"] = 2
+    (place / "small.yaml").write_text(yaml.safe_dump(space))
+    code, out, err = call(place, "search", "small.yaml", "--data", "set", "--wandb", "off", "--trials", "3")
+    assert (code, out) == (0, f"{REPORT}/index.html\n"), err
+    metrics = json.loads((place / REPORT / "metrics.json").read_text())
+    return records(place), metrics, (place / REPORT / "report.md").read_text(), err
+
+
+def test_two_objectives_end_in_a_front(place: Path) -> None:
+    objectives = [{"metric": "dice_positive_mean"}, {"metric": "num_segmented"}]
+    found, metrics, report, _ = search_for(place, objective=objectives)
+    run = runs.load(place / "runs/small")
+    masks = {"all": run.info["data"]["train"]["segmented"], 2: 2}
+    for record in found:
+        assert record["values"] == [record["value"], masks[record["config"]["num_segmented"]]]
+    assert {record["values"][1] for record in found} == {2, masks["all"]}
+    front = tuner_records.front(found, ["max", "min"])
+    assert metrics["front"] == front != []
+    code, out, _ = call(place, "status", "runs/small", "--json")
+    assert (code, json.loads(out)["front"]) == (0, front)
+    code, out, _ = call(place, "status", "runs/small")
+    assert f"on the front {front[0]['values'][0]:.4f} for {front[0]['values'][1]} by {front[0]['trial']}: " in out
+    completed = [record for record in found if record["status"] == "completed"]
+    assert metrics["best"]["trial"] == max(completed, key=lambda record: record["value"])["trial"]
+    assert "![" in report
+    assert "figures/pareto-front.png" in report
+
+
+def test_constraints_that_nothing_meets_are_said_everywhere(place: Path) -> None:
+    bounds = [{"metric": "recall", "min": 1.0}, {"metric": "precision", "min": 1.0}]
+    found, metrics, report, err = search_for(place, constraints=bounds)
+    for record in found:
+        figures = record["replays"][0]["figures"] if not record["replayed_from"] else None
+        if figures and record["value"] is not None:
+            beyond = {name: 1.0 if figures[name] is None else 1 - figures[name] for name in ("recall", "precision")}
+            assert record["violations"] == pytest.approx(beyond)
+    nearest = tuner_records.nearest(found)
+    message = tuner_records.none_feasible(nearest)
+    assert f"{message}; it is evaluated all the same" in " ".join(err.split())
+    code, out, _ = call(place, "status", "runs/small")
+    assert (code, message in out, "best so far" in out) == (0, True, False)
+    status = json.loads(call(place, "status", "runs/small", "--json")[1])
+    assert (status["best"], status["nearest"]["trial"]) == (None, nearest["trial"])
+    assert metrics["best"]["trial"] == nearest["trial"]
+    assert "No completed trial meets the constraints." in report
+    chosen = json.loads((place / "runs/small/evaluation/selection.json").read_text())
+    assert chosen["trials"][nearest["trial"]]["violations"] == nearest["violations"]
+    best = json.loads((place / "runs/small/best/thresholds.json").read_text())
+    assert best["violations"] == nearest["violations"]
 
 
 def test_no_test_pixel_is_seen_before_the_finals(place: Path) -> None:

@@ -1,5 +1,5 @@
-"""Every combination of sampler, scheduler and kind of space that is offered, through ask, report, stop, fail and resume on
-a real Optuna journal; and the table of those that are refused."""
+"""Every combination of sampler, scheduler, kind of space and goals that is offered, through ask, report, stop, fail and
+resume on a real Optuna journal; and the table of those that are refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from optuna.trial import TrialState
 
 from tests.tuner.conftest import ended, small_space
-from tuner import schedulers
-from tuner.sampler import SearchStudy
+from tuner import records, schedulers
+from tuner.sampler import Proposal, SearchStudy
 from tuner.space import SAMPLERS, SCHEDULERS, Space, SpaceError
 
 SEARCHES: dict[str, dict[str, Any]] = {
@@ -34,6 +34,22 @@ SEARCHES: dict[str, dict[str, Any]] = {
     },
     "one": {"dilate": {"type": "int", "low": 1, "high": 99, "step": 2}},
 }
+MASKS = {
+    "dilate": {"type": "int", "low": 1, "high": 19, "step": 2},
+    "num_segmented": {"type": "int", "low": 10, "high": 40, "step": 10},
+}
+_FIGURE = {"metric": "dice_mean", "mode": "max"}
+_BOUNDS = [{"metric": "recall", "min": 0.5}, {"metric": "decision_specificity", "min": 0.25}]
+GOALS: dict[str, dict[str, Any]] = {
+    "masks": {"objective": [_FIGURE, {"metric": "num_segmented", "mode": "min"}]},
+    "seconds": {"objective": [_FIGURE, {"metric": "device_seconds", "mode": "min"}]},
+    "constraints": {"constraints": _BOUNDS},
+    "masks and constraints": {
+        "objective": [_FIGURE, {"metric": "num_segmented", "mode": "min"}],
+        "constraints": _BOUNDS,
+    },
+}
+ALL_MASKS = 50
 
 REFUSED = {
     ("cmaes", "categorical"), ("cmaes", "conditional"), ("cmaes", "one"), ("gp", "conditional"),
@@ -41,20 +57,36 @@ REFUSED = {
 }  # fmt: skip
 
 
-def space_of(sampler: str, scheduler: str, search: str) -> Space:
+REFUSED_GOALS = [("cmaes", "none", goals) for goals in GOALS] + [
+    ("tpe", scheduler, "seconds") for scheduler in SCHEDULERS if scheduler != "none"
+]
+
+
+def space_of(sampler: str, scheduler: str, search: dict[str, Any], **goals: Any) -> Space:
     return small_space(
-        search=SEARCHES[search],
+        search=search,
         train={"width": 0.1, "epochs": 9},
         sampler=sampler,
         scheduler=scheduler if scheduler == "none" else {"name": scheduler, "min_epochs": 1, "reduction": 2},
         budget={"trials": 100},
+        **goals,
     )
 
 
 def figure(params: dict[str, Any], epoch: int) -> float:
-    """A curve that follows from the configuration."""
-    numbers = [float(value) for value in params.values() if not isinstance(value, str)]
-    return 1 / (1 + sum(numbers)) + epoch / 100
+    """A curve that follows from the configuration; more masks are better."""
+    numbers = [float(value) for name, value in params.items() if name != "num_segmented" and not isinstance(value, str)]
+    return 1 / (1 + sum(numbers)) + epoch / 100 + params.get("num_segmented", 0) / 200
+
+
+def judged(proposal: Proposal, value: float, epoch: int) -> dict[str, Any]:
+    """What a worker adds where masks are a cost or figures are bounded: half of the trials meet the first bound, and
+    the second figure does not exist for a tenth."""
+    dilate = proposal.config.dilate
+    figures = {"recall": 1 - dilate / 20, "decision_specificity": None if dilate == 5 else 0.5}
+    own = proposal.config.judgement()._asdict() | {"value": value, "epoch": epoch, "thresholds": None}
+    kept = proposal.config.num_segmented
+    return {"replays": [own | {"figures": figures}], "num_segmented": ALL_MASKS if kept == "all" else kept}
 
 
 def run_one(study: SearchStudy, end: str) -> str | None:
@@ -62,7 +94,7 @@ def run_one(study: SearchStudy, end: str) -> str | None:
     proposal = study.ask()
     if proposal is None:
         return None
-    assert study.space.contains(proposal.params)
+    assert proposal.number is None or study.space.contains(proposal.params)
     reason = None
     for epoch in range(1, proposal.config.epochs + 1):
         if end != "completed" and epoch == 4:
@@ -70,12 +102,16 @@ def run_one(study: SearchStudy, end: str) -> str | None:
             return end
         study.report(proposal.number, epoch, figure(proposal.params, epoch))
         if not proposal.is_baseline:
-            reason = schedulers.stops(study.space.scheduler, 9, proposal.number, epoch - 1, study.curves())
+            curves = study.curves(proposal.number)
+            reason = schedulers.stops(study.space.scheduler, 9, proposal.number, epoch - 1, curves)
         if reason:
             break
     status = "stopped_early" if reason else "completed"
     value = figure(proposal.params, epoch)
-    study.finish(proposal, ended(proposal, status, value=value, epochs=epoch, best_epoch=epoch, replays=[]))
+    more: dict[str, Any] = {"replays": []}
+    if study.space.cost or study.space.constraints:
+        more = judged(proposal, value, epoch) | {"device_seconds": 10.0 + proposal.config.dilate % 7}
+    study.finish(proposal, ended(proposal, status, value=value, epochs=epoch, best_epoch=epoch, **more))
     return status
 
 
@@ -88,8 +124,59 @@ def run_one(study: SearchStudy, end: str) -> str | None:
     ],
 )
 def test_what_is_offered_works(sampler: str, scheduler: str, search: str, tmp_path: Path) -> None:
-    space = space_of(sampler, scheduler, search)
-    journal = tmp_path / "study.journal"
+    drive(space_of(sampler, scheduler, SEARCHES[search]), tmp_path / "study.journal")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "goals"),
+    [
+        combination
+        for combination in itertools.product(SAMPLERS, SCHEDULERS, GOALS)
+        if combination[0] != "cmaes" and (combination[1] == "none" or combination[2] != "seconds")
+    ],
+)
+def test_what_is_offered_works_with_other_goals(sampler: str, scheduler: str, goals: str, tmp_path: Path) -> None:
+    space = space_of(sampler, scheduler, MASKS, **GOALS[goals])
+    study = drive(space, tmp_path / "study.journal")
+    found = study.records()
+    assert found[0]["baseline"]
+    assert found[0]["number"] is None  # it keeps all masks
+    trials = study._study.get_trials(deepcopy=False)
+    for record in found:
+        number, status = record["number"], record["status"]
+        trial = trials[number] if number is not None else None
+        if space.cost:
+            seconds = 10.0 + record["config"]["dilate"] % 7
+            kept = record["config"]["num_segmented"]
+            cost = (ALL_MASKS if kept == "all" else kept) if space.cost.metric == "num_segmented" else seconds
+            assert record["values"] == (None if record["value"] is None else [record["value"], cost])
+            if trial is not None:
+                assert trial.values == (record["values"] if status == "completed" else None)
+        if space.constraints:
+            dilate = record["config"]["dilate"]
+            beyond = {"recall": max(0.0, dilate / 20 - 0.5), "decision_specificity": 1.0 if dilate == 5 else 0.0}
+            assert record["violations"] == (None if record["value"] is None else pytest.approx(beyond))
+            if trial is not None and record["violations"]:
+                told = {"recall": dilate / 20 - 0.5, "decision_specificity": 1.0 if dilate == 5 else -0.25}
+                assert trial.constraints == pytest.approx(told)
+        if status == "stopped_early":
+            assert trial is not None
+            if not record["replayed_from"]:
+                assert len(trial.intermediate_values) == record["epochs"]
+    inside = [record for record in found if record["number"] is not None]
+    if space.cost:
+        front = records.pareto_front(inside, [objective.mode for objective in space.objectives])
+        assert [record["number"] for record in front] == [trial.number for trial in study._study.best_trials]
+        assert front or space.constraints
+    elif best := records.best(inside):
+        assert best["number"] == study._study.best_trial.number
+    else:
+        with pytest.raises(ValueError, match="No feasible trials"):
+            _ = study._study.best_trial
+
+
+def drive(space: Space, journal: Path) -> SearchStudy:
+    """A dozen trials that end in all ways, with a kill among them; the study afterwards."""
     study = SearchStudy(space, "abc123", journal)
     ends = [run_one(study, end) for end in ("completed", "completed", "diverged", "failed", *["completed"] * 5)]
     left = study.ask()  # killed while it ran
@@ -98,7 +185,8 @@ def test_what_is_offered_works(sampler: str, scheduler: str, search: str, tmp_pa
     again = SearchStudy(space, "abc123", journal)
     found = again.ask()
     assert found == left
-    again.finish(found, ended(found, value=0.5, replays=[]))
+    more = judged(found, 0.5, 1) if space.cost or space.constraints else {"replays": []}
+    again.finish(found, ended(found, value=0.5, **more | {"device_seconds": 10.0 + found.config.dilate % 7}))
     ends += ["completed"] + [run_one(again, "completed") for _ in range(3)]
     states = {"completed": TrialState.COMPLETE, "stopped_early": TrialState.PRUNED}
     trials = again._study.get_trials(deepcopy=False)
@@ -106,20 +194,36 @@ def test_what_is_offered_works(sampler: str, scheduler: str, search: str, tmp_pa
     trials = [
         trial for trial in trials if not trial.user_attrs["record"]["replayed_from"]
     ]  # the same point drawn again
-    assert [trial.state for trial in trials] == [states.get(end, TrialState.FAIL) for end in ends if end]
-    assert [trial.user_attrs["record"]["status"] for trial in trials] == [end for end in ends if end]
-    if scheduler == "none":
+    inside = [end for end in ends[again.records()[0]["number"] is None :] if end]  # the first is the baseline
+    assert [trial.state for trial in trials] == [states.get(end, TrialState.FAIL) for end in inside]
+    assert [trial.user_attrs["record"]["status"] for trial in trials] == inside
+    if space.scheduler.name == "none":
         assert "stopped_early" not in ends
+    return again
 
 
 @pytest.mark.parametrize(("sampler", "search"), sorted(REFUSED))
 def test_what_cannot_work_is_refused_at_load(sampler: str, search: str) -> None:
     with pytest.raises(SpaceError, match=r"sampler: .*(draws no|needs)"):
-        space_of(sampler, "none", search)
+        space_of(sampler, "none", SEARCHES[search])
+
+
+@pytest.mark.parametrize(("sampler", "scheduler", "goals"), REFUSED_GOALS)
+def test_goals_that_cannot_work_are_refused_at_load(sampler: str, scheduler: str, goals: str) -> None:
+    with pytest.raises(SpaceError, match=r"sampler: cmaes knows nothing of|scheduler: must be none where"):
+        space_of(sampler, scheduler, MASKS, **GOALS[goals])
+
+
+def test_tpe_ranks_what_was_stopped_where_there_are_two_objectives(tmp_path: Path) -> None:
+    """Optuna 5.0's own study raises there: its TPE asks for the one direction."""
+    study = SearchStudy(space_of("tpe", "asha", MASKS, **GOALS["masks"]), "abc123", tmp_path / "study.journal")
+    ends = [run_one(study, "completed") for _ in range(14)]
+    assert ends.count("stopped_early") >= 2
+    assert ends.count("completed") >= 2
 
 
 def test_a_grid_is_walked_once_and_over_all_sessions(tmp_path: Path) -> None:
-    space = space_of("grid", "none", "conditional")
+    space = space_of("grid", "none", SEARCHES["conditional"])
     seen: list[str] = []
     for _ in range(40):
         study = SearchStudy(space, "abc123", tmp_path / "study.journal")

@@ -1,5 +1,10 @@
 from pathlib import Path
 
+import optuna
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
 from tuner import records
 from tuner.records import RecordsFile
 
@@ -38,3 +43,62 @@ def test_only_what_was_completed_can_be_best() -> None:
     assert records.reasons([record("a", reason=None), *[record(n, "failed", reason="a bug") for n in "bc"]]) == [
         ("failed", "a bug", 2)
     ]
+
+
+def test_what_violates_a_constraint_wins_nothing() -> None:
+    met, beyond = {"recall": 0.0, "f1": 0.0}, {"recall": 0.25, "f1": 0.0}
+    found = [record("a", value=0.4, violations=met), record("b", value=0.9, violations=beyond)]
+    assert records.best(found) == found[0]
+    assert records.nearest(found) is None
+    stopped = record("c", "stopped_early", violations=met)
+    none = [
+        record("a", value=0.9, violations={"recall": 0.25, "f1": 0.5}),
+        record("b", value=0.3, violations={"recall": 0.25, "f1": 0.125}),
+        record("c", value=0.4, violations={"recall": 0.0, "f1": 0.375}),
+        stopped,
+    ]
+    assert records.best(none) is None
+    assert records.nearest(none) == none[2]
+    assert records.none_feasible(none[2]) == (
+        "no completed trial meets the constraints; c comes nearest: f1 0.375 beyond its bound"
+    )
+    assert records.beyond(met) == "met"
+    assert records.nearest([stopped]) is None
+
+
+def test_the_front_is_shown_by_cost_and_a_pair_of_values_once() -> None:
+    rows = [("a", [0.5, 30]), ("b", [0.8, 40]), ("c", [0.5, 30]), ("d", [0.4, 35]), ("e", [0.3, 10])]
+    found = [record(name, value=values[0], values=values, params={"x": name}) for name, values in rows]
+    found += [record("f", "stopped_early", value=0.9, values=[0.9, 5]), record("g", value=0.7, values=None)]
+    assert [r["trial"] for r in records.pareto_front(found, ["max", "min"])] == ["a", "b", "c", "e"]
+    assert records.front(found, ["max", "min"]) == [
+        {"trial": "e", "values": [0.3, 10], "params": {"x": "e"}},
+        {"trial": "a", "values": [0.5, 30], "params": {"x": "a"}},
+        {"trial": "b", "values": [0.8, 40], "params": {"x": "b"}},
+    ]
+    assert records.front(found, ["max"]) is None
+    assert records.front([], ["max", "min"]) == []
+
+
+STATES = {"completed": TrialState.COMPLETE, "stopped_early": TrialState.PRUNED, "failed": TrialState.FAIL}
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 4), st.sampled_from([0.0, 0.0, 0.5]), st.sampled_from([*STATES])),
+        max_size=12,
+    ),
+    st.lists(st.sampled_from(["max", "min"]), min_size=2, max_size=2),
+)
+def test_the_front_is_that_of_optuna(trials: list[tuple[int, int, float, str]], modes: list[str]) -> None:
+    """Few values, so that many are equal in one objective or in both."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(directions=[f"{mode}imize" for mode in modes])
+    found = []
+    for n, (first, second, violation, status) in enumerate(trials):
+        values = [first / 4, float(second)]
+        completed = {"values": values} if status == "completed" else {}
+        study.add_trial(optuna.trial.create_trial(state=STATES[status], constraints={"recall": violation}, **completed))
+        found.append(record(str(n), status, first / 4, values=values, violations={"recall": violation}))
+    front = records.pareto_front(found, modes)
+    assert [r["trial"] for r in front] == [str(trial.number) for trial in study.best_trials]

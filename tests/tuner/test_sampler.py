@@ -1,6 +1,7 @@
 """The study at its border: a real Optuna journal on disk, opened again as after a kill."""
 
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -9,7 +10,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from tests.tuner.conftest import ended, small_space
-from tuner.sampler import MAX_REPLAYS_IN_A_ROW, SearchStudy, count_running
+from tuner import records, schedulers
+from tuner.sampler import MAX_REPLAYS_IN_A_ROW, Proposal, SearchStudy, count_running
 from tuner.space import Space
 
 
@@ -269,3 +271,205 @@ def test_a_warm_start_is_known_to_the_sampler_and_is_nobodys_trial(journal: Path
     again.finish(first, ended(first))
     assert [record["trial"] for record in again.records()] == ["abc123-0000"]
     assert again.ask().number == inside + 1
+
+
+SECONDS = {"objective": [{"metric": "dice_mean"}, {"metric": "device_seconds"}]}
+MASKS = {"objective": [{"metric": "dice_mean"}, {"metric": "num_segmented"}]}
+RECALL = {"constraints": [{"metric": "recall", "min": 0.5}]}
+RULES = {
+    "learning_rate": {"type": "categorical", "choices": [1.0]},
+    "threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]},
+}
+COUNTED = {"num_segmented": {"type": "categorical", "choices": [5, 10, "all"]}}
+
+
+def replays(proposal: Proposal, **recalls: float | None) -> list[dict[str, Any]]:
+    """What a network gave when it was judged by each rule: the value is half the recall."""
+    own = proposal.config.judgement()
+    return [
+        own._replace(threshold_rule=rule)._asdict()
+        | {"value": (recall or 0.0) / 2, "epoch": 1, "thresholds": {}, "figures": {"recall": recall}}
+        for rule, recall in recalls.items()
+    ]
+
+
+def test_a_replay_has_both_values_and_its_own_violations(journal: Path) -> None:
+    study = SearchStudy(small_space(search=RULES, sampler="random", **SECONDS, **RECALL), "abc123", journal)
+    baseline = study.ask()
+    judged = replays(baseline, pr_curve=0.8, grid=0.25)
+    study.finish(baseline, ended(baseline, value=0.4, device_seconds=7.5, replays=judged))
+    assert study.ask() is None
+    found = study.records()
+    assert {record["params"]["threshold_rule"] for record in found[1:]} == {"pr_curve", "grid"}
+    trials = study._study.trials
+    for record in found:
+        rule = record["params"]["threshold_rule"]
+        assert record["values"] == {"pr_curve": [0.4, 7.5], "grid": [0.125, 7.5]}[rule]
+        assert record["value"] == record["values"][0]
+        assert record["violations"] == {"recall": {"pr_curve": 0.0, "grid": 0.25}[rule]}
+        trial = trials[record["number"]]
+        assert trial.values == record["values"]
+        assert trial.constraints == {"recall": {"pr_curve": pytest.approx(-0.3), "grid": 0.25}[rule]}
+    assert found[1]["device_seconds"] == 0  # it cost nothing itself
+    assert records.pareto_front(found, ["max", "min"]) == [r for r in found if r["value"] == 0.4]
+
+
+def test_what_was_stopped_keeps_its_epochs_where_there_are_two_objectives(journal: Path) -> None:
+    study = SearchStudy(small_space(search=COUNTED, **MASKS), "abc123", journal)
+    stopped = study.ask()
+    for epoch in (1, 2):
+        study.report(stopped.number, epoch, epoch / 10)
+    study.finish(stopped, ended(stopped, "stopped_early", value=0.2, num_segmented=17))
+    [trial] = SearchStudy(small_space(search=COUNTED, **MASKS), "abc123", journal)._study.trials
+    assert (trial.state, trial.values, trial.intermediate_values) == (TrialState.PRUNED, None, {1: 0.1, 2: 0.2})
+    assert trial.user_attrs["record"]["values"] == [0.2, 17]
+
+
+def test_masks_are_counted_as_the_worker_counted_them(journal: Path) -> None:
+    study = SearchStudy(small_space(search=COUNTED, sampler="grid", **MASKS), "abc123", journal)
+    for _ in range(3):
+        proposal = study.ask()
+        kept = proposal.config.num_segmented
+        study.finish(proposal, ended(proposal, num_segmented=31 if kept == "all" else kept))
+    found = study.records()
+    costs = {record["config"]["num_segmented"]: record["values"] for record in found}
+    assert costs == {5: [0.5, 5], 10: [0.5, 10], "all": [0.5, 31]}
+
+
+def test_a_scheduler_compares_trials_with_as_many_masks(journal: Path) -> None:
+    search = COUNTED | {"dilate": {"type": "int", "low": 1, "high": 9, "step": 2}}
+    points = [{"num_segmented": kept, "dilate": dilate} for kept, dilate in ((5, 3), (10, 3), (5, 5), ("all", 3))]
+    space = small_space(search=search, start_from=points, scheduler="asha", **MASKS)
+    study = SearchStudy(space, "abc123", journal)
+    assert study.ask().is_baseline
+    few, more, few_again, every = (study.ask() for _ in points)
+    for proposal, compared in ((few, 0.3), (more, 0.6), (few_again, 0.2), (every, 0.1)):
+        study.report(proposal.number, 1, compared)
+    assert set(study.curves()) == {1, 2, 3, 4}
+    assert set(study.curves(few.number)) == {few.number, few_again.number}
+    assert set(study.curves(every.number)) == {every.number}
+
+    def is_cut(proposal: Proposal) -> bool:
+        return schedulers.stops(space.scheduler, 3, proposal.number, 0, study.curves(proposal.number)) is not None
+
+    assert [is_cut(proposal) for proposal in (few, more, few_again, every)] == [False, False, True, False]
+
+
+def test_with_one_objective_a_scheduler_compares_all(journal: Path) -> None:
+    search = COUNTED | {"learning_rate": {"type": "float", "low": 0.1, "high": 2.0}}
+    study = SearchStudy(small_space(search=search), "abc123", journal)
+    proposals = [study.ask() for _ in range(3)]
+    assert len({proposal.config.num_segmented for proposal in proposals}) > 1
+    for proposal in proposals:
+        study.report(proposal.number, 1, 0.5)
+    assert set(study.curves(2)) == {1, 2}
+
+
+def test_the_best_of_a_constrained_study_is_feasible(journal: Path) -> None:
+    search = {"dilate": {"type": "int", "low": 1, "high": 9, "step": 2}}
+    study = SearchStudy(small_space(search=search, sampler="grid", **RECALL), "abc123", journal)
+    for value, recall in ((0.9, 0.4), (0.6, 0.5), (0.5, 0.9), (1.0, None)):
+        proposal = study.ask()
+        study.finish(proposal, ended(proposal, value=value, replays=replays(proposal, pr_curve=recall)))
+        if recall == 0.4:
+            assert proposal.is_baseline  # which is never refused as the baseline
+            assert records.best(study.records()) is None
+            with pytest.raises(ValueError, match="No feasible trials"):
+                _ = study._study.best_trial
+    assert study._study.best_trial.value == records.best(study.records())["value"] == 0.6
+    assert [record["violations"]["recall"] for record in study.records()] == [pytest.approx(0.1), 0, 0, 1]
+    again = SearchStudy(small_space(search=search, sampler="grid", **RECALL), "abc123", journal)
+    assert again._study.best_trial.number == study._study.best_trial.number
+
+
+def test_what_has_no_epoch_to_judge_violates_nothing_that_is_known(journal: Path) -> None:
+    study = SearchStudy(small_space(**RECALL), "abc123", journal)
+    for status, value in (("diverged", 0.4), ("failed", None), ("stopped_early", None)):
+        proposal = study.ask()
+        study.finish(proposal, ended(proposal, status, value=value, replays=[]))
+    assert [record["violations"] for record in study.records()] == [None] * 3
+    assert [trial.constraints for trial in study._study.trials] == [{}] * 3
+
+
+def test_a_kill_between_constraint_and_end_lets_the_next_session_decide(journal: Path, monkeypatch) -> None:
+    space = small_space(**RECALL)
+    study = SearchStudy(space, "abc123", journal)
+    proposal = study.ask()
+    monkeypatch.setattr(study._study, "tell", lambda *_, **__: None)  # killed here
+    study.finish(proposal, ended(proposal, replays=replays(proposal, pr_curve=0.25)))
+    again = SearchStudy(space, "abc123", journal)
+    assert again.ask() == proposal
+    again.finish(proposal, ended(proposal, replays=replays(proposal, pr_curve=0.75)))
+    assert again._study.trials[0].constraints == {"recall": -0.25}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_a_sampler_keeps_to_the_constraints(sampler: str, journal: Path) -> None:
+    """The value grows with the parameter, the recall falls: without the constraint a model goes to the upper end."""
+    search = {"delta_cls_loss": {"type": "float", "low": 0.001, "high": 1.0}}
+    drawn: dict[str, list[float]] = {}
+    for name, more in (("free", {}), ("bounded", RECALL)):
+        study = SearchStudy(
+            small_space(search=search, sampler=sampler, name=name, **more), "abc123", journal.parent / name
+        )
+        for _ in range(30):
+            proposal = study.ask()
+            delta = proposal.config.delta_cls_loss
+            judged = replays(proposal, pr_curve=1 - delta)
+            study.finish(proposal, ended(proposal, value=delta, replays=judged))
+        drawn[name] = [record["config"]["delta_cls_loss"] for record in study.records()[-10:]]
+    means = {name: sum(values) / len(values) for name, values in drawn.items()}
+    assert means["free"] > 0.75
+    assert 0.4 < means["bounded"] < 0.6
+
+
+def test_a_warm_start_with_two_objectives_needs_what_a_training_cost(journal: Path, tmp_path: Path) -> None:
+    search = COUNTED | {"dilate": {"type": "int", "low": 1, "high": 99, "step": 2}}
+    old = SearchStudy(small_space(search=search), "old000", tmp_path / "old.journal")  # one objective
+    for n in range(12):
+        proposal = old.ask()
+        old.finish(proposal, ended(proposal, value=n / 20, device_seconds=float(n), replays=[]))
+    found = old.records()
+    counted = sum(record["config"]["num_segmented"] != "all" for record in found)
+    assert 0 < counted < 12
+
+    masks = SearchStudy(small_space(search=search, **MASKS), "abc123", journal)
+    assert masks.warm_start(found) == (counted, 12 - counted)  # "all" of the other data may be another number
+    known = masks._study.get_trials(states=(TrialState.COMPLETE,))
+    assert {trial.values[1] for trial in known} == {5.0, 10.0}
+    assert masks.ask().is_baseline
+    told = SearchStudy(small_space(search=search, name="told", **MASKS), "abc123", tmp_path / "told.journal")
+    assert told.warm_start([record | {"num_segmented": 31} for record in found]) == (12, 0)
+
+    seconds = SearchStudy(small_space(search=search, **SECONDS), "abc123", tmp_path / "seconds.journal")
+    replay = found[3] | {"trial": "r", "replayed_from": found[3]["trial"], "device_seconds": 0.0, "value": 0.9}
+    orphan = replay | {"replayed_from": "gone"}
+    assert seconds.warm_start([*found, replay, orphan]) == (13, 1)
+    known = seconds._study.get_trials(states=(TrialState.COMPLETE,))
+    assert [trial.values for trial in known[-2:]] == [[11 / 20, 11.0], [0.9, 3.0]]
+
+    single = SearchStudy(small_space(search=search), "abc123", tmp_path / "single.journal")
+    proposal = seconds.ask()
+    seconds.finish(proposal, ended(proposal, value=0.25))
+    assert single.warm_start(seconds.records()) == (1, 0)  # back to one objective
+    assert single._study.get_trials(states=(TrialState.COMPLETE,))[0].values == [0.25]
+
+
+def test_a_warm_start_with_constraints_needs_their_figures(journal: Path, tmp_path: Path) -> None:
+    search = {"dilate": {"type": "int", "low": 1, "high": 9, "step": 2}}
+    old = SearchStudy(small_space(search=search, sampler="grid"), "old000", tmp_path / "old.journal")
+    rows = [
+        [{"epoch": 1, "recall": 0.75}],
+        [{"epoch": 1, "recall": 0.25}],
+        [{"epoch": 1}],
+        [{"epoch": 1, "recall": None}],
+    ]
+    for history in rows:
+        proposal = old.ask()
+        old.finish(proposal, ended(proposal, history=history))
+    study = SearchStudy(small_space(search=search, **RECALL), "abc123", journal)
+    found = old.records()
+    replay = found[0] | {"trial": "r", "replayed_from": found[0]["trial"], "replays": []}  # its history is the other's
+    assert study.warm_start([*found, replay]) == (3, 2)
+    known = study._study.get_trials(states=(TrialState.COMPLETE,))
+    assert [trial.constraints for trial in known] == [{"recall": -0.25}, {"recall": 0.25}, {"recall": 1.0}]

@@ -87,6 +87,21 @@ class Events(Tracker):
         self.seen.append(("ended", record["status"]))
 
 
+@dataclass(frozen=True)
+class CountingTask(ScriptedTask):
+    """Says how many masks it had, as a trial does where they are a cost, and how it meets a bound."""
+
+    def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Any) -> None:
+        kept = config.num_segmented
+
+        def counted(progress: dict[str, Any], folder: Path | None) -> None:
+            own = config.judgement()._asdict() | {"value": progress["value"], "epoch": progress["best_epoch"]}
+            own |= {"thresholds": None, "figures": {"recall": config.delta_cls_loss / 4}}
+            report(progress | {"num_segmented": 50 if kept == "all" else kept, "replays": [own]}, folder)
+
+        super().run(config, device, resume, counted)
+
+
 def scripted_space(values: list[float], scheduler: Any = "none", trials: int | None = None, **budget: Any) -> Space:
     """The baseline (delta 0.01), then one trial for each value of delta."""
     points = [{"delta_cls_loss": value} for value in values]
@@ -162,6 +177,41 @@ def test_rungs_compare_what_they_are_told_to(ray_cluster, tmp_path: Path) -> Non
     assert run(space, tmp_path, _2="late") == "finished"
     assert ends(tmp_path)[1:] == [(1, "completed"), (2, "stopped_early"), (0.5, "stopped_early")]
     assert records.read(tmp_path)[2]["value"] == 0.201  # by its objective it was the best
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_fewer_masks_are_not_cut_by_more_and_violations_are_recorded(ray_cluster, tmp_path: Path) -> None:
+    points = [(4.0, 20), (1.0, 10), (0.5, 10), (2.0, 20)]
+    space = small_space(
+        search={
+            "delta_cls_loss": {"type": "float", "low": 0.001, "high": 10.0},
+            "num_segmented": {"type": "categorical", "choices": [10, 20, "all"]},
+        },
+        train={"width": 0.1, "epochs": 4, "learning_rate": 1.0},
+        start_from=[{"delta_cls_loss": delta, "num_segmented": kept} for delta, kept in points],
+        scheduler={"name": "asha", "min_epochs": 1, "reduction": 2},
+        objective=[{"metric": "dice_mean"}, {"metric": "num_segmented"}],
+        constraints=[{"metric": "recall", "min": 0.25}],
+        budget={"trials": 5},
+    )
+    study = SearchStudy(space, "abc123", tmp_path / "study.journal")
+    (tmp_path / "trials").mkdir()
+    ended: list[dict[str, Any]] = []
+    tracker = Tracker()
+    tracker.trial_ended = ended.append
+    resources = Resources(concurrent=1)
+    search.run_trials(study, CountingTask(tmp_path), tmp_path, space.budget, resources, Trackers([tracker]))
+    found = records.read(tmp_path)
+    assert ended == found  # trackers see the record as it is kept
+    assert [(record["status"], record["values"], record["violations"]["recall"]) for record in found] == [
+        ("completed", pytest.approx([0.005, 50]), 0.2475),
+        ("completed", pytest.approx([0.404, 20]), 0),
+        ("completed", pytest.approx([0.104, 10]), 0),
+        ("stopped_early", pytest.approx([0.051, 10]), 0.125),
+        ("stopped_early", pytest.approx([0.201, 20]), 0),
+    ]
+    assert [record["number"] for record in records.pareto_front(found, ["max", "min"])] == [1, 2]
 
 
 @pytest.mark.slow

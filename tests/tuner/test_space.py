@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner import space_file
-from tuner.space import FloatParam, IntParam, SpaceError
+from tuner.space import Constraint, FloatParam, IntParam, Objective, SpaceError
 
 GOOD = {
     "name": "good",
@@ -70,7 +70,30 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
         (changed(train__seed=3), r"train\.seed: is set as seed, at the top level; move it there"),
         (changed(objective={"metric": "dice"}), r"objective\.metric: must be one of dice_mean, .*found 'dice'; did you mean 'dice_mean'"),
         (changed(objective={"metric": "dice_mean", "mode": "min"}), r"objective\.mode: must be max"),
-        (changed(objective=[{"metric": "dice_mean"}, {"metric": "f1"}]), r"objective: must be one metric in this version, found a list of 2"),
+        (changed(objective=[{"metric": "f1"}]), r"objective: must be one objective or a list of two, a figure and a cost, found a list of 1; keep two"),
+        (changed(objective=[{"metric": "dice_mean"}, {"metric": "f1"}]), r"objective\[1\]\.metric: must be one of num_segmented, device_seconds, found 'f1'"),
+        (changed(objective=[{"metric": "dice"}, {"metric": "device_seconds"}]), r"objective\[0\]\.metric: must be one of dice_mean, .*did you mean 'dice_mean'"),
+        (changed(objective=[{}, {"metric": "device_seconds", "mode": "max"}]), r"objective\[1\]\.mode: must be min: the second objective is a cost, found 'max'"),
+        (changed(objective=[{}, {}]), r"objective\[1\]\.metric: is missing; add it"),
+        (changed(objective=[{}, {"metric": "num_segmented"}]), r"objective\[1\]\.metric: num_segmented must be searched, .*; search num_segmented, or keep one objective"),
+        (
+            changed(objective=[{}, {"metric": "device_seconds"}], scheduler="median"),
+            r"scheduler: must be none where device_seconds is an objective: .*, found 'median'; say scheduler: none",
+        ),
+        (
+            changed(objective=[{}, {"metric": "device_seconds"}], sampler="cmaes", constraints=[{"metric": "f1", "min": 0.1}]),
+            r"sampler: cmaes knows nothing of two objectives or constraints, found 'cmaes'; use tpe or gp",
+        ),
+        (changed(constraints={"metric": "recall"}), r"constraints: must be a list such as \[\{metric: recall, min: 0\.9\}\], found"),
+        (changed(constraints=[{"metric": "recal", "min": 0.9}]), r"constraints\[0\]\.metric: must be one of dice_mean, .*, found 'recal'; did you mean 'recall'"),
+        (changed(constraints=[{"min": 0.9}]), r"constraints\[0\]\.metric: is missing; add it"),
+        (changed(constraints=[{"metric": "recall"}]), r"constraints\[0\]: must have either min or max, found 'neither'; keep one"),
+        (changed(constraints=[{"metric": "recall", "min": 0.1, "max": 0.9}]), r"constraints\[0\]: must have either min or max, found min and max; keep one"),
+        (changed(constraints=[{"metric": "recall", "min": 90}]), r"constraints\[0\]\.min: must be a number from 0 to 1, as figures are, found 90"),
+        (
+            changed(constraints=[{"metric": "recall", "min": 0.1}, {"metric": "recall", "max": 0.9}]),
+            r"constraints\[1\]\.metric: must be bounded once, found 'recall'; keep one of the two",
+        ),
         (changed(sampler="bayes"), r"sampler: must be one of tpe, gp, cmaes, qmc, random, grid, found 'bayes'"),
         (changed(scheduler="hyper"), r"scheduler\.name: must be one of asha, hyperband, median, none, found 'hyper'"),
         (changed(scheduler={"name": "asha", "min_epochs": 9}), r"scheduler\.min_epochs: must be a whole number from 1 to train\.epochs, 4, found 9"),
@@ -188,11 +211,57 @@ def test_the_fingerprint_knows_what_is_searched_and_not_what_may_be_spent() -> N
     assert prints[0] == prints[1] != prints[2]
 
 
+TWO = changed(objective=[{"metric": "f1"}, {"metric": "device_seconds"}])
+MASKS = changed(
+    objective=[{"metric": "f1"}, {"metric": "num_segmented"}],
+    search__num_segmented={"type": "int", "low": 1, "high": 9},
+)
+BOUNDED = changed(constraints=[{"metric": "recall", "min": 0.5}, {"metric": "decision_specificity", "min": 0.9}])
+
+
+def test_goals_are_read_and_survive_a_round_trip() -> None:
+    space = space_file.parse(MASKS)
+    assert space.objectives == (Objective(metric="f1"), Objective(metric="num_segmented", mode="min"))
+    assert space_file.parse(BOUNDED).constraints == (
+        Constraint(metric="recall", min=0.5), Constraint(metric="decision_specificity", min=0.9),
+    )  # fmt: skip
+    for document in (TWO, MASKS, BOUNDED):
+        space = space_file.parse(document)
+        assert space_file.parse(yaml.safe_load(yaml.safe_dump(space.to_dict()))) == space
+        jsonschema.validate(document, space_file.schema())
+        jsonschema.validate(space.to_dict(), space_file.schema())
+
+
+def test_goals_belong_to_the_fingerprint_and_their_absence_changes_none() -> None:
+    assert space_file.parse(GOOD).fingerprint() == "06a4134cc31c"  # as it was before there were any
+    documents = [
+        GOOD,
+        TWO,
+        BOUNDED,
+        changed(objective={"metric": "f1"}),
+        changed(constraints=BOUNDED["constraints"][:1]),
+    ]
+    assert len({space_file.parse(document).fingerprint() for document in documents}) == len(documents)
+    assert space_file.parse(changed(constraints=[])).fingerprint() == space_file.parse(GOOD).fingerprint()
+
+
+def test_how_far_a_figure_lies_beyond_a_bound() -> None:
+    low, high = Constraint(metric="recall", min=0.75), Constraint(metric="dice_std", max=0.25)
+    assert [low.excess(value) for value in (0.5, 0.75, 1.0, None)] == [0.25, 0.0, -0.25, 1.0]
+    assert [high.excess(value) for value in (0.5, 0.25, 0.0, None)] == [0.25, 0.0, -0.25, 1.0]
+    assert Constraint(metric="dice_std", max=0.0).excess(0.5) == 0.5
+
+
 def test_the_schema_takes_good_files_and_refuses_misspelt_ones() -> None:
     validator = jsonschema.Draft202012Validator(space_file.schema())
     jsonschema.Draft202012Validator.check_schema(space_file.schema())
     validator.validate(GOOD)
-    for bad in (changed(nane=1), changed(train__epoch=3), changed(search__dilate__type="real"), changed(sampler="x")):
+    for bad in (
+        changed(nane=1), changed(train__epoch=3), changed(search__dilate__type="real"), changed(sampler="x"),
+        changed(objective=[{}]), changed(objective=[{}, {"metric": "f1"}]), changed(constraints=[{"metric": "f1"}]),
+        changed(objective=[{}, {"metric": "device_seconds"}, {"metric": "device_seconds"}]),
+        changed(constraints=[{"metric": "f1", "min": 0.1, "max": 0.2}]), changed(constraints=[{"metric": "threshold", "min": 0}]),
+    ):  # fmt: skip
         assert not validator.is_valid(bad)
 
 
@@ -204,7 +273,12 @@ JUNK = st.sampled_from(
 @given(st.data())
 def test_whatever_stands_in_a_file_is_a_space_or_a_list_of_problems(data: st.DataObject) -> None:
     """Any one or two nodes of a good file replaced by anything."""
-    document = changed(start_from=[{"learning_rate": 0.1, "dilate": 3, "threshold_rule": "grid"}], sampler="tpe")
+    document = changed(
+        start_from=[{"learning_rate": 0.1, "dilate": 3, "threshold_rule": "grid"}],
+        sampler="tpe",
+        objective=[{"metric": "f1", "mode": "max"}, {"metric": "device_seconds"}],
+        constraints=[{"metric": "recall", "min": 0.5}],
+    )
     for _ in range(data.draw(st.integers(1, 2))):
         node: Any = document
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from model.config import Judgement, RunConfig
 from model.data import open_cache
 from model.evaluate import score
 from model.thresholds import Thresholds
+from tuner.space import CONSTRAINED_METRICS, METRICS
 from tuner.trial import TrialTask, is_best
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig(
     width=0.1, input_height=64, input_width=128, epochs=3, learning_rate=1.0, precision="float32", augment_flips=True
 )
+BOUNDED = ("recall", "decision_specificity", "decision_f1")
 REPLAYED = {"threshold_rule": ("pr_curve", "grid"), "threshold_factor": (1, 3), "blacken": (True, False)}
 
 
@@ -184,7 +187,8 @@ def test_a_network_is_judged_in_every_way_that_the_search_may_propose(task: Tria
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_replay_is_what_training_in_that_way_gives(task: TrialTask, tmp_path: Path) -> None:
-    """Every judgement of one training against trainings of its own, best epoch included."""
+    """Every judgement of one training against trainings of its own, best epoch and constraints' figures included."""
+    task = replace(task, constrained=BOUNDED)
     (tmp_path / "one").mkdir()
     one = Reports(tmp_path / "one")
     task.run(CONFIG, CPU, None, one)
@@ -192,11 +196,41 @@ def test_a_replay_is_what_training_in_that_way_gives(task: TrialTask, tmp_path: 
         (tmp_path / str(n)).mkdir()
         own = Reports(tmp_path / str(n))
         config = RunConfig(**CONFIG.to_dict() | Judgement.of(replay)._asdict())
-        TrialTask(task.train, task.validation, task.metric, task.compare, {}).run(config, CPU, None, own)
+        replace(task, replayed={}).run(config, CPU, None, own)
         last = own.progress[-1]
+        kept = last["history"][last["best_epoch"] - 1]
+        assert replay["figures"] == last["replays"][0]["figures"] == {name: kept[name] for name in BOUNDED}
+        assert None not in replay["figures"].values()
         assert (last["value"], last["best_epoch"]) == (replay["value"], replay["epoch"])
         assert last["thresholds"] == replay["thresholds"]
         assert last["rules"][Judgement.of(replay).rule] == last["value"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_trial_knows_what_its_masks_and_its_constraints_come_to(task: TrialTask, tmp_path: Path) -> None:
+    positives = sum(sample.positive for sample in task.train)
+    for kept, count in (("all", positives), (3, 3)):
+        config = RunConfig(**CONFIG.to_dict() | {"epochs": 1, "num_segmented": kept})
+        (tmp_path / str(kept)).mkdir()
+        reports = Reports(tmp_path / str(kept))
+        replace(task, cost="num_segmented", constrained=CONSTRAINED_METRICS).run(config, CPU, None, reports)
+        [last] = reports.progress
+        assert last["num_segmented"] == count
+    figures = last["replays"][0]["figures"]
+    assert set(figures) == set(CONSTRAINED_METRICS) >= set(METRICS)
+    assert all(0 <= value <= 1 for value in figures.values())
+    network, _, thresholds = checkpoint.load_model(tmp_path / "3/1/best/1", CPU)
+    scores = score(network, open_cache(task.validation, 64, 128), config, CPU)
+    negative = ~scores.labels
+    specificity = 1 - thresholds.decide(scores.decision_logits)[negative].mean()
+    assert figures["decision_specificity"] == pytest.approx(specificity)
+    assert figures["decision_f1"] == pytest.approx(scores.decision[1])
+    plain = Reports(tmp_path)
+    task.run(replace(config, num_segmented="all"), CPU, None, plain)
+    assert "num_segmented" not in plain.progress[0]
+    assert not any("figures" in replay for replay in plain.progress[0]["replays"])
+    assert "decision_specificity" not in plain.progress[0]["history"][0]
 
 
 @pytest.mark.slow

@@ -47,8 +47,15 @@ class Candidate:
     epoch: int | None
     thresholds: Json
     value: Any
+    violations: Json | None
+    """how far beyond each constraint; None where there is none"""
     validation: Split
     test: Split
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether it violates a constraint."""
+        return any((self.violations or {}).values())
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,10 @@ class Run:
     def objectives(self) -> list[Json]:
         objective = self.space.get("objective") or {"metric": "dice_mean", "mode": "max"}
         return objective if isinstance(objective, list) else [objective]
+
+    @property
+    def constraints(self) -> list[Json]:
+        return self.space.get("constraints") or []
 
     def history_record(self) -> tuple[Json | None, bool]:
         """The record whose history stands for the winner, and whether it is the winner's own.
@@ -186,6 +197,7 @@ def _candidate(folder: Path, role: str, selection: Json, way_out: str) -> Candid
         epoch=chosen["epoch"],
         thresholds=chosen["thresholds"],
         value=chosen["value"],
+        violations=chosen.get("violations"),
         validation=_parsed(folder / f"{role}-validation.npz", split, way_out),
         test=_parsed(folder / f"{role}-test.npz", split, way_out),
     )

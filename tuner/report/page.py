@@ -8,6 +8,7 @@ import numpy as np
 
 from model.arrays import Floats
 from model.config import REFERENCES, RULES
+from tuner import records
 from tuner.report import architecture, examples, tables, winner_page, words
 from tuner.report.gallery import (
     Block,
@@ -31,6 +32,7 @@ SPLITS = ("train", "validation", "test")
 
 
 STAMP = "thresholds chosen on test"
+BEYOND = "constraints not met"
 
 
 def build(run: Run, results: Results, metrics: Json, gallery: Gallery) -> Page:
@@ -51,8 +53,9 @@ def build(run: Run, results: Results, metrics: Json, gallery: Gallery) -> Page:
         sections = [
             stamped(section, STAMP) if section.anchor in ("test", "examples") else section for section in sections
         ]
+    kind = "nearest to its constraints" if run.winner.is_beyond else "best"
     return Page(
-        title=f"{data_name(run)}: the best of {words.plural(len(run.records), 'trial')}",
+        title=f"{data_name(run)}: the {kind} of {words.plural(len(run.records), 'trial')}",
         subtitle=f"run {run.facts['name']} · {run.facts['created'][:10]} · winner {run.winner.trial}",
         sections=sections,
     )
@@ -74,6 +77,8 @@ def _head(run: Run, results: Results, metrics: Json, gallery: Gallery) -> Sectio
     head = Section("top", "", blocks)
     if results.test.is_stamped:
         head = stamped(head, STAMP)
+    if run.winner.is_beyond:
+        head = stamped(head, BEYOND)
     return Section("top", "", [*head.blocks, *([_best_configuration(run)] if run.searched else [])])
 
 
@@ -101,7 +106,7 @@ def _cards(run: Run, metrics: Json) -> list[Card]:
 
 def verdict(run: Run, results: Results) -> str:
     """Winner against baseline in one sentence, and what the data did not allow."""
-    text = _comparison(run, results)
+    text = _constraints_first(run) + _comparison(run, results)
     if results.test.is_stamped:
         text = (
             "The thresholds were chosen on the test split, as the public scripts do (--open-test): the test figures "
@@ -115,8 +120,22 @@ def verdict(run: Run, results: Results) -> str:
     return text
 
 
+def _constraints_first(run: Run) -> str:
+    """What must be known before the winner is: that it, or the baseline, is not what was asked for."""
+    if run.winner.is_beyond:
+        return (
+            f"No completed trial meets the constraints. Shown is the one that is least beyond them on validation: "
+            f"{records.beyond(run.winner.violations)}. "
+        )
+    if run.baseline is not None and run.baseline.is_beyond:
+        return f"The baseline does not meet the constraints: {records.beyond(run.baseline.violations)}. "
+    return ""
+
+
 def _comparison(run: Run, results: Results) -> str:
     if run.is_baseline:
+        if run.winner.is_beyond:
+            return "It is the baseline."
         return "The search found nothing better than the baseline: the winner is the baseline."
     if run.baseline is None:
         return "There is no baseline to compare with."

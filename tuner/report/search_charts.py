@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from tuner import records
 from tuner.report import style, words
 from tuner.report.inputs import Json, Run
 from tuner.report.style import FULL, HALF, THIRD
@@ -84,7 +85,11 @@ def _marker(status: str) -> dict[str, Any]:
 
 
 def _best_so_far(axes: Any, placed: Sequence[tuple[float, Json]], mode: str) -> None:
-    done = [(x, y) for x, record in placed if record["status"] == "completed" and (y := objective(record)) is not None]
+    done = [
+        (x, y)
+        for x, record in placed
+        if record["status"] == "completed" and records.is_feasible(record) and (y := objective(record)) is not None
+    ]
     if not done:
         return
     values = np.array([value for _, value in done])
@@ -110,6 +115,29 @@ def _legend_handles(run: Run) -> list[Any]:
     return handles + [
         Line2D([], [], label=words.STATUS_NAMES[status], **_marker(status)) for status in STATUSES if status in present
     ]
+
+
+def front(run: Run, points: Sequence[Json]) -> Any:
+    """Figure against cost of the completed trials; the Pareto front is a line whose points carry the trial's number."""
+    figure, axes = style.panel(FULL, 3.8)
+    for feasible, label in ((True, "completed"), (False, "does not meet the constraints")):
+        mine = [r["values"] for r in run.records if r["status"] == "completed" and r.get("values")
+                and records.is_feasible(r) is feasible]  # fmt: skip
+        if mine:
+            colour = style.BLUE if feasible else style.ORANGE
+            axes.plot([c for _, c in mine], [v for v, _ in mine], "o" if feasible else "x", color=colour, label=label)
+    if points:
+        values, costs = zip(*(point["values"] for point in points), strict=True)
+        axes.step(costs, values, where="post", color=style.INK, linewidth=1.2, zorder=2, label="Pareto front")
+        axes.plot(costs, values, "o", markersize=8, markerfacecolor="none", color=style.INK)
+    for point in points:
+        name = point["trial"].rpartition("-")[2]
+        axes.annotate(name, point["values"][::-1], (4, 5), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(words.metric(run.objectives[1]["metric"]))
+    axes.set_ylabel(words.metric(run.objectives[0]["metric"]) + ", validation")
+    axes.margins(x=0.08, y=0.12)
+    style.legend(axes)
+    return figure
 
 
 def parameter_slice(run: Run, name: str) -> Any | None:

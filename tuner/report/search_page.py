@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 
 from model.metrics import METRICS
+from tuner import records
 from tuner.report import search_charts, words
 from tuner.report.gallery import Block, Code, Gallery, Picture, Pictures, Section, Table, Tables, Text
-from tuner.report.inputs import Json, Run
+from tuner.report.inputs import Candidate, Json, Run
 from tuner.report.tables import STATUSES, best_first, objective
 
 TOP = 10
@@ -32,7 +33,15 @@ def search(run: Run, metrics: Json, gallery: Gallery) -> Section:
     blocks: list[Block] = []
     if len(run.objectives) > 1:
         names = " and ".join(words.metric(objective["metric"]) for objective in run.objectives)
-        blocks.append(Text(f"The search had two objectives, {names}; the charts show the first."))
+        blocks.append(
+            Text(
+                f"The search had two objectives, {names}. The winner is the trial with the best of the first; the "
+                "other charts show that one."
+            )
+        )
+        blocks += _front(run, metrics["front"], gallery)
+    if run.constraints:
+        blocks.append(_constraints(run))
     blocks.append(Pictures([_progress(run, gallery, against) for against in ("number", "time")]))
     blocks += [_top(run), Tables([_states(run, metrics), _time(run, metrics)])]
     if (reasons := _reasons(run)) is not None:
@@ -44,6 +53,38 @@ def search(run: Run, metrics: Json, gallery: Gallery) -> Section:
     return Section("search", "Search", blocks)
 
 
+def _front(run: Run, points: list[Json], gallery: Gallery) -> list[Block]:
+    """The Pareto front."""
+    caption = "What each cost buys: no other completed trial is as good for less. Numbers are those of the trials."
+    picture = gallery.figure(search_charts.front(run, points), "pareto-front", caption, "full")
+    names = list(run.searched)
+    rows = [
+        [point["trial"], words.figure(point["values"][0], 4), f"{point['values'][1]:,.6g}"]
+        + [words.setting(point["params"].get(name)) for name in names]
+        for point in points
+    ]
+    header = ["trial", *(words.metric(one["metric"]) for one in run.objectives), *names]
+    strong = frozenset(n for n, point in enumerate(points) if point["trial"] == run.winner.trial)
+    return [Pictures([picture]), Table(header, rows, "The Pareto front on validation", frozenset({1, 2}), strong)]
+
+
+def _constraints(run: Run) -> Table:
+    """What was asked, and how winner and baseline stand to it."""
+
+    def stands(candidate: Candidate | None, metric: str) -> str:
+        by = None if candidate is None or candidate.violations is None else candidate.violations[metric]
+        return words.NONE if by is None else f"{by:.3g} beyond" if by else "met"
+
+    rows = [
+        [words.bound(one), stands(run.winner, one["metric"]), stands(run.baseline, one["metric"])]
+        for one in run.constraints
+    ]
+    met = sum(r["status"] == "completed" and records.is_feasible(r) for r in run.records)
+    completed = sum(r["status"] == "completed" for r in run.records)
+    caption = f"Constraints on validation; {met} of {words.plural(completed, 'completed trial')} meet all"
+    return Table(["constraint", "winner", "baseline"], rows, caption)
+
+
 def _progress(run: Run, gallery: Gallery, against: str) -> Picture:
     caption = f"Trials against {against}; those without a value stand on the lower edge."
     return gallery.figure(search_charts.progress(run, against), f"progress-by-{against}", caption)
@@ -51,7 +92,8 @@ def _progress(run: Run, gallery: Gallery, against: str) -> Picture:
 
 def _top(run: Run) -> Table:
     names = list(run.searched)
-    header = ["", "trial", "status", words.metric(run.objectives[0]["metric"]), "best epoch", "time", *names]
+    more = ["constraints"] if run.constraints else []
+    header = ["", "trial", "status", words.metric(run.objectives[0]["metric"]), "best epoch", "time", *more, *names]
     rows: list[list[str]] = []
     strong: set[int] = set()
     for place, record in enumerate(best_first(run)[:TOP], start=1):
@@ -62,7 +104,9 @@ def _top(run: Run) -> Table:
         epochs = f"{words.figure(record['best_epoch'])} of {words.figure(record['epochs'])}"
         settings = [words.setting(record["params"].get(name, record["config"].get(name))) for name in names]
         value = words.figure(objective(record), 4)
-        rows.append([str(place), trial, status, value, epochs, words.duration(record["seconds"]), *settings])
+        violations = record.get("violations")
+        stands = [words.NONE if violations is None else records.beyond(violations)] if more else []
+        rows.append([str(place), trial, status, value, epochs, words.duration(record["seconds"]), *stands, *settings])
     caption = "The best trials on validation, completed ones first; of single trainings, so luck is in the order"
     return Table(header, rows, caption, frozenset({0, 3, 4, 5}), frozenset(strong))
 
@@ -132,6 +176,8 @@ def provenance(run: Run) -> Section:
         ["GPUs", ", ".join(hardware["gpus"]) or "none"],
         ["versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)],
     ]
+    if run.constraints:
+        rows.insert(7, ["constraints", "; ".join(map(words.bound, run.constraints))])
     blocks: list[Block] = [Code(facts["command"]), Table(["", ""], rows), *_openings(run)]
     meanings = [*METRICS.values(), *OTHER_DEFINITIONS]
     definitions = Table(["figure", "definition"], meanings, "What the figures mean")

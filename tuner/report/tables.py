@@ -33,6 +33,7 @@ from model.intervals import (
 from model.metrics import METRICS, SWEPT, best_f1, confusion, decision_figures, without_threshold
 from model.metrics import figures as metric_figures
 from model.thresholds import Thresholds, sigmoid
+from tuner import records
 from tuner.report.inputs import Candidate, Json, Run, Split
 
 Figure = float | int | None
@@ -273,6 +274,7 @@ def metrics(run: Run, results: Results) -> Json:
         "thresholds_chosen_on": results.test.chosen_on,
         "test_openings": len(run.openings),
         "search": search_figures(run),
+        "front": front(run),
         "data": {
             split: {kind: run.data[split][kind] for kind in ("positive", "negative", "segmented")} for split in splits
         }
@@ -297,6 +299,11 @@ def search_figures(run: Run) -> Json:
     }
 
 
+def front(run: Run) -> list[Json] | None:
+    """The Pareto front, by cost; None with one objective."""
+    return records.front(run.records, [one.get("mode", "max") for one in run.objectives])
+
+
 def ended(record: Json) -> float | None:
     """Seconds since the search began."""
     if record.get("ended") is not None:
@@ -309,18 +316,20 @@ def ended(record: Json) -> float | None:
 def objective(record: Json) -> float | None:
     """The (first) objective of a trial."""
     value = record["value"]
-    if isinstance(value, list):
-        value = value[0] if value else None
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def best_first(run: Run) -> list[Json]:
-    """Trials that have a value: completed ones before those cut short, each by value."""
+    """Trials that have a value: completed ones before those cut short, those that meet the constraints before the
+    others, each by value."""
     sign = -1 if run.objectives[0].get("mode", "max") == "max" else 1
     valued = [(value, record) for record in run.records if (value := objective(record)) is not None]
-    return [
-        record for _, record in sorted(valued, key=lambda pair: (STATUSES.index(pair[1]["status"]), sign * pair[0]))
-    ]
+
+    def place(pair: tuple[float, Json]) -> tuple[int, bool, float]:
+        value, record = pair
+        return STATUSES.index(record["status"]), not records.is_feasible(record), sign * value
+
+    return [record for _, record in sorted(valued, key=place)]
 
 
 def predictions(run: Run, results: Results) -> Iterator[tuple[Any, ...]]:

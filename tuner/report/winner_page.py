@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from model import intervals
@@ -282,7 +280,7 @@ def thresholds(run: Run, results: Results) -> Section:
     record, _ = run.history_record()
     if record is not None and record["rules"]:
         name = words.metric(run.objectives[0]["metric"])
-        replayed = [[name, _any_figure(value)] for name, value in record["rules"].items()]
+        replayed = [[name, words.figure(value)] for name, value in record["rules"].items()]
         strong = frozenset(k for k, row in enumerate(replayed) if row[0] == rule)
         shown.append(
             Table(
@@ -300,10 +298,6 @@ def _threshold(thresholds: Json, kind: str) -> str:
     if thresholds[f"{kind}_logit"] is None:
         return words.NONE
     return f"{words.probability(thresholds[f'{kind}_probability'])} (logit {thresholds[f'{kind}_logit']:.4g})"
-
-
-def _any_figure(value: Any) -> str:
-    return ", ".join(map(words.figure, value)) if isinstance(value, list) else words.figure(value)
 
 
 def images(run: Run, gallery: Gallery) -> Section:

@@ -18,6 +18,7 @@ _OTHER_FIGURES = {
     "tn": "true negatives",
     "threshold": "segmentation threshold",
     "num_segmented": "images with masks",
+    "device_seconds": "device-seconds of training",
 }
 STATUS_NAMES = {
     "completed": "completed",
@@ -100,6 +101,12 @@ def search_range(parameter: dict[str, Any]) -> str:
             f"{name} is {' or '.join(map(setting, values))}" for name, values in when.items()
         )
     return text
+
+
+def bound(constraint: dict[str, Any]) -> str:
+    """A constraint of a space."""
+    side, limit = ("at least", "min") if "min" in constraint else ("at most", "max")
+    return f"{metric(constraint['metric'])} {side} {constraint[limit]:g}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuner.records import is_feasible
 from tuner.tracking.base import RunInfo
 
 
@@ -42,12 +43,12 @@ class Progress:
     def best(self) -> tuple[str, Any, dict[str, Any]] | None:
         """Trial, value and parameters of the best completed trial; of the best running one before any has completed.
 
-        A trial that was stopped early cannot win, so it is not shown as best either.
+        A trial that was stopped early, or that violates a constraint, cannot win, so it is not shown as best either.
         """
         seen = [
             (record["trial"], record.get("value"), record.get("params") or {})
             for record in self.finished.values()
-            if record["status"] == "completed"
+            if record["status"] == "completed" and is_feasible(record)
         ] or [(trial, running.best, running.params) for trial, running in self.running.items()]
         best: tuple[str, Any, dict[str, Any]] | None = None
         for trial in seen:

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tuner import records
 from tuner.tracking.base import RunInfo, Tracker
 from tuner.tracking.progress import Progress, Running, duration, number, of_asked, parameters, records_before, words
 
@@ -208,7 +209,10 @@ def _is_baseline(trial: str, progress: Progress) -> bool:
 def _finished_line(record: dict[str, Any], progress: Progress) -> str:
     parts = [f"{record['trial']}{' (baseline)' if record.get('baseline') else ''} {words(record['status'])}"]
     if record.get("value") is not None:
-        parts.append(f"{progress.run.metric} {number(record['value'])} at epoch {record.get('best_epoch')}")
+        value = number(record.get("values") or record["value"])
+        parts.append(f"{progress.run.metric} {value} at epoch {record.get('best_epoch')}")
+    if not records.is_feasible(record):
+        parts.append(records.beyond(record["violations"]))
     parts.append(f"{record.get('epochs') or 0} epochs in {duration(record.get('seconds') or 0.0)}")
     if record.get("params"):
         parts.append(parameters(record["params"]))
@@ -221,7 +225,10 @@ def _finished_line(record: dict[str, Any], progress: Progress) -> str:
 
 def _closing_line(state: str, progress: Progress, seconds: float) -> str:
     best = progress.best()
-    ending = f"best {progress.run.metric} {number(best[1])} by {best[0]}" if best else "no trial has a value"
+    nearest = records.nearest(progress.finished.values())
+    ending = records.none_feasible(nearest) if nearest else "no trial has a value"
+    if best and not nearest:
+        ending = f"best {progress.run.metric} {number(best[1])} by {best[0]}"
     counts = Counter(record["status"] for record in progress.finished.values())
     trials = ", ".join(f"{counts[status]} {words(status)}" for status in STATUSES)
     if progress.running:

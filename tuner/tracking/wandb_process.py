@@ -166,6 +166,8 @@ class Runs:
         summary |= {name: record[name] for name in ("reason", "replayed_from") if record.get(name)}
         for name, value in (
             ("best/value", record.get("value")),
+            ("best/values", record.get("values")),
+            *((f"violation/{name}", by) for name, by in (record.get("violations") or {}).items()),
             ("best/epoch", record.get("best_epoch")),
             ("best/threshold", thresholds.get("segmentation_probability")),
             ("epochs", record.get("epochs")),

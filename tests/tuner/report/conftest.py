@@ -139,7 +139,9 @@ def make_history(epochs: int, top: float, negatives: bool) -> list[dict[str, Any
     return history
 
 
-def make_records(trials: int, negatives: bool, objectives: int) -> list[dict[str, Any]]:
+def make_records(
+    trials: int, negatives: bool, objectives: int, recall_beyond: list[float] | None
+) -> list[dict[str, Any]]:
     rng = np.random.default_rng(5)
     records = []
     for number in range(trials):
@@ -175,7 +177,13 @@ def make_records(trials: int, negatives: bool, objectives: int) -> list[dict[str
                 "config": RunConfig(epochs=20, input_height=128, input_width=128, **params).to_dict(),
                 "status": status,
                 "reason": reasons.get(status),
-                "value": [value, 100] if objectives == 2 and done else value,
+                "value": value,
+                **({"values": [value, 20 + 10 * number] if done else None} if objectives == 2 else {}),
+                **(
+                    {"violations": {"recall": recall_beyond[number], "f1": 0.0} if done else None}
+                    if recall_beyond
+                    else {}
+                ),
                 "best_epoch": best + 1 if done else None,
                 "epochs": epochs,
                 "started": 340.0 * (number // 2) + 5 * (number % 2),
@@ -233,11 +241,13 @@ def write_run(
     objectives: int = 1,
     tests: int = 96,
     chosen_on: str = "validation",
+    recall_beyond: list[float] | None = None,
 ) -> dict[str, Made]:
-    """Writes a run directory and returns what the winner was judged on."""
+    """Writes a run directory and returns what the winner was judged on. `recall_beyond`: how far each trial violates a
+    constraint on recall."""
     evaluation = directory / "evaluation"
     evaluation.mkdir(parents=True)
-    records = make_records(trials, negatives, objectives)
+    records = make_records(trials, negatives, objectives, recall_beyond)
     baseline, winner = records[0]["trial"], records[0 if baseline_wins else 1]["trial"]
     without = {"validation": 4, "test": tests // 2} if negatives else {"validation": 0, "test": 0}
     logit = float(to_half(np.array(-0.6)))
@@ -253,6 +263,7 @@ def write_run(
             "epoch": record["best_epoch"],
             "thresholds": thresholds,
             "value": record["value"],
+            **({"violations": record["violations"]} if recall_beyond else {}),
         }
         for record in records[:2]
     }
@@ -266,7 +277,7 @@ def write_run(
     )
     _write_examples(evaluation / "examples.npz", made["winner-test"], logit)
     (directory / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    _write_json(directory / "run.json", _facts(negatives, objectives))
+    _write_json(directory / "run.json", _facts(negatives, objectives, bool(recall_beyond)))
     return made
 
 
@@ -284,10 +295,12 @@ def _write_examples(path: Path, test: Made, logit: float) -> None:
     )
 
 
-def _facts(negatives: bool, objectives: int) -> dict[str, Any]:
+def _facts(negatives: bool, objectives: int, constraints: bool) -> dict[str, Any]:
     objective: Any = {"metric": "dice_mean", "mode": "max"}
     if objectives == 2:
         objective = [objective, {"metric": "num_segmented", "mode": "min"}]
+    bounds = [{"metric": "recall", "min": 0.9}, {"metric": "f1", "min": 0.1}]
+    more = {"constraints": bounds} if constraints else {}
     counts = {"positive": 40, "negative": 10 if negatives else 0, "segmented": 30}
     return {
         "schema": 1,
@@ -295,7 +308,7 @@ def _facts(negatives: bool, objectives: int) -> dict[str, Any]:
         "id": "abc123",
         "created": "2026-01-02T09:00:00Z",
         "command": "tuner search search_spaces/cracks.yaml --data '/data/cracks <i>'",
-        "space": {"name": "cracks", "search": SEARCH, "objective": objective, "seed": 0},
+        "space": {"name": "cracks", "search": SEARCH, "objective": objective, "seed": 0} | more,
         "space_fingerprint": "f00d",
         "data_path": "/data/cracks <i>",
         "options": {"wandb": "off"},

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tuner import report
+from tuner import records, report
 from tuner.report import architecture, examples, words
 from tuner.report.render import escape
 
@@ -134,9 +134,51 @@ def test_writing_again_changes_nothing(bare, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
-def test_two_objectives_do_not_stop_it(make_run) -> None:
+def test_two_objectives_show_their_front(make_run) -> None:
     directory, _ = make_run(objectives=2, tests=6)
-    assert "The search had two objectives" in (report.write(directory).parent / "report.md").read_text()
+    folder = report.write(directory).parent
+    text = (folder / "report.md").read_text()
+    assert "The search had two objectives, Dice, all images and images with masks. The winner is the trial with" in text
+    assert (folder / "figures/pareto-front.png").exists()
+    found = json.loads((folder / "metrics.json").read_text())["front"]
+    kept = [json.loads(line) for line in (directory / "records.jsonl").read_text().splitlines()]
+    assert found == records.front(kept, ["max", "min"])
+    assert [point["values"][1] for point in found] == sorted(point["values"][1] for point in found)
+    assert len(found) >= 2
+    table = text[text.index("The Pareto front on validation") :]
+    for point in found:
+        assert point["trial"] in table
+
+
+def test_one_objective_has_no_front(usual) -> None:
+    assert usual.metrics["front"] is None
+    assert not (usual.report / "figures/pareto-front.png").exists()
+    assert "onstraint" not in (usual.report / "report.md").read_text()
+
+
+def test_constraints_are_shown_and_met(make_run) -> None:
+    directory, _ = make_run(tests=6, recall_beyond=[0.125, *[0.0] * 3, 0.25, *[0.0] * 3])
+    text = (report.write(directory).parent / "report.md").read_text()
+    assert "The baseline does not meet the constraints: recall 0.125 beyond its bound." in text
+    assert "Constraints on validation; 2 of 4 completed trials meet all" in text
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["pixel recall at least 0.9", "met", "0.125 beyond"] in rows
+    assert ["pixel F1 at least 0.1", "met", "met"] in rows
+    top = [row for row in rows if len(row) > 6 and row[1].startswith("abc123")]
+    completed = [row for row in top if row[2].startswith("completed")]
+    assert [row[6] == "met" for row in completed] == [True, True, False, False]  # whatever their values
+    assert "constraints not met" not in text
+
+
+def test_a_winner_that_is_not_what_was_asked_for_is_stamped(make_run) -> None:
+    directory, _ = make_run(tests=6, recall_beyond=[0.25, 0.125, *[0.5] * 6])
+    text = (report.write(directory).parent / "report.md").read_text()
+    assert text.startswith("# cracks &lt;i&gt;: the nearest to its constraints of 8 trials")
+    assert (
+        "No completed trial meets the constraints. Shown is the one that is least beyond them on validation: recall 0.125"
+        in text
+    )
+    assert "test Dice, all images (constraints not met)" in text
 
 
 def test_winner_that_is_a_repeat_borrows_its_curves(make_run) -> None:
