@@ -100,6 +100,17 @@ def default_resources(cpus: float | None, gpus: float | None, concurrent: int | 
     return found
 
 
+def fit_at_once(resources: Resources) -> tuple[int, str]:
+    """How many trials the cluster as it is runs at once, and what bounds them."""
+    there = ray.cluster_resources()
+    count, name, wanted = min(
+        (int(there.get(name, 0) // wanted), name, wanted)
+        for name, wanted in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial))
+        if wanted
+    )
+    return count, f"a trial holds {wanted:g} {name} and the cluster has {there.get(name, 0):g}"
+
+
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
     """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU."""
     remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)
@@ -117,6 +128,9 @@ def run_trials(
     session = _Session(study, trials, budget, resources, trackers)
     if session.nothing_left():
         return "finished"
+    fit, why = fit_at_once(resources)
+    if (resources.concurrent or 0) > fit:
+        logger.warning("--concurrent %d: only %d fit at once, for %s", resources.concurrent, fit, why)
     attempt = sum(1 for _ in trials.glob("attempt-*")) + 1
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -206,13 +220,7 @@ class _Session:
         self._device_seconds = sum(record["device_seconds"] for record in records.charged(study.records()))
         self._before = study.wall_seconds()
         self._clock = self._saved = time.monotonic()
-        there = ray.cluster_resources()
-        fits = [
-            there.get(name, 0) // wanted
-            for name, wanted in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial))
-            if wanted
-        ]
-        self.slots = int(resources.concurrent or max(1, min(fits)))
+        self.slots = resources.concurrent or max(1, fit_at_once(resources)[0])
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is handed, for a restore that never happens: it gets None."""
@@ -240,6 +248,8 @@ class _Session:
         self.before[key] = progress["seconds"]
         self.judged[key] = 0
         self.started[key] = self.elapsed()
+        self._save_clock()  # or the clock of the next session would go on from before it
+        self.study.first_started(proposal.number, self.started[key])
         self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["epochs"])
         return {
             "trial": proposal.trial,
@@ -317,6 +327,8 @@ class _Session:
             status, reason = Status.FAILED, f"its worker process died {_DEATHS} times; memory may have run out"
         elif status == "running" and used_up and not self.stop_asked and not proposal.is_baseline:
             status, reason = Status.STOPPED_EARLY, used_up
+            # An epoch that was cut held its devices too.
+            progress = progress | {"seconds": self._seconds_on_device(key) / self.resources.devices}
         elif status == "running":
             self.study.put_back(proposal.number)
             return
@@ -337,7 +349,7 @@ class _Session:
             "seed": proposal.config.seed,
             "params": proposal.params,
             "config": proposal.config.to_dict(),
-            "started": started,
+            "started": self.study.first_started(proposal.number, started),
             "ended": self.elapsed(),
             "device_seconds": progress["seconds"] * self.resources.devices,
             "replayed_from": None,

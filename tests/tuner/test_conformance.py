@@ -1,5 +1,5 @@
 """Every combination of sampler, scheduler and kind of space that is offered, through ask, report, stop, fail and resume on
-a real Optuna journal; and the table of those that are refused."""
+a real Optuna journal; a part of them, in which each of the three is, on SQLite; and the table of those that are refused."""
 
 from __future__ import annotations
 
@@ -79,23 +79,37 @@ def run_one(study: SearchStudy, end: str) -> str | None:
     return status
 
 
+OFFERED = [
+    combination
+    for combination in itertools.product(SAMPLERS, SCHEDULERS, SEARCHES)
+    if (combination[0], combination[2]) not in REFUSED
+]
+
+COVERING = [
+    ("tpe", "asha", "conditional"), ("tpe", "hyperband", "categorical"), ("gp", "median", "numbers"),
+    ("cmaes", "none", "numbers"), ("qmc", "asha", "one"), ("random", "hyperband", "one"), ("grid", "none", "steps"),
+    ("grid", "median", "conditional"),
+]  # fmt: skip
+"""each sampler, scheduler and kind of space at least once"""
+
+
+def place(folder: Path, storage: str) -> Path | str:
+    return folder / "study.journal" if storage == "journal" else f"sqlite:///{folder}/study.db"
+
+
 @pytest.mark.parametrize(
-    ("sampler", "scheduler", "search"),
-    [
-        combination
-        for combination in itertools.product(SAMPLERS, SCHEDULERS, SEARCHES)
-        if (combination[0], combination[2]) not in REFUSED
-    ],
+    ("storage", "sampler", "scheduler", "search"),
+    [("journal", *combination) for combination in OFFERED] + [("sqlite", *combination) for combination in COVERING],
 )
-def test_what_is_offered_works(sampler: str, scheduler: str, search: str, tmp_path: Path) -> None:
+def test_what_is_offered_works(storage: str, sampler: str, scheduler: str, search: str, tmp_path: Path) -> None:
     space = space_of(sampler, scheduler, search)
-    journal = tmp_path / "study.journal"
-    study = SearchStudy(space, "abc123", journal)
+    where = place(tmp_path, storage)
+    study = SearchStudy(space, "abc123", where)
     ends = [run_one(study, end) for end in ("completed", "completed", "diverged", "failed", *["completed"] * 5)]
     left = study.ask()  # killed while it ran
     study.report(left.number, 1, 0.5)
 
-    again = SearchStudy(space, "abc123", journal)
+    again = SearchStudy(space, "abc123", where)
     found = again.ask()
     assert found == left
     again.finish(found, ended(found, value=0.5, replays=[]))
@@ -118,13 +132,19 @@ def test_what_cannot_work_is_refused_at_load(sampler: str, search: str) -> None:
         space_of(sampler, "none", search)
 
 
-def test_a_grid_is_walked_once_and_over_all_sessions(tmp_path: Path) -> None:
+def test_each_kind_is_covered_on_sqlite() -> None:
+    assert [set(part) for part in zip(*COVERING, strict=True)] == [set(SAMPLERS), set(SCHEDULERS), set(SEARCHES)]
+
+
+@pytest.mark.parametrize("storage", ["journal", "sqlite"])
+def test_a_grid_is_walked_once_and_over_all_sessions(storage: str, tmp_path: Path) -> None:
+    where = place(tmp_path, storage)
     space = space_of("grid", "none", "conditional")
     seen: list[str] = []
     for _ in range(40):
-        study = SearchStudy(space, "abc123", tmp_path / "study.journal")
+        study = SearchStudy(space, "abc123", where)
         if run_one(study, "completed") is None:
             break
         seen.append(str(study.records()[-1]["params"]))
     assert len(seen) == len(set(seen)) == len(space.grid()) == 31
-    assert SearchStudy(space, "abc123", tmp_path / "study.journal").ask() is None
+    assert SearchStudy(space, "abc123", where).ask() is None
