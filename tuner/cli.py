@@ -234,8 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--study",
         metavar="URL",
-        help="keep the study in a database, such as sqlite:///study.db or postgresql://HOST/NAME, not in a journal in the "
-        f"run's folder; env takes the URL from ${STUDY_VARIABLE}, where it may hold a password",
+        help="keep the study in a database, such as sqlite:///study.db or postgresql://HOST/NAME, not in a journal in "
+        f"the run's folder; env takes the URL from ${STUDY_VARIABLE}, where it may hold a password",
     )
     made.add_argument("--no-report", action="store_true", help="search alone; the test split stays sealed")
 
