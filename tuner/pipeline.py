@@ -56,7 +56,10 @@ def run_search(
 def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     with run.locked(), cluster(run.options.address):
-        state = "finished" if run.info["state"] == "finished" else _search(run, console)
+        state = run.info["state"]
+        if state != "finished":
+            with storage.explained(run.study):
+                state = _search(run, console)
         if state == "finished" and not run.options.no_report:
             if not (run.directory / "evaluation" / "selection.json").exists():
                 evaluate(run)

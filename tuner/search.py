@@ -108,7 +108,7 @@ def fit_at_once(resources: Resources) -> tuple[int, str]:
         for name, wanted in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial))
         if wanted
     )
-    return count, f"a trial holds {wanted:g} {name} and the cluster has {there.get(name, 0):g}"
+    return count, f"{wanted:g} {name} a trial, {there.get(name, 0):g} there"
 
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
@@ -130,7 +130,7 @@ def run_trials(
         return "finished"
     fit, why = fit_at_once(resources)
     if (resources.concurrent or 0) > fit:
-        logger.warning("--concurrent %d: only %d fit at once, for %s", resources.concurrent, fit, why)
+        logger.warning("--concurrent %d: only %d fit at once (%s)", resources.concurrent, fit, why)
     attempt = sum(1 for _ in trials.glob("attempt-*")) + 1
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -159,6 +159,7 @@ def run_trials(
             name=f"attempt-{attempt}",
             storage_path=str(trials.resolve()),
             stop=_Stop(session),
+            callbacks=[_Began(session)],
             failure_config=FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -201,6 +202,7 @@ class _Session:
         self.live: dict[str, Proposal] = {}
         self.progress: dict[str, dict[str, Any]] = {}
         self.started: dict[str, float] = {}
+        """when a trial came to its worker, which some of the live ones may wait for"""
         self.before: dict[str, float] = {}
         """seconds of a running trial in earlier sessions"""
         self.judged: dict[str, int] = {}
@@ -247,9 +249,6 @@ class _Session:
         self.live[key] = proposal
         self.before[key] = progress["seconds"]
         self.judged[key] = 0
-        self.started[key] = self.elapsed()
-        self._save_clock()  # or the clock of the next session would go on from before it
-        self.study.first_started(proposal.number, self.started[key])
         self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["epochs"])
         return {
             "trial": proposal.trial,
@@ -271,6 +270,12 @@ class _Session:
         )
 
     # What happens
+
+    def began(self, key: str) -> None:
+        """A trial is on a worker now; it may have waited for one."""
+        self.started[key] = self.elapsed()
+        self._save_clock()  # or the clock of the next session would go on from before it
+        self.study.first_started(self.live[key].number, self.started[key])
 
     def reported(self, key: str, progress: dict[str, Any], node: str) -> bool:
         """Takes in a trial's progress on a node; False when it is to stop."""
@@ -332,7 +337,9 @@ class _Session:
         elif status == "running":
             self.study.put_back(proposal.number)
             return
-        self._finish(proposal, progress | {"status": str(status), "reason": reason}, self.started.pop(key))
+        self._finish(
+            proposal, progress | {"status": str(status), "reason": reason}, self.started.pop(key, self.elapsed())
+        )
 
     def _is_dead_for_good(self, key: str, proposal: Proposal) -> bool:
         """Whether a trial whose worker died is given up; else it goes on from its last checkpoint."""
@@ -405,7 +412,8 @@ class _Session:
 
     def _seconds_on_device(self, key: str) -> float:
         """Device-seconds of a running trial so far, those of earlier sessions too."""
-        return (self.before[key] + self.elapsed() - self.started[key]) * self.resources.devices
+        now = self.elapsed()
+        return (self.before[key] + now - self.started.get(key, now)) * self.resources.devices
 
     def elapsed(self) -> float:
         """Seconds that the search has run, over all sessions."""
@@ -450,6 +458,16 @@ class _StudyScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         goes_on = self._session.reported(trial.trial_id, json.loads(result["progress"]), result["node"])
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
+class _Began(tune.Callback):
+    """Says when a trial comes to its worker."""
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._session.began(trial.trial_id)
 
 
 class _Stop(Stopper):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -22,6 +24,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy.engine import URL
 
 from tuner.options import is_secret, study_url
+from tuner.records import SearchFailed
 
 _SECONDS_FOR_A_LOCK = 60
 """so long another run may hold a SQLite file that several share"""
@@ -71,6 +74,21 @@ def checked(study: str) -> str:
     except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
         raise _refusal(url, error) from None
     return study
+
+
+@contextmanager
+def explained(where: Path | str) -> Iterator[None]:
+    """Tells a database that fails while it is used as SearchFailed, with what its driver says."""
+    try:
+        yield
+    except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        if isinstance(where, Path):
+            raise
+        reason = _reason(_parsed(where), error)
+        message = (
+            f"the study's database failed: {reason}; nothing that it has taken is lost, `tuner resume RUN` goes on"
+        )
+        raise SearchFailed(message) from None
 
 
 def holds_long_text(storage: BaseStorage) -> bool:
@@ -132,22 +150,28 @@ def _database(url: URL, read_only: bool = False) -> RDBStorage:
 
 
 def _refusal(url: URL, error: Exception) -> ValueError:
-    """One message; what the driver says, with every secret of the URL struck out."""
+    """One message: what was found, what the driver says, the way out."""
     shown = f"{url.drivername}://{url.host or ''}/{url.database or ''}"
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
-    for secret in (url.password, *(value for key, value in url.query.items() if is_secret(key))):
-        reason = reason.replace(str(secret), "***") if secret else reason
     way_out = "see that the server runs, and that host, user, password and database are right"
     if isinstance(error, ImportError | sqlalchemy.exc.NoSuchModuleError):
         way_out = "install the driver's package, or name another one, as in postgresql+psycopg2://"
     elif _is_sqlite(url):
         way_out = "name a file that may be written, in a folder that exists"
     return ValueError(
-        f"the study's database must be one that Optuna can open and write to, found {shown}: {reason}; {way_out}"
+        f"the study's database must be one that Optuna can open and write to, found {shown}: {_reason(url, error)}; "
+        f"{way_out}"
     )
+
+
+def _reason(url: URL, error: Exception) -> str:
+    """What the driver says, in one line, with every secret of the URL struck out."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
+    for secret in (url.password, *(value for key, value in url.query.items() if is_secret(key))):
+        reason = reason.replace(str(secret), "***") if secret else reason
+    return reason
 
 
 class _KernelLock(BaseJournalFileLock):

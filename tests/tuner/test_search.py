@@ -338,15 +338,26 @@ def test_trials_run_side_by_side_and_the_budget_is_exact(ray_cluster, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
+def test_a_trial_that_waits_for_a_worker_is_charged_nothing(ray_cluster, tmp_path: Path) -> None:
+    cores = int(search.ray.cluster_resources()["CPU"])
+    values = [float(n) for n in range(1, cores + 4)]
+    waits = {f"_{n:g}": "wait at once" for n in values}
+    assert run(scripted_space(values, hours=0.003), tmp_path, concurrent=cores + 2, **waits) == "finished"
+    held = [record["device_seconds"] for record in records.read(tmp_path) if record["status"] == "stopped_early"]
+    assert len([seconds for seconds in held if seconds > 1]) == cores
+    assert [seconds for seconds in held if seconds <= 1] == [0.0] * (len(held) - cores)
+    assert len(held) > cores
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
 def test_more_at_once_than_fit_is_said(ray_cluster, tmp_path: Path, caplog) -> None:
     cores = int(search.ray.cluster_resources()["CPU"])
     for folder, concurrent in ((tmp_path / "more", cores + 3), (tmp_path / "as many", cores)):
         folder.mkdir()
         caplog.clear()
         assert run(scripted_space([]), folder, concurrent=concurrent) == "finished"
-        said = (
-            f"--concurrent {concurrent}: only {cores} fit at once, for a trial holds 1 CPU and the cluster has {cores}"
-        )
+        said = f"--concurrent {concurrent}: only {cores} fit at once (1 CPU a trial, {cores} there)"
         assert [record.message for record in caplog.records] == ([said] if concurrent > cores else [])
 
 

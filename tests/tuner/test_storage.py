@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from tests.tuner.conftest import ended, small_space
 from tuner import sampler, storage
 from tuner.options import STUDY_VARIABLE
+from tuner.records import SearchFailed
 from tuner.sampler import SearchStudy, count_running, study_name
 
 
@@ -75,6 +76,15 @@ def test_what_a_driver_repeats_of_the_password_is_struck_out() -> None:
     url = storage._parsed("postgresql://me:hunter2@h/x?sslpassword=swordfish")
     message = str(storage._refusal(url, RuntimeError("cannot log in with hunter2 and swordfish")))
     assert "cannot log in with *** and ***;" in message
+
+
+def test_a_database_that_fails_in_the_middle_is_told_with_its_reason(url: str, tmp_path: Path) -> None:
+    study = SearchStudy(small_space(), "abc123", url)
+    study._storage._backend.engine.dispose()
+    (tmp_path / "study.db").unlink()
+    message = r"the study's database failed: no such table: \w+; .*`tuner resume RUN` goes on"
+    with pytest.raises(SearchFailed, match=message), storage.explained(url):
+        study.ask()
 
 
 def test_a_path_in_the_environment_must_be_absolute(tmp_path: Path, monkeypatch) -> None:
