@@ -1,6 +1,6 @@
 """Searches that are killed at random moments and resumed: is anything lost, done twice, or left in between?
 
-    python -m bench.kills [--runs 20]
+    python -m bench.kills [--runs 20] [--study sqlite:///study.db]
 
 Each run is a 12-trial search with real training on a small procedural set. At random moments SIGKILL hits the driver,
 the worker of a trial, or both; what has lost its driver is resumed, as often as it takes. In the end there must be 12
@@ -85,12 +85,13 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def one_run(place: Path, kills: int) -> tuple[list[str], list[str]]:
-    """Whom the kills hit, and what was wrong in the end."""
+def one_run(place: Path, kills: int, study: str | None = None) -> tuple[list[str], list[str]]:
+    """Whom the kills hit, and what was wrong in the end. The study lies in a journal, or where a URL says."""
     synthetic.write(place / "set", count=24, height=64, width=128)
     (place / "small.yaml").write_text(_SPACE)
     run = place / "runs/small"
     command = ("search", "small.yaml", "--data", "set", "--wandb", "off", "--no-report")
+    command += ("--study", study) if study else ()
     hit: list[str] = []
     ended_before: dict[str, Any] = {}
     again: list[str] = []
@@ -108,6 +109,8 @@ def one_run(place: Path, kills: int) -> tuple[list[str], list[str]]:
         ended_before = found
         if process.returncode == 0:
             break
+        if process.returncode == 2:
+            return hit, ["its command was refused"]
         command = ("resume", "runs/small") if (run / "run.json").exists() else command
     return hit, [f"changed after its end: {trial}" for trial in again] + problems(run)
 
@@ -122,12 +125,14 @@ def records(run: Path) -> dict[str, Any]:
 def problems(run: Path) -> list[str]:
     """What is wrong with a search that has ended."""
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
-    storage = JournalStorage(JournalFileBackend(str(run / "study.journal")))
-    (name,) = optuna.get_all_study_names(storage)
-    trials = optuna.load_study(study_name=name, storage=storage).trials
+    from tuner.run import load
+    from tuner.sampler import study_name
+    from tuner.storage import open_to_read
+
+    opened = load(run)
+    name = study_name(opened.space, opened.info["id"], opened.study)
+    trials = optuna.load_study(study_name=name, storage=open_to_read(opened.study)).trials
     found = records(run)
     wrong = [f"trial {t.number} is left {t.state.name} ({t.params})" for t in trials if not t.state.is_finished()]
     wrong += [] if len(found) == TRIALS else [f"{len(found)} records, not {TRIALS}"]
@@ -147,6 +152,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--kills", type=int, default=2, help="a run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--study", help="as that of tuner search")
     options = parser.parse_args()
     random.seed(options.seed)
     print("| run | killed | s | what was wrong |")
@@ -155,7 +161,7 @@ def main() -> int:
     for number in range(1, options.runs + 1):
         with tempfile.TemporaryDirectory(prefix="segdec-kills-") as place:
             began = time.perf_counter()
-            hit, wrong = one_run(Path(place), options.kills)
+            hit, wrong = one_run(Path(place), options.kills, options.study)
             if wrong:
                 sys.stderr.write((Path(place) / "stderr.txt").read_text())
         counts.update(hit)

@@ -175,7 +175,7 @@ class StudyStrategy:
     reasons: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.study = SearchStudy(self.space, "bed", journal=None)
+        self.study = SearchStudy(self.space, "bed", None)
 
     def ask(self) -> Start | None:
         proposal = self.study.ask()

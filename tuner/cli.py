@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+from tuner.options import ADDRESS, COUNT, NOT_NEGATIVE, POSITIVE, SEED, STUDY_VARIABLE, Rule
 from tuner.records import SearchFailed
 
 _SHOWN_PAIRS = 20
@@ -65,7 +66,7 @@ def search(options: argparse.Namespace) -> int:
     from tuner.pipeline import run_search
 
     names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
-             "address", "wandb", "seed", "warm_start")  # fmt: skip
+             "address", "wandb", "seed", "warm_start", "study")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
     if options.data is None:
         options.console.print("no --data: searching the procedural crack set", style="yellow")
@@ -230,6 +231,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--seed", metavar="S", type=_seed, help="instead of the space's")
     made.add_argument("--warm-start", metavar="RUN", help="a run whose completed trials the sampler is to know")
+    made.add_argument(
+        "--study",
+        metavar="URL",
+        help="keep the study in a database, such as sqlite:///study.db or postgresql://HOST/NAME, not in a journal in "
+        f"the run's folder; env takes the URL from ${STUDY_VARIABLE}, where it may hold a password",
+    )
     made.add_argument("--no-report", action="store_true", help="search alone; the test split stays sealed")
 
     made = verb(resume, "resume", "go on with a run after any kind of stop", "tuner resume runs/demo")
@@ -300,48 +307,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
-    return number
+def _value(rule: Rule, kind: type) -> Callable[[str], Any]:
+    """Reads an option that has a rule."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if not rule.holds(value):
+            raise argparse.ArgumentTypeError(f"must be {rule.wanted}, found {text!r}; {rule.way_out}")
+        return value
+
+    return read
 
 
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text!r}")
-    return number
-
-
-def _not_negative(text: str) -> float:
-    return 0.0 if text.strip() in ("0", "0.0") else _positive(text)
-
-
-def _seed(text: str) -> int:
-    return 0 if text.strip() == "0" else _count(text)
-
-
-def _share(text: str) -> float:
-    share = _positive(text)
-    if share >= 0.9:
-        raise argparse.ArgumentTypeError(f"must be a share below 0.9, found {text!r}")
-    return share
-
-
-def _address(text: str) -> str:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(
-            f"must be host:port of a Ray cluster, or auto, found {text!r}; with ray:// the search's files would lie on "
-            "the cluster's head, so start the command there, for example with `ray job submit`"
-        )
-    return text
+_count = _value(COUNT, int)
+_positive = _value(POSITIVE, float)
+_not_negative = _value(NOT_NEGATIVE, float)
+_seed = _value(SEED, int)
+_address = _value(ADDRESS, str)
+_share = _value(Rule("a share above 0 and below 0.9", lambda v: POSITIVE.holds(v) and v < 0.9), float)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from tuner import finals, report, tracking
-from tuner.run import Options, Run, create
+from tuner import finals, report, storage, tracking
+from tuner.options import Options
+from tuner.run import Run, create
 from tuner.run import load as load_run
 from tuner.sampler import SearchStudy
 from tuner.search import cluster, default_resources, run_trials
@@ -32,7 +33,7 @@ def run_search(
     """Searches a space on a data set, evaluates the best configuration and writes its report.
 
     `space` is a Space, a file or the name of a shipped one; `data` a folder or "synthetic"; `options` are those of
-    `tuner search` (fields of tuner.run.Options). With a `console`, progress is shown there. ValueError for anything
+    `tuner search` (fields of tuner.options.Options). With a `console`, progress is shown there. ValueError for anything
     that cannot work, SearchFailed where trials keep crashing.
     """
     space = space if isinstance(space, Space) else load_space(space)
@@ -41,11 +42,13 @@ def run_search(
         chosen = replace(chosen, warm_start=_warm(load_run(chosen.warm_start), space))
     if chosen.wandb == "online":
         tracking.check_online()
+    if chosen.study:
+        chosen = replace(chosen, study=storage.checked(chosen.study))
     run = create(space, data, Path(runs), name, chosen)
     try:
         return go_on(run, console)
     except ValueError:  # what only the cluster knew was wrong: the name stays free
-        if not (run.directory / "study.journal").exists():
+        if not run.info["sessions"]:
             shutil.rmtree(run.directory)
         raise
 
@@ -53,7 +56,10 @@ def run_search(
 def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     with run.locked(), cluster(run.options.address):
-        state = "finished" if run.info["state"] == "finished" else _search(run, console)
+        state = run.info["state"]
+        if state != "finished":
+            with storage.explained(run.study):
+                state = _search(run, console)
         if state == "finished" and not run.options.no_report:
             if not (run.directory / "evaluation" / "selection.json").exists():
                 evaluate(run)
@@ -91,7 +97,7 @@ def _search(run: Run, console: Console | None) -> str:
     )
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     sessions = _closed(run, info["sessions"])
-    study = SearchStudy(space, info["id"], run.directory / "study.journal")
+    study = SearchStudy(space, info["id"], run.study, begun=bool(sessions))
     if options.warm_start:
         _warm_start(study, options.warm_start, console)
     trackers = tracking.build(options.wandb, terminal=console is not None, console=console)
@@ -130,9 +136,7 @@ def _warm_start(study: SearchStudy, other: str, console: Console | None) -> None
 
 
 def _closed(run: Run, sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A session that was killed ended when the study was last written."""
-    journal = run.directory / "study.journal"
-    last = journal.stat().st_mtime if journal.exists() else 0.0
+    last = run.last_written()
     return [s if s["ended"] else s | {"ended": max(s["started"], last)} for s in sessions]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from model import layouts, splits
 from model.config import RunConfig
 from tuner import run, space_file
+from tuner.options import Options
 from tuner.schedulers import rungs
 from tuner.space import Budget, FloatParam, Param, Scheduler, Space
 from tuner.timing import Corner, Machine, machine, time_corner
@@ -60,6 +61,7 @@ def plan(
     ValueError for anything that cannot work, and for a budget that cannot hold the baseline.
     """
     space = space if isinstance(space, Space) else space_file.load(space)
+    Options(concurrent=concurrent, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial)  # holds the rules
     found = run.checked_splits(space, data)
     with machine(cpus_per_trial, gpus_per_trial, concurrent) as (here, device):
         corners = [time_corner(space, found, names, config, device) for names, config in corners_of(space).items()]

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from model import layouts, splits, splits_file, synthetic
 from model.data import cache_root
@@ -24,29 +24,13 @@ from model.files import write_json
 from model.sample import Sample
 from model.splits import Splits
 from tuner import records, space_file
+from tuner.options import Options, study_url
 from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, Space, is_name
 
 SYNTHETIC = "synthetic"
+JOURNAL = "study.journal"
 _SPLITS = "splits.json"
 _PACKAGES = ("segdec-tuner", "torch", "ray", "optuna", "wandb", "numpy", "opencv-python-headless", "albumentations")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a command line may say beside the space; None leaves the choice to the space or to the machine."""
-
-    trials: int | None = None
-    hours: float | None = None
-    concurrent: int | None = None
-    cpus_per_trial: float | None = None
-    gpus_per_trial: float | None = None
-    address: str | None = None
-    wandb: Literal["off", "offline", "online"] = "offline"
-    seed: int | None = None
-    warm_start: str | None = None
-    """the folder of another run, whose completed trials the sampler knows from the start"""
-    no_report: bool = False
-    """the search alone: the test split stays sealed, also when the run is resumed"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +62,14 @@ class Run:
     def best(self) -> dict[str, Any] | None:
         """The record of the best completed trial that meets the constraints."""
         return records.best(self.records)
+
+    @property
+    def study(self) -> Path | str:
+        """Where the Optuna study lies: the journal, or the URL of a database.
+
+        ValueError if the environment should name it and does not.
+        """
+        return self.directory / JOURNAL if self.options.study is None else study_url(self.options.study)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -128,6 +120,15 @@ class Run:
             except BlockingIOError:
                 return True
             return False
+
+    def last_written(self) -> float:
+        """When a session that was killed ended, as near as files tell, seconds since the epoch; 0 if none has begun.
+
+        A journal is written all the time; a study elsewhere leaves the records here and the checkpoints of trials.
+        """
+        journal = self.directory / JOURNAL
+        signs = [journal] if journal.exists() else [self.directory / records.FILE, *self.directory.glob("trials/*/*")]
+        return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
 
     def note(self, **values: Any) -> None:
         """Changes keys of run.json."""
@@ -195,12 +196,12 @@ def checked_splits(space: Space, data: str | Path) -> Splits:
 
 def load(directory: str | Path, data: str | Path | None = None) -> Run:
     """An existing run, whose data now lie in `data` if that is given. ValueError if the folder holds none."""
-    path = Path(directory)
+    path = Path(directory).resolve()  # a run is called by the name of its folder, also where that is `.`
     try:
         info = json.loads((path / "run.json").read_text())
         space, options = info["space"], Options(**info["options"])
         where = info["data_path"] if data is None else _data_path(data)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} must be the folder of a run, with a run.json ({why})") from error
     return Run(directory=path, space=space_file.parse(space, str(path / "run.json")), data=where, options=options)

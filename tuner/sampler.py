@@ -9,8 +9,9 @@ be killed at any moment and go on from the study alone. States are exact:
 - PRUNED: stopped early, with all its intermediate values
 - FAIL: diverged, crashed or out of memory; the record says why
 
-The whole record of a trial (see tuner/records.py) is its user attribute `record`. A baseline that lies outside the
-space is no point of the study: its record is the study's user attribute `baseline`.
+The whole record of a trial (see tuner/records.py) is its user attribute `record`: where a column is too short for it,
+the number of parts, which are `record-0`, `record-1`, ... A baseline that lies outside the space is no point of the
+study: its record is the study's user attribute `baseline`, in parts likewise.
 
 Constraints are told as Optuna keeps them, so that samplers and `study.best_trial` see them: how far a figure lies
 beyond its bound, 0 or less where it meets it.
@@ -18,9 +19,7 @@ beyond its bound, 0 or less where it meets it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import random
 import warnings
 from collections import defaultdict
@@ -28,23 +27,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import TrialState
 
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
 from tuner import records
 from tuner.space import FloatParam, IntParam, Param, Space
+from tuner.storage import holds_long_text, open_storage, open_to_read
 
 MAX_REPLAYS_IN_A_ROW = 20
 """So many proposals in a row that need no training mean that there is nothing new to find."""
 
 _STARTUP_TRIALS = 5
 """drawn at random before a model is fitted"""
+
+_LONGEST_TEXT = 30_000
+"""characters of a record in one attribute, where a column holds 64 KiB: as JSON they may take twice as much"""
 
 _STATES = {
     "completed": TrialState.COMPLETE,
@@ -67,25 +67,38 @@ class Proposal:
 
 
 class SearchStudy:
-    """One search's study, in a journal file that one process writes to; without one, in memory."""
+    """One search's study, in a journal file that one process writes to, or in the database of a URL; else in memory.
 
-    def __init__(self, space: Space, run_id: str, journal: Path | None) -> None:
+    ValueError if the database cannot be used, or if the study has `begun` and is not there.
+    """
+
+    def __init__(self, space: Space, run_id: str, where: Path | str | None, begun: bool = False) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space = space
         self.run_id = run_id
         self._baseline_asked = False
         self._running: dict[int | None, Proposal] = {}
         self._waits = False
-        storage = self._storage = _storage(journal)
+        name = study_name(space, run_id, where)
+        opened = open_storage(where)
+        if begun and not _is_there(opened, name):
+            raise ValueError(
+                f"the study {name} of this run has begun and is not where it should be; bring its "
+                f"{'journal' if isinstance(where, Path) else 'database'} back, or start a new run"
+            )
         self._study = optuna.create_study(
-            storage=storage,
-            study_name=f"{space.name}-{space.fingerprint()}",
+            storage=opened,
+            study_name=name,
             directions=[f"{objective.mode}imize" for objective in space.objectives],
             pruner=optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
+        storage = self._storage = self._study._storage  # a database with Optuna's cache before it
         if space.cost:
-            self._study = _StudyOfTwo(self._study.study_name, storage, pruner=self._study.pruner)
+            self._study = _StudyOfTwo(name, storage, pruner=self._study.pruner)
+        self._longest = None if holds_long_text(storage) else _LONGEST_TEXT
+        self._joined: dict[int | None, dict[str, Any]] = {}
+        """records that lie in parts"""
         self._study_id = storage.get_study_id_from_name(self._study.study_name)
         # A sampler does not remember what it drew before a stop; the count keeps it from drawing the same again.
         seed = space.seed + len(self._study.get_trials(deepcopy=False))
@@ -288,10 +301,12 @@ class SearchStudy:
             record = record | {"violations": {metric: max(0.0, excess) for metric, excess in excesses.items()} or None}
         self._remember(record)
         if proposal.number is None:
-            self._study.set_user_attr("baseline", record)
+            for name, part in _parts("baseline", record, self._longest):
+                self._study.set_user_attr(name, part)
             return record
         storage_id = self._storage_id(proposal.number)
-        self._storage.set_trial_user_attr(storage_id, "record", record)
+        for name, part in _parts("record", record, self._longest):
+            self._storage.set_trial_user_attr(storage_id, name, part)
         for metric, excess in excesses.items():  # as Trial.set_constraint does, which ignores what is told again
             self._storage.set_trial_system_attr(storage_id, f"constraints:{metric}", excess)
         state = _STATES[record["status"]]
@@ -328,6 +343,19 @@ class SearchStudy:
         else:
             self._storage.set_trial_state_values(self._storage_id(number), TrialState.WAITING)
 
+    def first_started(self, number: int | None, now: float) -> float:
+        """When a trial ran for the first time, which is `now` if it never did: seconds of the search."""
+        if number is None:
+            known = self._attr("baseline_started")
+            if known is None:
+                self._study.set_user_attr("baseline_started", now)
+        else:
+            trial = self._storage_id(number)
+            known = self._storage.get_trial_user_attrs(trial).get("started")
+            if known is None:
+                self._storage.set_trial_user_attr(trial, "started", now)
+        return now if known is None else float(known)
+
     def add_wall_seconds(self, seconds: float) -> None:
         """Time that the search has used, over all sessions."""
         self._study.set_user_attr("wall_seconds", self.wall_seconds() + seconds)
@@ -345,7 +373,7 @@ class SearchStudy:
             for trial in trials
             if trial.number >= first
             and trial.intermediate_values
-            and not _is_replay(trial)
+            and not self._is_replay(trial)
             and (wanted is None or self._masks(trial) == wanted)
         }
 
@@ -360,8 +388,21 @@ class SearchStudy:
     def records(self) -> list[dict[str, Any]]:
         """The records of all finished trials, a baseline outside the space first."""
         finished = self._study.get_trials(deepcopy=False, states=tuple(set(_STATES.values())))
-        outside = [self._attr("baseline")] if self._attr("baseline") else []
-        return outside + [trial.user_attrs["record"] for trial in finished if "record" in trial.user_attrs]
+        found = [self._record(None, self._storage.get_study_user_attrs(self._study_id), "baseline")]
+        found += [self._record(trial.number, trial.user_attrs, "record") for trial in finished]
+        return [record for record in found if record]
+
+    def _record(self, number: int | None, attributes: dict[str, Any], name: str) -> dict[str, Any] | None:
+        """A record, joined where it lies in parts."""
+        parts = attributes.get(name)
+        if not isinstance(parts, int):
+            return parts
+        if number not in self._joined:
+            self._joined[number] = json.loads("".join(attributes[f"{name}-{n}"] for n in range(parts)))
+        return self._joined[number]
+
+    def _is_replay(self, trial: optuna.trial.FrozenTrial) -> bool:
+        return bool((self._record(trial.number, trial.user_attrs, "record") or {}).get("replayed_from"))
 
     def wall_seconds(self) -> float:
         """Time that the search has used, over all sessions."""
@@ -390,8 +431,26 @@ def _network_of(config: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in (DEFAULTS | config).items() if k not in JUDGING_FIELDS}, sort_keys=True)
 
 
-def _is_replay(trial: optuna.trial.FrozenTrial) -> bool:
-    return bool(trial.user_attrs.get("record", {}).get("replayed_from"))
+def study_name(space: Space, run_id: str, where: Path | str | None) -> str:
+    """What is searched; in a database, where many runs may lie, which run too."""
+    return f"{space.name}-{space.fingerprint()}" + (f"-{run_id}" if isinstance(where, str) else "")
+
+
+def _is_there(storage: optuna.storages.BaseStorage, study: str) -> bool:
+    try:
+        storage.get_study_id_from_name(study)
+    except KeyError:
+        return False
+    return True
+
+
+def _parts(name: str, record: dict[str, Any], longest: int | None) -> list[tuple[str, Any]]:
+    """A record as attributes that are short enough; the one that says how many, without which none counts, is last."""
+    text = json.dumps(record) if longest else ""
+    if longest is None or len(text) <= longest:
+        return [(name, record)]
+    pieces = [text[start : start + longest] for start in range(0, len(text), longest)]
+    return [*((f"{name}-{n}", piece) for n, piece in enumerate(pieces)), (name, len(pieces))]
 
 
 def _replay(record: dict[str, Any], config: RunConfig) -> dict[str, Any] | None:
@@ -456,52 +515,17 @@ def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
         return samplers.RandomSampler(seed=seed)  # grid: every point is enqueued
 
 
-def _storage(journal: Path | None) -> BaseStorage:
-    if journal is None:
-        return InMemoryStorage()
-    _mend(journal)
-    return JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
-
-
-class _KernelLock(BaseJournalFileLock):
-    """A lock that the kernel frees when the process ends; a leftover of Optuna's own costs half a minute."""
-
-    def __init__(self, journal: Path) -> None:
-        self._path = journal.with_name(journal.name + ".lock")
-        self._file: IO[str] | None = None
-
-    def acquire(self) -> bool:
-        self._file = self._path.open("a")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        assert self._file is not None
-        self._file.close()
-        self._file = None
-
-
-def _mend(journal: Path) -> None:
-    """Cuts a torn last line off: Optuna would glue the next one to it and lose both."""
-    if not journal.exists():
-        return
-    with journal.open("rb+") as file:
-        data = file.read()
-        if data and not data.endswith(b"\n"):
-            file.truncate(data.rfind(b"\n") + 1)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def count_running(journal: Path) -> int:
-    """How many trials run now, for somebody who watches: nothing is written."""
-    if not journal.exists():
+def count_running(where: Path | str, study: str | None = None) -> int:
+    """How many trials of a study run now, for somebody who watches: nothing is written. In a journal there is one."""
+    if isinstance(where, Path) and not where.exists():
         return 0
-    storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
+    storage = open_to_read(where)
     running = 0
-    for name in optuna.get_all_study_names(storage):
-        study = optuna.load_study(study_name=name, storage=storage)
-        running += sum(trial.state is TrialState.RUNNING for trial in study.get_trials(deepcopy=False))
-        outside = study.user_attrs.get("baseline_in_space") is False
-        running += outside and "baseline" not in study.user_attrs  # it is the first to run
+    names = [study] if study else optuna.get_all_study_names(storage)
+    for name in (name for name in names if _is_there(storage, name)):
+        study_id = storage.get_study_id_from_name(name)
+        running += len(storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)))
+        attributes = storage.get_study_user_attrs(study_id)
+        outside = attributes.get("baseline_in_space") is False
+        running += outside and "baseline" not in attributes  # it is the first to run
     return running

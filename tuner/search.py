@@ -100,6 +100,17 @@ def default_resources(cpus: float | None, gpus: float | None, concurrent: int | 
     return found
 
 
+def fit_at_once(resources: Resources) -> tuple[int, str]:
+    """How many trials the cluster as it is runs at once, and what bounds them."""
+    there = ray.cluster_resources()
+    count, name, wanted = min(
+        (int(there.get(name, 0) // wanted), name, wanted)
+        for name, wanted in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial))
+        if wanted
+    )
+    return count, f"{wanted:g} {name} a trial, {there.get(name, 0):g} there"
+
+
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
     """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU."""
     remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)
@@ -117,6 +128,9 @@ def run_trials(
     session = _Session(study, trials, budget, resources, trackers)
     if session.nothing_left():
         return "finished"
+    fit, why = fit_at_once(resources)
+    if (resources.concurrent or 0) > fit:
+        logger.warning("--concurrent %d: only %d fit at once (%s)", resources.concurrent, fit, why)
     attempt = sum(1 for _ in trials.glob("attempt-*")) + 1
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -145,6 +159,7 @@ def run_trials(
             name=f"attempt-{attempt}",
             storage_path=str(trials.resolve()),
             stop=_Stop(session),
+            callbacks=[_Began(session)],
             failure_config=FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -187,6 +202,7 @@ class _Session:
         self.live: dict[str, Proposal] = {}
         self.progress: dict[str, dict[str, Any]] = {}
         self.started: dict[str, float] = {}
+        """when a trial came to its worker, which some of the live ones may wait for"""
         self.before: dict[str, float] = {}
         """seconds of a running trial in earlier sessions"""
         self.judged: dict[str, int] = {}
@@ -206,13 +222,7 @@ class _Session:
         self._device_seconds = sum(record["device_seconds"] for record in records.charged(study.records()))
         self._before = study.wall_seconds()
         self._clock = self._saved = time.monotonic()
-        there = ray.cluster_resources()
-        fits = [
-            there.get(name, 0) // wanted
-            for name, wanted in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial))
-            if wanted
-        ]
-        self.slots = int(resources.concurrent or max(1, min(fits)))
+        self.slots = resources.concurrent or max(1, fit_at_once(resources)[0])
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is handed, for a restore that never happens: it gets None."""
@@ -239,7 +249,6 @@ class _Session:
         self.live[key] = proposal
         self.before[key] = progress["seconds"]
         self.judged[key] = 0
-        self.started[key] = self.elapsed()
         self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["epochs"])
         return {
             "trial": proposal.trial,
@@ -261,6 +270,12 @@ class _Session:
         )
 
     # What happens
+
+    def began(self, key: str) -> None:
+        """A trial is on a worker now; it may have waited for one."""
+        self.started[key] = self.elapsed()
+        self._save_clock()  # or the clock of the next session would go on from before it
+        self.study.first_started(self.live[key].number, self.started[key])
 
     def reported(self, key: str, progress: dict[str, Any], node: str) -> bool:
         """Takes in a trial's progress on a node; False when it is to stop."""
@@ -317,10 +332,14 @@ class _Session:
             status, reason = Status.FAILED, f"its worker process died {_DEATHS} times; memory may have run out"
         elif status == "running" and used_up and not self.stop_asked and not proposal.is_baseline:
             status, reason = Status.STOPPED_EARLY, used_up
+            # An epoch that was cut held its devices too.
+            progress = progress | {"seconds": self._seconds_on_device(key) / self.resources.devices}
         elif status == "running":
             self.study.put_back(proposal.number)
             return
-        self._finish(proposal, progress | {"status": str(status), "reason": reason}, self.started.pop(key))
+        self._finish(
+            proposal, progress | {"status": str(status), "reason": reason}, self.started.pop(key, self.elapsed())
+        )
 
     def _is_dead_for_good(self, key: str, proposal: Proposal) -> bool:
         """Whether a trial whose worker died is given up; else it goes on from its last checkpoint."""
@@ -337,7 +356,7 @@ class _Session:
             "seed": proposal.config.seed,
             "params": proposal.params,
             "config": proposal.config.to_dict(),
-            "started": started,
+            "started": self.study.first_started(proposal.number, started),
             "ended": self.elapsed(),
             "device_seconds": progress["seconds"] * self.resources.devices,
             "replayed_from": None,
@@ -393,7 +412,8 @@ class _Session:
 
     def _seconds_on_device(self, key: str) -> float:
         """Device-seconds of a running trial so far, those of earlier sessions too."""
-        return (self.before[key] + self.elapsed() - self.started[key]) * self.resources.devices
+        now = self.elapsed()
+        return (self.before[key] + now - self.started.get(key, now)) * self.resources.devices
 
     def elapsed(self) -> float:
         """Seconds that the search has run, over all sessions."""
@@ -438,6 +458,16 @@ class _StudyScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         goes_on = self._session.reported(trial.trial_id, json.loads(result["progress"]), result["node"])
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
+class _Began(tune.Callback):
+    """Says when a trial comes to its worker."""
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._session.began(trial.trial_id)
 
 
 class _Stop(Stopper):

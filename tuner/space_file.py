@@ -61,6 +61,10 @@ def load(source: str | Path) -> Space:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise SpaceError(str(source), [f"is not valid YAML: {error}"]) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        found = f"byte 0x{error.object[error.start]:02x} in line {line}"
+        raise SpaceError(str(source), [f"must be text in UTF-8, found {found}; save it as UTF-8"]) from error
     return parse(document, str(source))
 
 
@@ -180,7 +184,7 @@ class _Reader:
         value = mapping[key]
         right = is_number(value) if kind is float else type(value) is kind
         if not right or (check is not None and not check(value)):
-            self.problem(f"{at}{key}", rule, value, _text_hint(value))
+            self.problem(f"{at}{key}", rule, value, _number_hint(value, kind))
             return default
         return float(value) if kind is float else value
 
@@ -229,7 +233,7 @@ class _Reader:
 
     def fits(self, section: str, name: str, value: Any) -> bool:
         if problem := RULES[name].problem(value):
-            self.problem(f"{section}.{name}", problem, value, _text_hint(value))
+            self.problem(f"{section}.{name}", problem, value, _number_hint(value, RULES[name].kind))
         return problem is None
 
     def search(self, value: Any, train: dict[str, Any]) -> dict[str, Param]:
@@ -484,11 +488,30 @@ class _Reader:
         if any(problem.startswith("search") for problem in self.problems):
             return ()
         for n, point in enumerate(value):
-            if not space.contains(point):
-                active = ", ".join(space.active(point)) or "nothing"
-                rule = f"must give each searched parameter a value in its range (here: {active})"
-                self.problem(f"start_from[{n}]", rule, point)
+            self.point(space, f"start_from[{n}]", point)
         return tuple(value)
+
+    def point(self, space: Space, key: str, point: dict[str, Any]) -> None:
+        active = space.active(point)
+        for name in active:
+            param = space.search[name]
+            if name not in point:
+                self.problem(
+                    f"{key}.{name}", "is missing", way_out="each searched parameter that applies needs a value"
+                )
+            elif not param.contains(point[name]):
+                kind = {FloatParam: float, IntParam: int}.get(type(param), object)
+                self.problem(f"{key}.{name}", _range(param), point[name], _number_hint(point[name], kind))
+        for name in point:
+            if name in space.search and name not in active:
+                when = ", ".join(
+                    f"{parent} {' or '.join(map(str, v))}" for parent, v in space.search[name].when.items()
+                )
+                self.problem(f"{key}.{name}", f"applies only with {when}", point[name], "remove it")
+            elif name not in space.search:
+                near = difflib.get_close_matches(str(name), space.search, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"the searched ones are {', '.join(space.search)}"
+                self.problem(f"{key}.{name}", "is not a searched parameter", way_out=hint)
 
     def corners(self, space: Space) -> None:
         """What fields ask of each other, at both ends of the search."""
@@ -582,13 +605,30 @@ def _field_schema(name: str) -> dict[str, Any]:
     return described | {"description": rule.doc, "default": DEFAULTS[name]}
 
 
-def _text_hint(value: object) -> str:
-    """YAML reads 1e-3 as text."""
+def _range(param: Param) -> str:
+    """The rule of a value, in words."""
+    if isinstance(param, ChoiceParam):
+        return f"must be one of {', '.join(map(str, param.choices))}"
+    word = "a number" if isinstance(param, FloatParam) else "a whole number"
+    steps = (
+        ""
+        if param.step is None or (param.step == 1 and isinstance(param, IntParam))
+        else f" in steps of {param.step:g}"
+    )
+    return f"must be {word} from {param.low:g} to {param.high:g}{steps}"
+
+
+def _number_hint(value: object, kind: type) -> str:
+    """YAML reads 1e-3 as text, and 10.0 as no whole number."""
     try:
-        number = isinstance(value, str) and float(value)
+        number = float(value) if isinstance(value, str | float) else math.nan
     except ValueError:
         return ""
-    return f"YAML takes this for text; write {number!r} " if number else ""
+    if not math.isfinite(number) or kind in (bool, str):
+        return ""
+    if kind is int:
+        return f"write {number:.0f}" if number.is_integer() else ""
+    return f"YAML takes this for text; write {number!r}" if isinstance(value, str) else ""
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its directory alone, so that a search that runs is not disturbed."""
+"""Where a run stands, read from its directory and its study; writes nothing, so that a search is not disturbed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _params(trial: dict[str, Any]) -> str:
 
 
 def _elapsed(run: Run, running: bool) -> float:
-    """Seconds of all sessions; one that was killed ended when the study was last written."""
+    """Seconds of all sessions."""
     total = 0.0
     sessions = run.info["sessions"]
     for n, session in enumerate(sessions):
@@ -68,16 +68,15 @@ def _elapsed(run: Run, running: bool) -> float:
         if end is None and running and n == len(sessions) - 1:
             end = time.time()
         elif end is None:
-            journal = run.directory / "study.journal"
-            end = max(session["started"], journal.stat().st_mtime) if journal.exists() else session["started"]
+            end = max(session["started"], run.last_written())
         total += end - session["started"]
     return total
 
 
 def _running(run: Run) -> int:
-    from tuner.sampler import count_running
+    from tuner.sampler import count_running, study_name
 
-    return count_running(run.directory / "study.journal")
+    return count_running(run.study, study_name(run.space, run.info["id"], run.study))
 
 
 def _remaining(run: Run, found: list[dict[str, Any]], elapsed: float) -> float | None:

@@ -10,9 +10,9 @@ from bench import kills
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_search_that_is_killed_at_random_loses_nothing(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "study"), [(1, None), (2, "sqlite:///study.db"), (3, None)])
+def test_a_search_that_is_killed_at_random_loses_nothing(tmp_path: Path, seed: int, study: str | None) -> None:
     random.seed(seed)
-    hit, wrong = kills.one_run(tmp_path, kills=2)
+    hit, wrong = kills.one_run(tmp_path, kills=2, study=study)
     assert hit
     assert not wrong, (tmp_path / "stderr.txt").read_text()

@@ -1,5 +1,6 @@
 """Every combination of sampler, scheduler, kind of space and goals that is offered, through ask, report, stop, fail and
-resume on a real Optuna journal; and the table of those that are refused."""
+resume on a real Optuna journal; a part of them, in which each kind is, on SQLite; and the table of those that are
+refused."""
 
 from __future__ import annotations
 
@@ -115,16 +116,30 @@ def run_one(study: SearchStudy, end: str) -> str | None:
     return status
 
 
+OFFERED = [
+    combination
+    for combination in itertools.product(SAMPLERS, SCHEDULERS, SEARCHES)
+    if (combination[0], combination[2]) not in REFUSED
+]
+
+COVERING = [
+    ("tpe", "asha", "conditional"), ("tpe", "hyperband", "categorical"), ("gp", "median", "numbers"),
+    ("cmaes", "none", "numbers"), ("qmc", "asha", "one"), ("random", "hyperband", "one"), ("grid", "none", "steps"),
+    ("grid", "median", "conditional"),
+]  # fmt: skip
+"""each sampler, scheduler and kind of space at least once"""
+
+
+def place(folder: Path, storage: str) -> Path | str:
+    return folder / "study.journal" if storage == "journal" else f"sqlite:///{folder}/study.db"
+
+
 @pytest.mark.parametrize(
-    ("sampler", "scheduler", "search"),
-    [
-        combination
-        for combination in itertools.product(SAMPLERS, SCHEDULERS, SEARCHES)
-        if (combination[0], combination[2]) not in REFUSED
-    ],
+    ("storage", "sampler", "scheduler", "search"),
+    [("journal", *combination) for combination in OFFERED] + [("sqlite", *combination) for combination in COVERING],
 )
-def test_what_is_offered_works(sampler: str, scheduler: str, search: str, tmp_path: Path) -> None:
-    drive(space_of(sampler, scheduler, SEARCHES[search]), tmp_path / "study.journal")
+def test_what_is_offered_works(storage: str, sampler: str, scheduler: str, search: str, tmp_path: Path) -> None:
+    drive(space_of(sampler, scheduler, SEARCHES[search]), place(tmp_path, storage))
 
 
 @pytest.mark.parametrize(
@@ -175,14 +190,14 @@ def test_what_is_offered_works_with_other_goals(sampler: str, scheduler: str, go
             _ = study._study.best_trial
 
 
-def drive(space: Space, journal: Path) -> SearchStudy:
+def drive(space: Space, where: Path | str) -> SearchStudy:
     """A dozen trials that end in all ways, with a kill among them; the study afterwards."""
-    study = SearchStudy(space, "abc123", journal)
+    study = SearchStudy(space, "abc123", where)
     ends = [run_one(study, end) for end in ("completed", "completed", "diverged", "failed", *["completed"] * 5)]
     left = study.ask()  # killed while it ran
     study.report(left.number, 1, 0.5)
 
-    again = SearchStudy(space, "abc123", journal)
+    again = SearchStudy(space, "abc123", where)
     found = again.ask()
     assert found == left
     more = judged(found, 0.5, 1) if space.cost or space.constraints else {"replays": []}
@@ -222,13 +237,19 @@ def test_tpe_ranks_what_was_stopped_where_there_are_two_objectives(tmp_path: Pat
     assert ends.count("completed") >= 2
 
 
-def test_a_grid_is_walked_once_and_over_all_sessions(tmp_path: Path) -> None:
+def test_each_kind_is_covered_on_sqlite() -> None:
+    assert [set(part) for part in zip(*COVERING, strict=True)] == [set(SAMPLERS), set(SCHEDULERS), set(SEARCHES)]
+
+
+@pytest.mark.parametrize("storage", ["journal", "sqlite"])
+def test_a_grid_is_walked_once_and_over_all_sessions(storage: str, tmp_path: Path) -> None:
+    where = place(tmp_path, storage)
     space = space_of("grid", "none", SEARCHES["conditional"])
     seen: list[str] = []
     for _ in range(40):
-        study = SearchStudy(space, "abc123", tmp_path / "study.journal")
+        study = SearchStudy(space, "abc123", where)
         if run_one(study, "completed") is None:
             break
         seen.append(str(study.records()[-1]["params"]))
     assert len(seen) == len(set(seen)) == len(space.grid()) == 31
-    assert SearchStudy(space, "abc123", tmp_path / "study.journal").ask() is None
+    assert SearchStudy(space, "abc123", where).ask() is None

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 from model import layouts, splits, synthetic
 from tests.tuner.conftest import small_space
 from tuner import run as runs
-from tuner.run import Options
+from tuner.options import STUDY_VARIABLE, Options
+from tuner.status import describe
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,47 @@ def test_one_process_writes(data: Path, tmp_path: Path) -> None:
             pass
     with run.locked():
         pass
+
+
+def test_a_run_is_called_by_its_folder_wherever_it_is_opened_from(data: Path, tmp_path: Path, monkeypatch) -> None:
+    run = runs.create(small_space(), data, tmp_path)
+    monkeypatch.chdir(run.directory)
+    assert runs.load(".") == run
+    assert runs.load(".").name == "small"
+
+
+def test_where_the_study_lies_is_kept_and_no_password_is(data: Path, tmp_path: Path, monkeypatch) -> None:
+    run = runs.create(small_space(), data, tmp_path, "one")
+    assert run.study == run.directory / "study.journal"
+    url = f"sqlite:///{tmp_path}/study.db"
+    assert runs.load(runs.create(small_space(), data, tmp_path, "two", Options(study=url)).directory).study == url
+
+    monkeypatch.setenv(STUDY_VARIABLE, "postgresql://me:hunter2@host/db")
+    run = runs.create(small_space(), data, tmp_path, "three", Options(study="env"))
+    assert runs.load(run.directory).study == "postgresql://me:hunter2@host/db"
+    assert b"hunter2" not in b"".join(path.read_bytes() for path in run.directory.iterdir())
+    monkeypatch.delenv(STUDY_VARIABLE)
+    with pytest.raises(ValueError, match=f"environment variable {STUDY_VARIABLE} says, and it is not set"):
+        _ = runs.load(run.directory).study
+
+
+def test_options_that_somebody_spoilt_are_refused(data: Path, tmp_path: Path) -> None:
+    run = runs.create(small_space(), data, tmp_path)
+    run.note(options=run.info["options"] | {"concurrent": 0})
+    with pytest.raises(ValueError, match=r"small must be the folder of a run.*concurrent must be a whole number"):
+        runs.load(run.directory)
+
+
+@pytest.mark.parametrize("study", [None, "sqlite:////nowhere/study.db"])
+def test_a_killed_session_ended_when_it_last_wrote(data: Path, tmp_path: Path, study: str | None) -> None:
+    run = runs.create(small_space(), data, tmp_path, options=Options(study=study))
+    assert run.last_written() == 0
+    written = run.directory / ("trials/attempt-1/x-0001" if study else "study.journal")
+    written.mkdir(parents=True)
+    os.utime(written, (1000, 2000))
+    assert run.last_written() == 2000
+    run.note(sessions=[{"started": 1500.0, "ended": None}])
+    assert describe(run)["elapsed_seconds"] == 500
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The study at its border: a real Optuna journal on disk, opened again as after a kill."""
+"""The study at its border: a real Optuna journal, and a real database, opened again as after a kill."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,14 @@ def journal(tmp_path: Path) -> Path:
     return tmp_path / "study.journal"
 
 
-def states(journal: Path) -> list[TrialState]:
+@pytest.fixture(params=["journal", "sqlite"])
+def where(request, tmp_path: Path) -> Path | str:
+    return tmp_path / "study.journal" if request.param == "journal" else f"sqlite:///{tmp_path}/study.db"
+
+
+def states(where: Path | str) -> list[TrialState]:
     """As any other program of Optuna's sees them."""
-    storage = JournalStorage(JournalFileBackend(str(journal)))
+    storage = where if isinstance(where, str) else JournalStorage(JournalFileBackend(str(where)))
     (name,) = optuna.get_all_study_names(storage)
     return [trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials]
 
@@ -37,9 +42,9 @@ def test_the_baseline_comes_first_and_once(space: Space, journal: Path) -> None:
     assert space.contains(second.params)
 
 
-def test_a_baseline_outside_the_space_is_a_record_and_no_point(journal: Path) -> None:
+def test_a_baseline_outside_the_space_is_a_record_and_no_point(where: Path | str) -> None:
     space = small_space(train={"width": 0.1, "epochs": 3, "optimizer": "adam"})
-    study = SearchStudy(space, "abc123", journal)
+    study = SearchStudy(space, "abc123", where)
     baseline, first = study.ask(), study.ask()
     assert (baseline.trial, baseline.number, baseline.is_baseline) == ("abc123-baseline", None, True)
     assert baseline.config.optimizer == "sgd"
@@ -49,7 +54,7 @@ def test_a_baseline_outside_the_space_is_a_record_and_no_point(journal: Path) ->
     study.report(None, 1, 0.3)
     study.finish(baseline, ended(baseline))
     assert [record["trial"] for record in study.records()] == ["abc123-baseline"]
-    again = SearchStudy(space, "abc123", journal)
+    again = SearchStudy(space, "abc123", where)
     assert again.ask().number == 0
     assert [record["trial"] for record in again.records()] == ["abc123-baseline"]
 
@@ -69,37 +74,37 @@ def test_without_a_journal_the_study_is_in_memory(space: Space, tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_start_from_follows_the_baseline(journal: Path) -> None:
+def test_start_from_follows_the_baseline(where: Path | str) -> None:
     point = {"learning_rate": 0.25, "threshold_rule": "grid"}
-    study = SearchStudy(small_space(start_from=[point]), "abc123", journal)
+    study = SearchStudy(small_space(start_from=[point]), "abc123", where)
     assert [study.ask().params for _ in range(2)] == [{"learning_rate": 1.0, "threshold_rule": "pr_curve"}, point]
 
 
-def test_every_end_has_its_state(space: Space, journal: Path) -> None:
-    study = SearchStudy(space, "abc123", journal)
+def test_every_end_has_its_state(space: Space, where: Path | str) -> None:
+    study = SearchStudy(space, "abc123", where)
     statuses = ["completed", "stopped_early", "diverged", "failed"]
     for status in statuses:
         proposal = study.ask()
         study.report(proposal.number, 1, 0.25)
         study.report(proposal.number, 1, 0.25)  # told twice after a resume
         study.finish(proposal, ended(proposal, status))
-    assert states(journal) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL]
-    trials = SearchStudy(space, "abc123", journal)._study.trials
+    assert states(where) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL]
+    trials = SearchStudy(space, "abc123", where)._study.trials
     assert trials[0].value == 0.5
     assert [trial.intermediate_values for trial in trials] == [{1: 0.25}] * 4
     assert [trial.user_attrs["record"]["reason"] for trial in trials] == [None, "because", "because", "because"]
 
 
-def test_what_was_running_is_asked_for_again_with_its_name(space: Space, journal: Path) -> None:
-    study = SearchStudy(space, "abc123", journal)
+def test_what_was_running_is_asked_for_again_with_its_name(space: Space, where: Path | str) -> None:
+    study = SearchStudy(space, "abc123", where)
     finished, killed, stopped = (study.ask() for _ in range(3))
     study.finish(finished, ended(finished))
     study.report(killed.number, 1, 0.3)
     study.put_back(stopped.number)
-    assert count_running(journal) == 1
+    assert count_running(where) == 1
 
-    again = SearchStudy(space, "abc123", journal)
-    assert count_running(journal) == 0
+    again = SearchStudy(space, "abc123", where)
+    assert count_running(where) == 0
     assert [again.ask() for _ in range(2)] == [killed, stopped]
     assert again.curves() == {killed.number: {1: 0.3}}
     new = again.ask()
@@ -123,13 +128,13 @@ def test_a_torn_last_line_is_mended(space: Space, journal: Path) -> None:
         assert len(SearchStudy(space, "abc123", journal).records()) == 2
 
 
-def test_a_trained_network_answers_other_threshold_rules(journal: Path) -> None:
+def test_a_trained_network_answers_other_threshold_rules(where: Path | str) -> None:
     space = small_space(
         search={"threshold_rule": {"type": "categorical", "choices": ["min_of_max", "pr_curve", "grid"]}},
         train={"width": 0.1, "epochs": 3, "learning_rate": 1.0},
         sampler="random",
     )
-    study = SearchStudy(space, "abc123", journal)
+    study = SearchStudy(space, "abc123", where)
     baseline = study.ask()
     study.finish(baseline, ended(baseline, value=0.4))
     assert study.ask() is None  # every proposal is a replay: the space is exhausted
@@ -137,7 +142,7 @@ def test_a_trained_network_answers_other_threshold_rules(journal: Path) -> None:
     assert len(records) == 1 + MAX_REPLAYS_IN_A_ROW
     by_rule = {"min_of_max": 0.1, "pr_curve": 0.4, "grid": 0.5}
     assert study.ask() is None
-    again = SearchStudy(space, "abc123", journal)
+    again = SearchStudy(space, "abc123", where)
     assert again.ask() is None
     assert len(again.records()) == len(records)  # asking again, and resuming, adds nothing
     for record in records[1:]:
@@ -146,7 +151,7 @@ def test_a_trained_network_answers_other_threshold_rules(journal: Path) -> None:
         assert record["best_epoch"] == (1 if record["params"]["threshold_rule"] == "grid" else 2)
         assert record["seconds"] == record["device_seconds"] == 0
         assert record["config"]["threshold_rule"] == record["params"]["threshold_rule"]
-    assert set(states(journal)) == {TrialState.COMPLETE}
+    assert set(states(where)) == {TrialState.COMPLETE}
 
 
 def one_network() -> Space:
@@ -158,12 +163,12 @@ def one_network() -> Space:
     return small_space(search=search, sampler="random")
 
 
-def test_what_diverged_diverges_under_every_rule(journal: Path) -> None:
-    study = SearchStudy(one_network(), "abc123", journal)
+def test_what_diverged_diverges_under_every_rule(where: Path | str) -> None:
+    study = SearchStudy(one_network(), "abc123", where)
     baseline = study.ask()
     study.finish(baseline, ended(baseline, "diverged", value=None, replays=[]))
     assert study.ask() is None
-    assert set(states(journal)) == {TrialState.FAIL}
+    assert set(states(where)) == {TrialState.FAIL}
     for record in study.records()[1:]:
         assert (record["status"], record["value"], record["replayed_from"]) == ("diverged", None, baseline.trial)
 
@@ -175,9 +180,9 @@ def test_what_crashed_is_tried_again(journal: Path) -> None:
     assert study.ask() is not None
 
 
-def test_a_trial_that_was_stopped_answers_for_itself_alone(journal: Path) -> None:
+def test_a_trial_that_was_stopped_answers_for_itself_alone(where: Path | str) -> None:
     """At its rung it was compared under its own rule; under another it might have gone on, and is trained."""
-    study = SearchStudy(one_network(), "abc123", journal)
+    study = SearchStudy(one_network(), "abc123", where)
     baseline = study.ask()
     history = [{"epoch": epoch, "value": 0.4, "compared": epoch / 10} for epoch in (1, 2)]
     study.finish(baseline, ended(baseline, "stopped_early", value=0.4, history=history))
@@ -189,14 +194,14 @@ def test_a_trial_that_was_stopped_answers_for_itself_alone(journal: Path) -> Non
     assert study.curves() == {}  # a replay reached no rung of its own
 
 
-def test_conditional_parameters_are_asked_only_where_they_hold(journal: Path) -> None:
+def test_conditional_parameters_are_asked_only_where_they_hold(where: Path | str) -> None:
     search = {
         "threshold_factor": {"type": "int", "low": 1, "high": 9, "when": {"threshold_rule": "pr_curve"}},
         "threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]},
         "learning_rate": {"type": "float", "low": 0.01, "high": 1.0},
     }
     space = small_space(search=search, budget={"trials": 30})
-    study = SearchStudy(space, "abc123", journal)
+    study = SearchStudy(space, "abc123", where)
     seen = set()
     for n in range(30):
         proposal = study.ask()
@@ -219,36 +224,36 @@ def test_bounds_and_steps_reach_optuna_as_they_are(journal: Path) -> None:
     assert drawn == {1, 3, 5}
 
 
-def test_two_spaces_are_two_studies(space: Space, journal: Path) -> None:
-    SearchStudy(space, "abc123", journal).ask()
+def test_two_spaces_are_two_studies(space: Space, where: Path | str) -> None:
+    SearchStudy(space, "abc123", where).ask()
     other = small_space(train={"width": 0.1, "epochs": 4})
-    assert SearchStudy(other, "abc123", journal).ask().number == 0
+    assert SearchStudy(other, "abc123", where).ask().number == 0
 
 
-def test_the_clock_runs_over_all_sessions(space: Space, journal: Path) -> None:
-    SearchStudy(space, "abc123", journal).add_wall_seconds(10)
-    study = SearchStudy(space, "abc123", journal)
+def test_the_clock_runs_over_all_sessions(space: Space, where: Path | str) -> None:
+    SearchStudy(space, "abc123", where).add_wall_seconds(10)
+    study = SearchStudy(space, "abc123", where)
     study.add_wall_seconds(5)
     assert study.wall_seconds() == 15
 
 
-def test_a_network_that_is_being_trained_is_waited_for(journal: Path) -> None:
+def test_a_network_that_is_being_trained_is_waited_for(where: Path | str) -> None:
     space = small_space(
         search={"threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]}},
         train={"width": 0.1, "epochs": 3, "learning_rate": 1.0},
         budget={"trials": 5},
     )
-    study = SearchStudy(space, "abc123", journal)
+    study = SearchStudy(space, "abc123", where)
     baseline = study.ask()
     assert study.ask() is None
     assert study.ask() is None
-    assert count_running(journal) == 1
+    assert count_running(where) == 1
     study.finish(baseline, ended(baseline))
     assert study.ask() is None
     assert {record["replayed_from"] for record in study.records()} == {None, baseline.trial}
 
 
-def test_a_warm_start_is_known_to_the_sampler_and_is_nobodys_trial(journal: Path, tmp_path: Path) -> None:
+def test_a_warm_start_is_known_to_the_sampler_and_is_nobodys_trial(where: Path | str, tmp_path: Path) -> None:
     wide = {"learning_rate": {"type": "float", "low": 0.01, "high": 2.0, "log": True}}
     narrow = {"learning_rate": {"type": "float", "low": 0.5, "high": 2.0, "log": True}}
     old = SearchStudy(small_space(search=wide), "old000", tmp_path / "old.journal")
@@ -259,9 +264,9 @@ def test_a_warm_start_is_known_to_the_sampler_and_is_nobodys_trial(journal: Path
     inside = sum(r["params"]["learning_rate"] >= 0.5 for r in old.records()[:7])
     assert 0 < inside < 7
 
-    study = SearchStudy(small_space(search=narrow), "abc123", journal)
+    study = SearchStudy(small_space(search=narrow), "abc123", where)
     assert study.warm_start(old.records()) == (inside, 7 - inside)
-    again = SearchStudy(small_space(search=narrow), "abc123", journal)
+    again = SearchStudy(small_space(search=narrow), "abc123", where)
     assert again.warm_start(old.records()) == (inside, 7 - inside)  # once
     assert len(again._study.get_trials(states=(TrialState.COMPLETE,))) == inside
     assert again.records() == []
@@ -473,3 +478,14 @@ def test_a_warm_start_with_constraints_needs_their_figures(journal: Path, tmp_pa
     assert study.warm_start([*found, replay]) == (3, 2)
     known = study._study.get_trials(states=(TrialState.COMPLETE,))
     assert [trial.constraints for trial in known] == [{"recall": -0.25}, {"recall": 0.25}, {"recall": 1.0}]
+
+
+def test_the_first_start_of_a_trial_is_kept_over_all_sessions(where: Path | str) -> None:
+    space = small_space(train={"width": 0.1, "epochs": 3, "optimizer": "adam"})  # its baseline is no trial
+    study = SearchStudy(space, "abc123", where)
+    baseline, trial = study.ask(), study.ask()
+    assert (study.first_started(baseline.number, 1.5), study.first_started(trial.number, 2.5)) == (1.5, 2.5)
+    again = SearchStudy(space, "abc123", where)
+    assert [again.ask() for _ in range(2)] == [baseline, trial]
+    assert (again.first_started(baseline.number, 8.0), again.first_started(trial.number, 9.0)) == (1.5, 2.5)
+    assert again.first_started(again.ask().number, 9.5) == 9.5

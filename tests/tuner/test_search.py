@@ -31,7 +31,7 @@ class ScriptedTask:
 
     folder: Path
     behaviour: dict[str, str] = field(default_factory=dict)
-    """delta_cls_loss as text -> crash, die, die once, diverge or wait"""
+    """delta_cls_loss as text -> crash, die, die once, diverge, wait or wait at once"""
 
     def run(self, config: RunConfig, _device: torch.device, resume: Path | None, report: Any) -> None:
         does = self.behaviour.get(f"{config.delta_cls_loss:g}", "")
@@ -45,7 +45,7 @@ class ScriptedTask:
             if does == "diverge" and epoch == 2:
                 report(progress | {"status": "diverged", "reason": "not finite"}, None)
                 return
-            if does == "wait" and epoch == 2:
+            if (does == "wait" and epoch == 2) or does == "wait at once":
                 (self.folder / "waiting").touch()
                 while not (self.folder / "go").exists():
                     time.sleep(0.02)
@@ -120,14 +120,22 @@ def ray_cluster():
         yield
 
 
-def run(space: Space, folder: Path, concurrent: int = 1, tracker: Tracker | None = None, **behaviour: str) -> str:
-    """One session of a search in `folder`."""
+def run(
+    space: Space,
+    folder: Path,
+    concurrent: int = 1,
+    tracker: Tracker | None = None,
+    study: str = "study.journal",
+    **behaviour: str,
+) -> str:
+    """One session of a search in `folder`, whose study is a journal or sqlite."""
     task = ScriptedTask(folder, {name.lstrip("_").replace("_", "."): does for name, does in behaviour.items()})
-    study = SearchStudy(space, "abc123", folder / "study.journal")
+    where = f"sqlite:///{folder}/study.db" if study == "sqlite" else folder / study
+    opened = SearchStudy(space, "abc123", where)
     trackers = Trackers([tracker] if tracker else [])
     resources = Resources(concurrent=concurrent)
     (folder / "trials").mkdir(exist_ok=True)
-    return search.run_trials(study, task, folder, space.budget, resources, trackers)
+    return search.run_trials(opened, task, folder, space.budget, resources, trackers)
 
 
 def ends(folder: Path) -> list[tuple[float, str]]:
@@ -143,6 +151,7 @@ def test_every_end_is_told_as_what_it_was(ray_cluster, tmp_path: Path) -> None:
     assert ends(tmp_path) == [(0.01, "completed"), (1, "diverged"), (2, "failed"), (3, "failed"), (4, "completed")]
     found = records.read(tmp_path)
     assert found[0]["baseline"]
+    assert 0 < found[0]["started"] < found[0]["ended"] < found[4]["started"] < found[4]["ended"]
     assert found[1]["reason"] == "not finite"
     assert found[2]["reason"] == "RuntimeError: a bug"
     assert 'raise RuntimeError(does.replace("crash", "a bug"))' in found[2]["traceback"]
@@ -216,7 +225,10 @@ def test_fewer_masks_are_not_cut_by_more_and_violations_are_recorded(ray_cluster
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_stop_loses_nothing_and_the_search_goes_on_from_there(ray_cluster, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("study", ["study.journal", "sqlite"])
+def test_a_stop_loses_nothing_and_the_search_goes_on_from_there(
+    ray_cluster, tmp_path: Path, monkeypatch, study: str
+) -> None:
     space = scripted_space([1.0, 2.0])
     sessions: list[search._Session] = []
     made = search._Session.__init__
@@ -234,19 +246,21 @@ def test_a_stop_loses_nothing_and_the_search_goes_on_from_there(ray_cluster, tmp
 
     watcher = threading.Thread(target=stop_when_waiting)
     watcher.start()
-    assert run(space, tmp_path, _1="wait") == "stopped"
+    assert run(space, tmp_path, study=study, _1="wait") == "stopped"
     watcher.join()
     assert ends(tmp_path) == [(0.01, "completed")]
 
     (tmp_path / "go").touch()
     events = Events()
-    assert run(space, tmp_path, tracker=events) == "finished"
+    assert run(space, tmp_path, study=study, tracker=events) == "finished"
     assert ends(tmp_path) == [(0.01, "completed"), (1, "completed"), (2, "completed")]
+    first, resumed, last = records.read(tmp_path)
+    assert first["ended"] <= resumed["started"] < sessions[1]._before < resumed["ended"] <= last["started"]
     assert events.seen[0] == ("started", "abc123-0001 1")
     epochs = (tmp_path / "epochs.txt").read_text().split("\n")
     assert epochs.count("1 1") == 1  # the epoch before the stop was not trained again
     assert [row["epoch"] for row in records.read(tmp_path)[1]["history"]] == [1, 2, 3, 4]
-    assert run(space, tmp_path) == "finished"
+    assert run(space, tmp_path, study=study) == "finished"
     assert len(ends(tmp_path)) == 3
 
 
@@ -298,7 +312,22 @@ def test_when_the_hours_are_over_what_runs_is_stopped_early(ray_cluster, tmp_pat
     assert run(space, tmp_path, concurrent=1, _1="wait") == "finished"
     assert time.monotonic() - started < 60
     assert ends(tmp_path) == [(0.01, "completed"), (1, "stopped_early")]
-    assert records.read(tmp_path)[1]["reason"] == "the hours of the budget were used up"
+    stopped = records.read(tmp_path)[1]
+    assert stopped["reason"] == "the hours of the budget were used up"
+    assert stopped["epochs"] == 1
+    assert stopped["seconds"] == pytest.approx(stopped["ended"] - stopped["started"], abs=0.1)  # its epoch says 1 s
+    assert stopped["device_seconds"] == stopped["seconds"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_trial_that_the_clock_stops_in_its_first_epoch_is_charged(ray_cluster, tmp_path: Path) -> None:
+    space = scripted_space([1.0], hours=0.003)
+    assert run(space, tmp_path, _1="wait at once") == "finished"
+    stopped = records.read(tmp_path)[1]
+    assert (stopped["status"], stopped["epochs"]) == ("stopped_early", 0)
+    assert stopped["device_seconds"] == pytest.approx(stopped["ended"] - stopped["started"], abs=0.1)
+    assert stopped["device_seconds"] > 1
 
 
 @pytest.mark.slow
@@ -355,6 +384,31 @@ def test_trials_run_side_by_side_and_the_budget_is_exact(ray_cluster, tmp_path: 
     assert run(space, tmp_path, concurrent=2) == "finished"
     assert len(ends(tmp_path)) == 6
     assert len({json.dumps(record["params"]) for record in records.read(tmp_path)}) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_trial_that_waits_for_a_worker_is_charged_nothing(ray_cluster, tmp_path: Path) -> None:
+    cores = int(search.ray.cluster_resources()["CPU"])
+    values = [float(n) for n in range(1, cores + 4)]
+    waits = {f"_{n:g}": "wait at once" for n in values}
+    assert run(scripted_space(values, hours=0.003), tmp_path, concurrent=cores + 2, **waits) == "finished"
+    held = [record["device_seconds"] for record in records.read(tmp_path) if record["status"] == "stopped_early"]
+    assert len([seconds for seconds in held if seconds > 1]) == cores
+    assert [seconds for seconds in held if seconds <= 1] == [0.0] * (len(held) - cores)
+    assert len(held) > cores
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_more_at_once_than_fit_is_said(ray_cluster, tmp_path: Path, caplog) -> None:
+    cores = int(search.ray.cluster_resources()["CPU"])
+    for folder, concurrent in ((tmp_path / "more", cores + 3), (tmp_path / "as many", cores)):
+        folder.mkdir()
+        caplog.clear()
+        assert run(scripted_space([]), folder, concurrent=concurrent) == "finished"
+        said = f"--concurrent {concurrent}: only {cores} fit at once (1 CPU a trial, {cores} there)"
+        assert [record.message for record in caplog.records] == ([said] if concurrent > cores else [])
 
 
 @pytest.mark.slow

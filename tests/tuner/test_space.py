@@ -24,6 +24,9 @@ GOOD = {
 }
 
 
+START = {"learning_rate": 0.1, "dilate": 3, "threshold_rule": "grid"}
+
+
 def changed(**parts: object) -> dict:
     """GOOD with values at dotted paths; None removes a key."""
     document = copy.deepcopy(GOOD)
@@ -104,7 +107,18 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
         (changed(data__height=64, data__width=64), r"at least 2 positions, found 1 for 64x64 px"),
         (changed(data__height=64.0), r"data\.height: must be a whole number of px above 0, found 64\.0"),
         (changed(data__test_share=0.8), r"must leave at least 0\.1 to training"),
-        (changed(start_from=[{"learning_rate": 3.0}]), r"start_from\[0\]: must give each searched parameter a value in its range"),
+        (changed(start_from=[START | {"dilate": 2}]), r"1 problem:\n  start_from\[0\]\.dilate: must be a whole number from 1 to \d+ in steps of 2, found 2$"),
+        (changed(start_from=[START, START | {"learning_rate": "1e-1"}]), r"1 problem:\n  start_from\[1\]\.learning_rate: must be a number from 0\.001 to 1, found '1e-1'; YAML takes this for text; write 0\.1$"),
+        (changed(start_from=[START | {"threshold_rule": "gird"}]), r"1 problem:\n  start_from\[0\]\.threshold_rule: must be one of pr_curve, grid, found 'gird'$"),
+        (changed(start_from=[START | {"threshold_factor": 2}]), r"1 problem:\n  start_from\[0\]\.threshold_factor: applies only with threshold_rule pr_curve, found 2; remove it$"),
+        (changed(start_from=[START | {"threshold_rule": "pr_curve"}]), r"1 problem:\n  start_from\[0\]\.threshold_factor: is missing"),
+        (changed(start_from=[START | {"dilat": 1}]), r"1 problem:\n  start_from\[0\]\.dilat: is not a searched parameter; did you mean 'dilate'\?$"),
+        (changed(train__epochs="1e1"), r"train\.epochs: must be a whole number .*, found '1e1'; write 10$"),
+        (changed(budget={"trials": "1e2"}), r"budget\.trials: must be a whole number .*, found '1e2'; write 100$"),
+        (changed(search__dilate__low="1e0"), r"search\.dilate\.low: must be a whole number, found '1e0'; write 1$"),
+        (changed(seed=2.0), r"seed: must be a whole number of at least 0, found 2\.0; write 2$"),
+        (changed(seed="1e-1"), r"seed: must be a whole number of at least 0, found '1e-1'$"),
+        (changed(train__optimizer="1e1"), r"train\.optimizer: must be one of sgd, adam, found '1e1'$"),
         (changed(name="a b"), r"name: must be a word for file names"),
         ([], r"the file: must be a mapping of keys to values, found \[\]"),
         (
@@ -129,12 +143,21 @@ def test_rules_between_keys_come_in_the_same_error() -> None:
         train__learning_rat=1,
         objective={"metric": "decision_ap"},
         scheduler={"name": "asha", "compare": "objective"},
-        start_from=[{"dilate": 2}],
+        start_from=[START | {"dilate": 2}],
     )
     with pytest.raises(SpaceError) as caught:
         space_file.parse(document)
     keys = [problem.split(":")[0] for problem in caught.value.problems]
-    assert keys == ["train.learning_rat", "scheduler.compare", "start_from[0]"]
+    assert keys == ["train.learning_rat", "scheduler.compare", "start_from[0].dilate"]
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: a\n# für Risse\n".encode("latin-1"))
+    with pytest.raises(
+        SpaceError, match=r"1 problem:\n  must be text in UTF-8, found byte 0xfc in line 2; save it as UTF-8$"
+    ):
+        space_file.load(path)
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path) -> None:
@@ -274,7 +297,7 @@ JUNK = st.sampled_from(
 def test_whatever_stands_in_a_file_is_a_space_or_a_list_of_problems(data: st.DataObject) -> None:
     """Any one or two nodes of a good file replaced by anything."""
     document = changed(
-        start_from=[{"learning_rate": 0.1, "dilate": 3, "threshold_rule": "grid"}],
+        start_from=[START],
         sampler="tpe",
         objective=[{"metric": "f1", "mode": "max"}, {"metric": "device_seconds"}],
         constraints=[{"metric": "recall", "min": 0.5}],

@@ -1,0 +1,125 @@
+"""What a command line, or a call of `run_search`, may say beside the space; one set of rules for both."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+from tuner.space import is_number
+
+STUDY_VARIABLE = "SEGDEC_TUNER_STUDY_URL"
+"""the environment variable that holds the study's URL where `--study env` is said"""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What values an option takes."""
+
+    wanted: str
+    holds: Callable[[Any], bool]
+    way_out: str = "leave it out for the default"
+
+
+COUNT = Rule("a whole number of at least 1", lambda v: type(v) is int and v >= 1)
+POSITIVE = Rule("a number above 0", lambda v: is_number(v) and v > 0)
+NOT_NEGATIVE = Rule("a number of at least 0", lambda v: is_number(v) and v >= 0)
+SEED = Rule("a whole number of at least 0", lambda v: type(v) is int and v >= 0)
+ADDRESS = Rule(
+    "host:port of a Ray cluster, or auto",
+    lambda v: isinstance(v, str) and v != "" and "://" not in v,
+    "with ray:// the search's files would lie on the cluster's head, so start the command there, for example with "
+    "`ray job submit`",
+)
+WANDB = Rule("off, offline or online", ("off", "offline", "online").__contains__)
+YES_OR_NO = Rule("True or False", lambda v: isinstance(v, bool))
+
+_RULES = {
+    "trials": COUNT,
+    "hours": POSITIVE,
+    "concurrent": COUNT,
+    "cpus_per_trial": POSITIVE,
+    "gpus_per_trial": NOT_NEGATIVE,
+    "address": ADDRESS,
+    "wandb": WANDB,
+    "seed": SEED,
+    "no_report": YES_OR_NO,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a command line may say beside the space; None leaves the choice to the space or to the machine.
+
+    ValueError with every value that breaks its rule.
+    """
+
+    trials: int | None = None
+    hours: float | None = None
+    concurrent: int | None = None
+    cpus_per_trial: float | None = None
+    gpus_per_trial: float | None = None
+    address: str | None = None
+    wandb: Literal["off", "offline", "online"] = "offline"
+    seed: int | None = None
+    warm_start: str | None = None
+    """the folder of another run, whose completed trials the sampler knows from the start"""
+    study: str | None = None
+    """the URL of the database that keeps the study, without a password, or the word env; a journal if None"""
+    no_report: bool = False
+    """the search alone: the test split stays sealed, also when the run is resumed"""
+
+    def __post_init__(self) -> None:
+        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        problems = [
+            f"{name} must be {rule.wanted}, found {value!r}; {rule.way_out}"
+            for name, rule in _RULES.items()
+            if (value := getattr(self, name)) is not defaults[name] and not rule.holds(value)
+        ]
+        if self.study is not None and (problem := _problem_of_study(self.study)):
+            problems.append(problem)
+        if problems:
+            raise ValueError("\n  ".join(problems))
+
+
+def study_url(study: str) -> str:
+    """The URL that the option `study` stands for. ValueError if the environment should hold it and does not."""
+    if study != "env":
+        return study
+    if url := os.environ.get(STUDY_VARIABLE):
+        return url
+    raise ValueError(
+        f"the study lies where the environment variable {STUDY_VARIABLE} says, and it is not set; set it to the URL of "
+        "the database, or leave --study out for a journal in the run's folder"
+    )
+
+
+def _problem_of_study(study: object) -> str | None:
+    """Never with the value where it could hold a secret: run.json, logs and messages are handed around."""
+    if study == "env":
+        return None
+    scheme, separator, rest = study.partition("://") if isinstance(study, str) else ("", "", "")
+    if not separator or not re.fullmatch(r"\w+(\+\w+)?", scheme):
+        return (
+            "study must be the URL of a database, such as sqlite:///study.db or postgresql://HOST/NAME, or the word "
+            f"env, which means the URL in the environment variable {STUDY_VARIABLE}; leave it out for a journal in the "
+            "run's folder"
+        )
+    is_file = scheme.split("+")[0] == "sqlite"
+    secrets = [key for key, _ in parse_qsl(rest.partition("?")[2], keep_blank_values=True) if is_secret(key)]
+    if secrets or (not is_file and ":" in rest.rpartition("@")[0]):
+        where = f"as {secrets[0]}=" if secrets else "before the @"
+        return (
+            f"study must hold no password, for run.json keeps it and the list of processes shows it; found one {where} "
+            f"in {scheme}://...; leave it to the driver (PGPASSWORD or ~/.pgpass; for MySQL read_default_file=FILE in "
+            f"the URL), or put the whole URL into the environment variable {STUDY_VARIABLE} and say --study env"
+        )
+    return None
+
+
+def is_secret(key: str) -> bool:
+    """Of a URL's query: the drivers call it password, passwd, sslpassword, ..."""
+    return key != "passfile" and re.search("pass|pwd|secret|token|odbc_connect", key.lower()) is not None
