@@ -176,51 +176,6 @@ def _distribution(param: Param) -> optuna.distributions.BaseDistribution:
     return optuna.distributions.IntDistribution(param.low, param.high, log=param.log, step=param.step)
 
 
-class OneEpoch:
-    """One epoch for every candidate, the rest for the best (Egele et al. 2023, arXiv 2307.15422), after a baseline that
-    is trained to its end as in every other search here. Candidates are random."""
-
-    def __init__(self, space: Space, candidates: int, kept: int) -> None:
-        self.rng = np.random.default_rng([space.seed, 2])
-        self.baseline = space.baseline_params()
-        self.candidates, self.kept = candidates, kept
-        self.running = 0
-        """candidates in their first epoch"""
-        self.one_epoch_old: list[Trial] = []
-
-    def ask(self) -> Start | None:
-        if self.baseline is not None:
-            params, self.baseline = self.baseline, None
-            return Start(params, "baseline")
-        if self.candidates:
-            self.candidates -= 1
-            self.running += 1
-            return Start({name: self._draw(param) for name, param in SPACE.search.items()}, "candidate")
-        if self.running or not self.kept or not self.one_epoch_old:
-            return None
-        self.kept -= 1
-        best = max(self.one_epoch_old, key=lambda candidate: candidate.value)
-        self.one_epoch_old.remove(best)
-        return Start(best.params, "kept", epoch=1)
-
-    def goes_on(self, trial: Trial) -> bool:
-        return trial.handle != "candidate"
-
-    def ended(self, trial: Trial) -> None:
-        if trial.handle == "candidate":
-            self.running -= 1
-            if trial.status == "stopped_early":
-                self.one_epoch_old.append(trial)
-
-    def _draw(self, param: Param) -> float | int:
-        if isinstance(param, IntParam):
-            return int(self.rng.choice(param.values()))
-        assert isinstance(param, FloatParam)
-        if param.log:
-            return float(np.exp(self.rng.uniform(np.log(param.low), np.log(param.high))))
-        return float(self.rng.uniform(param.low, param.high))
-
-
 @dataclass(frozen=True)
 class Row:
     """A strategy of the table."""
@@ -240,12 +195,15 @@ def study(sampler: str, scheduler: str) -> Callable[[Space, int], Strategy]:
 
 
 def one_epoch_keeping(kept: int | None) -> Callable[[Space, int], Strategy]:
-    """So many, or as many as half of the budget trains; the other half, or the rest, are candidates."""
+    """One epoch for every random candidate, the rest for the best (Egele et al. 2023, arXiv 2307.15422): for so many,
+    or for as many as half of the budget trains; the other half, or the rest, are candidates."""
 
     def make(space: Space, budget: int) -> Strategy:
         epochs = (budget - 1) * EPOCHS  # the baseline takes the others
         top = kept or epochs // 2 // (EPOCHS - 1)
-        return OneEpoch(space, epochs - top * (EPOCHS - 1), top)
+        trials = 1 + epochs - top * (EPOCHS - 1)
+        scheduler = Scheduler(name="top_k", keep=top)
+        return StudyStrategy(replace(space, sampler="random", scheduler=scheduler), trials)
 
     return make
 

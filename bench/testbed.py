@@ -169,34 +169,31 @@ class StudyStrategy:
     """The platform itself: its study, in memory, and the scheduler that the space names."""
 
     space: Space
+    trials: int | None = None
+    """new ones are proposed until so many have begun"""
     study: SearchStudy = field(init=False)
-    judged: dict[int, int] = field(default_factory=dict)
-    """the last epoch at which a trial was compared"""
+    begun: set[str] = field(default_factory=set)
     reasons: dict[int, str] = field(default_factory=dict)
+    epochs: dict[int | None, int] = field(default_factory=dict)
+    """how far the trials that are held have come, by their numbers in the study"""
 
     def __post_init__(self) -> None:
         self.study = SearchStudy(self.space, "bed", None)
 
     def ask(self) -> Start | None:
-        proposal = self.study.ask()
+        proposal = self.study.ask(new=self.trials is None or len(self.begun) < self.trials)
         if proposal is None:
             return None
+        self.begun.add(proposal.trial)
         # A baseline outside the space names as its parameters only what makes it one.
-        return Start({name: getattr(proposal.config, name) for name in self.space.search}, proposal)
+        params = {name: getattr(proposal.config, name) for name in self.space.search}
+        return Start(params, proposal, self.epochs.pop(proposal.number, 0))
 
     def goes_on(self, trial: Trial) -> bool:
-        """As `_Session.reported` and `_Session._is_cut` of tuner/search.py."""
+        """As `_Session.reported` of tuner/search.py."""
         proposal: Proposal = trial.handle
         self._report(trial)
-        if proposal.is_baseline:
-            return True
-        assert proposal.number is not None  # only a baseline may have none
-        since, self.judged[proposal.number] = self.judged.get(proposal.number, 0), trial.epoch
-        if not schedulers.compares(self.space.scheduler, proposal.config.epochs, proposal.number, since, trial.epoch):
-            return True
-        reason = schedulers.stops(
-            self.space.scheduler, proposal.config.epochs, proposal.number, since, self.study.curves()
-        )
+        reason = None if proposal.is_baseline else self.study.leaves(proposal, trial.epoch)
         if reason:
             self.reasons[trial.number] = reason
         return reason is None
@@ -231,7 +228,11 @@ class StudyStrategy:
             best = {"value": trial.value, "epoch": int(trial.curve.values_E[: trial.epoch].argmax()) + 1}
             own = proposal.config.judgement()._asdict() | best | {"thresholds": None}
             record |= {"value": best["value"], "best_epoch": best["epoch"], "replays": [own]}
-        self.study.finish(proposal, record)
+        if trial.number in self.reasons and schedulers.may_go_on(self.space.scheduler):
+            self.epochs[proposal.number] = trial.epoch
+            self.study.hold(proposal, record)
+        else:
+            self.study.finish(proposal, record)
 
     def _report(self, trial: Trial) -> None:
         value = float(trial.curve.values_E[trial.epoch - 1])

@@ -183,8 +183,11 @@ def trials_of(space: Space) -> int | None:
 
 
 def least_epochs(scheduler: Scheduler, epochs: int, trials: int) -> float:
-    """Epochs of a trial on average, if at each rung no more than the best 1/reduction go on. That is as few as asha
-    and hyperband come to; the other schedulers promise nothing."""
+    """Epochs of a trial on average, if at each rung no more than the best 1/reduction go on. That is as few as
+    asha, hyperband and top_k come to; the other schedulers promise nothing."""
+    if scheduler.name == "top_k":
+        kept = min(scheduler.keep, trials)
+        return (trials * scheduler.min_epochs + kept * (epochs - scheduler.min_epochs)) / trials
     total = 0.0
     for number in range(trials):
         stays, before = 1.0, 0

@@ -37,17 +37,19 @@ class RecordsFile:
 
     def __init__(self, run_directory: Path) -> None:
         self._path = run_directory / FILE
-        self._lines: dict[str, str] = {}
-        self._is_written = False
+        self._lines: dict[tuple[str, float | None], str] = {}
+        self._written: list[tuple[str, float | None]] | None = None
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        """Replaces the file at once, if it does not hold these records yet. A record never changes."""
-        fresh = [record for record in records if record["trial"] not in self._lines]
-        if self._is_written and not fresh:
+        """Replaces the file at once, if it does not hold just these records. A record changes only with its end."""
+        keys = [(record["trial"], record["ended"]) for record in records]
+        if keys == self._written:
             return
-        self._lines |= {record["trial"]: json.dumps(record, allow_nan=False) + "\n" for record in fresh}
-        write_atomically(self._path, "".join(self._lines[record["trial"]] for record in records).encode())
-        self._is_written = True
+        for key, record in zip(keys, records, strict=True):
+            if key not in self._lines:
+                self._lines[key] = json.dumps(record, allow_nan=False) + "\n"
+        write_atomically(self._path, "".join(map(self._lines.__getitem__, keys)).encode())
+        self._written = keys
 
 
 def read(run_directory: Path) -> list[dict[str, Any]]:
@@ -128,6 +130,29 @@ def cost(metric: str, record: dict[str, Any]) -> float | None:
         return seconds
     kept = record["config"]["num_segmented"]
     return record.get("num_segmented", None if kept == "all" else kept)
+
+
+def cannot_win(records: Iterable[dict[str, Any]], kept: int = 3) -> set[str]:
+    """Completed trials that will not be the winner, whatever the sampler still proposes: judged in their best way they
+    are worse than the best so far. The best few are never among them, nor the baseline.
+
+    Where the winner depends on more than one figure nobody is ruled out.
+    """
+    completed = [r for r in records if r["status"] == Status.COMPLETED and r["value"] is not None]
+    if any("values" in record or "violations" in record for record in completed):
+        return set()
+    told: dict[str, float] = {}
+    for record in completed:
+        network = record["replayed_from"] or record["trial"]
+        told[network] = max(record["value"], told.get(network, record["value"]))
+    best = sorted(told.values(), reverse=True)[:kept]
+    return {
+        record["trial"]
+        for record in charged(completed)
+        if not record["baseline"]
+        and told[record["trial"]] < best[-1]
+        and all((replay["value"] or 0.0) < best[0] for replay in record["replays"])
+    }
 
 
 def baseline(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

@@ -4,7 +4,8 @@ Every proposal, every epoch's value and every end is in the study before anythin
 be killed at any moment and go on from the study alone. States are exact:
 
 - WAITING: proposed, and not running: enqueued, or put back when the search was stopped; asked for again first
-- RUNNING: on a worker now
+- RUNNING: on a worker now, or, with the user attribute `held`, taken off it by a scheduler that may let it go on; such
+  a one has a record already, and is WAITING while no search runs
 - COMPLETE: trained to its last epoch; the value is the objective at the best epoch, and the cost where there are two
 - PRUNED: stopped early, with all its intermediate values
 - FAIL: diverged, crashed or out of memory; the record says why
@@ -19,9 +20,9 @@ beyond its bound, 0 or less where it meets it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,15 +34,12 @@ import optuna
 from optuna.trial import TrialState
 
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
-from tuner import records
-from tuner.space import FloatParam, IntParam, Param, Space
+from tuner import draw, records, schedulers
+from tuner.space import Space
 from tuner.storage import holds_long_text, open_storage, open_to_read
 
 MAX_REPLAYS_IN_A_ROW = 20
 """So many proposals in a row that need no training mean that there is nothing new to find."""
-
-_STARTUP_TRIALS = 5
-"""drawn at random before a model is fitted"""
 
 _LONGEST_TEXT = 30_000
 """characters of a record in one attribute, where a column holds 64 KiB: as JSON they may take twice as much"""
@@ -95,22 +93,30 @@ class SearchStudy:
         )
         storage = self._storage = self._study._storage  # a database with Optuna's cache before it
         if space.cost:
-            self._study = _StudyOfTwo(name, storage, pruner=self._study.pruner)
+            self._study = draw.StudyOfTwo(name, storage, pruner=self._study.pruner)
         self._longest = None if holds_long_text(storage) else _LONGEST_TEXT
         self._joined: dict[int | None, dict[str, Any]] = {}
         """records that lie in parts"""
         self._study_id = storage.get_study_id_from_name(self._study.study_name)
         # A sampler does not remember what it drew before a stop; the count keeps it from drawing the same again.
         seed = space.seed + len(self._study.get_trials(deepcopy=False))
-        self._samplers = _sampler(space, seed), optuna.samplers.RandomSampler(seed)
+        sampler = draw.sampler(space, seed)
+        if space.scheduler.name != "none":
+            sampler = draw.SeesCurves(sampler, self._study, self._reached)
+        self._samplers = sampler, optuna.samplers.RandomSampler(seed + 2**31)
         if "queued" not in self._study.user_attrs:
             self._queue_first_trials()
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self.put_back(trial.number)
-        self._trained = 0
-        """how many networks have been trained; the space is exhausted until there is another"""
+        self._held: dict[int, Proposal] = {}
+        self._judged: dict[int, int] = {}
+        """the last epoch at which a trial was compared"""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+            if trial.user_attrs.get("held"):
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+                self._held[trial.number] = self._proposal(trial.number, trial.params)
+            elif trial.state is TrialState.RUNNING:
+                self.put_back(trial.number)
         self._by_network: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-        """their records by the fields that decide the weights"""
+        """the records of what was trained, by the fields that decide the weights"""
         for record in self.records():
             self._remember(record)
 
@@ -135,6 +141,7 @@ class SearchStudy:
             return taken, dropped
         taken = dropped = 0
         records = list(records)
+        known = {trial.user_attrs.get("warm_start") for trial in self._study.get_trials(deepcopy=False)}
         by_trial = {record["trial"]: record for record in records}
         for record in records:
             if record["status"] != "completed" or record["value"] is None:
@@ -149,10 +156,12 @@ class SearchStudy:
                 dropped += 1
                 continue
             taken += 1
+            if record["trial"] in known:  # the last session was killed here
+                continue
             self._study.add_trial(
                 optuna.trial.create_trial(
                     params=params,
-                    distributions={name: _distribution(self.space.search[name]) for name in params},
+                    distributions={name: draw.distribution(self.space.search[name]) for name in params},
                     values=values,
                     constraints=self._excesses(record),
                     user_attrs={"warm_start": record["trial"]},
@@ -163,25 +172,47 @@ class SearchStudy:
 
     # Asking
 
-    def ask(self) -> Proposal | None:
-        """The next trial that needs training; the baseline before any other. None when nothing new is left now.
+    def ask(self, new: bool = True) -> Proposal | None:
+        """The next trial for a worker; the baseline before any other. None when there is none now.
+
+        That is a trial that was interrupted or enqueued, else the best of those held at a rung that may go on, else a
+        `new` one, unless the budget has no room for it.
 
         Proposals whose network is trained already are told from its replay on the way; one whose network is being
-        trained waits, and so does whoever asks.
+        trained waits, and so does whoever asks for a new one.
         """
-        if self._waits or self._attr("exhausted_at") == self._trained:
-            return None
         if not (self._attr("baseline_in_space") or self._attr("baseline") or self._baseline_asked):
             self._baseline_asked = True
             config = self.space.baseline_config(self.space.seed)
             baseline = Proposal(self.trial_id(None), None, self._outside_params(config), config, True)
             self._running[None] = baseline
             return baseline
-        for known in range(MAX_REPLAYS_IN_A_ROW):
+        new = new and not self._waits
+        if not (new and self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))):
+            if (held := self._promote(no_more=False)) is not None:
+                return held
+            new = new and self._attr("exhausted_at") != self._trained()
+        found = self._next_new() if new else None
+        if found is None and not self._waits:
+            found = self._promote(no_more=True)
+        return found
+
+    def interrupted(self) -> list[Proposal]:
+        """The trials that were on a worker and have not ended; they wait to go on."""
+        waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return [self._proposal(trial.number, trial.params) for trial in waiting if "started" in trial.user_attrs]
+
+    def has_held(self) -> bool:
+        """Whether trials are held at rungs."""
+        return bool(self._held)
+
+    def _next_new(self) -> Proposal | None:
+        is_grid = self.space.sampler == "grid"
+        for known in itertools.count() if is_grid else range(MAX_REPLAYS_IN_A_ROW):
+            if is_grid and not self._queue_next_of_grid():
+                return None
             # A model that insists on what is known already is not asked for ever.
             self._study.sampler = self._samplers[known >= MAX_REPLAYS_IN_A_ROW // 2]
-            if self.space.sampler == "grid" and not self._queue_next_of_grid():
-                return None
             trial = self._study.ask()
             params = self._suggest(trial)
             proposal = self._proposal(trial.number, params)
@@ -191,18 +222,66 @@ class SearchStudy:
                 return None
             source = self._trained_twin(proposal)
             if source is None:
-                self._running[trial.number] = proposal
-                return proposal
+                return self._starts(proposal)
             self._tell_from_replay(proposal, source)
-        self._study.set_user_attr("exhausted_at", self._trained)
+        self._study.set_user_attr("exhausted_at", self._trained())
         return None
+
+    def _starts(self, proposal: Proposal) -> Proposal:
+        assert proposal.number is not None  # the baseline that has none is started apart
+        self._running[proposal.number] = proposal
+        seen = self._storage.get_trial(self._storage_id(proposal.number)).intermediate_values
+        self._judged[proposal.number] = max(seen, default=0)
+        return proposal
+
+    def _promote(self, no_more: bool) -> Proposal | None:
+        """Lets a held trial go on. Its record is taken back: it has not ended."""
+        running = [n for n, proposal in self._running.items() if n is not None and not proposal.is_baseline]
+        for group in self._held_by_masks():
+            curves = self.curves(like=group[0])
+            epochs = self._held[group[0]].config.epochs
+            number = schedulers.promoted(self.space.scheduler, epochs, group, running, curves, no_more)
+            if number is not None:
+                self._storage.set_trial_user_attr(self._storage_id(number), "held", False)
+                proposal = self._held.pop(number)
+                twins = self._by_network[_network_of(proposal.config.to_dict())]
+                twins[:] = [record for record in twins if record["trial"] != proposal.trial]
+                return self._starts(proposal)
+        return None
+
+    def _held_by_masks(self) -> Iterable[list[int]]:
+        """The held trials that may be compared with each other."""
+        groups: defaultdict[int | str | None, list[int]] = defaultdict(list)
+        for number in self._held:
+            groups[self._masks(self._storage.get_trial(self._storage_id(number)))].append(number)
+        return groups.values()
+
+    def leaves(self, proposal: Proposal, epoch: int) -> str | None:
+        """Why the scheduler takes a trial off its worker at an epoch that was reported, or None."""
+        assert proposal.number is not None  # only the baseline may have none, and it is not compared
+        number, scheduler, epochs = proposal.number, self.space.scheduler, proposal.config.epochs
+        since = self._judged.get(number, 0)
+        self._judged[number] = epoch
+        if not schedulers.compares(scheduler, epochs, number, since, epoch):
+            return None
+        return schedulers.leaves(scheduler, epochs, number, since, self.curves(number))
+
+    def _reached(self, trial: optuna.trial.FrozenTrial) -> list[float] | None:
+        """What a trial that has not completed is worth so far, to a sampler; one objective a value."""
+        if not trial.intermediate_values:
+            return None
+        reached = trial.intermediate_values[max(trial.intermediate_values)]
+        if self.space.cost is None:
+            return [reached]
+        record = self._record(trial.number, trial.user_attrs, "record")
+        return [reached, record["values"][1]] if record and record["values"] else None
 
     def _queue_next_of_grid(self) -> bool:
         """Enqueues the next point that is not in the study yet, unless one waits already; False at the end."""
         trials = self._study.get_trials(deepcopy=False)
         if any(trial.state is TrialState.WAITING for trial in trials):
             return True
-        known = [trial.params for trial in trials]
+        known = [trial.params for trial in trials if "warm_start" not in trial.user_attrs]
         place = int(self._attr("grid_place") or 0)
         while place < len(self._grid) and self._grid[place] in known:
             place += 1
@@ -228,7 +307,7 @@ class SearchStudy:
         params: dict[str, Any] = {}
         for name, param in self.space.search.items():
             if all(params.get(parent) in values for parent, values in param.when.items()):
-                params[name] = _suggest(trial, name, param)
+                params[name] = draw.suggest(trial, name, param)
         return params
 
     def _proposal(self, number: int, params: dict[str, Any]) -> Proposal:
@@ -292,6 +371,39 @@ class SearchStudy:
         Returns the record as it is kept: with `values` where there are two objectives, `violations` where there are
         constraints.
         """
+        kept = self._keep(proposal, record, trained)
+        if proposal.number is not None:
+            state = _STATES[record["status"]]
+            values = self._values(record, trained or record) if state is TrialState.COMPLETE else None
+            self._study.tell(proposal.number, values, state=state)
+        return kept
+
+    def hold(self, proposal: Proposal, record: dict[str, Any]) -> dict[str, Any]:
+        """A trial that a scheduler has taken off its worker and may let go on. Returns the record as it is kept."""
+        assert proposal.number is not None
+        kept = self._keep(proposal, record, None)
+        self._storage.set_trial_user_attr(self._storage_id(proposal.number), "held", True)
+        self._held[proposal.number] = proposal
+        return kept
+
+    def let_go(self, for_good: bool) -> list[dict[str, Any]]:
+        """The end of a session for the trials that are held: stopped early `for_good`, or put aside until the search
+        goes on. Returns the records of those that have ended."""
+        ended = []
+        for number in [*self._held]:
+            if not for_good:
+                self._storage.set_trial_state_values(self._storage_id(number), TrialState.WAITING)
+                continue
+            del self._held[number]
+            self._study.tell(number, None, state=TrialState.PRUNED)
+            trial = self._storage.get_trial(self._storage_id(number))
+            record = self._record(number, trial.user_attrs, "record")
+            assert record is not None
+            ended.append(record)
+        return ended
+
+    def _keep(self, proposal: Proposal, record: dict[str, Any], trained: dict[str, Any] | None) -> dict[str, Any]:
+        """Writes a record, with what is judged of it."""
         self._waits = False
         self._running.pop(proposal.number, None)
         excesses = self._excesses(record)
@@ -305,13 +417,11 @@ class SearchStudy:
                 self._study.set_user_attr(name, part)
             return record
         storage_id = self._storage_id(proposal.number)
+        self._joined.pop(proposal.number, None)
         for name, part in _parts("record", record, self._longest):
             self._storage.set_trial_user_attr(storage_id, name, part)
         for metric, excess in excesses.items():  # as Trial.set_constraint does, which ignores what is told again
             self._storage.set_trial_system_attr(storage_id, f"constraints:{metric}", excess)
-        state = _STATES[record["status"]]
-        values = self._values(record, trained or record) if state is TrialState.COMPLETE else None
-        self._study.tell(proposal.number, values, state=state)
         return record
 
     def _values(self, record: dict[str, Any], trained: dict[str, Any] | None) -> list[float] | None:
@@ -331,8 +441,11 @@ class SearchStudy:
 
     def _remember(self, record: dict[str, Any]) -> None:
         if not record["replayed_from"]:
-            self._trained += 1
             self._by_network[_network_of(record["config"])].append(record)
+
+    def _trained(self) -> int:
+        """How many networks have been trained; the space is exhausted until there is another."""
+        return sum(map(len, self._by_network.values()))
 
     def put_back(self, number: int | None) -> None:
         """A running trial that was not finished: it is asked for again, with its parameters."""
@@ -356,9 +469,10 @@ class SearchStudy:
                 self._storage.set_trial_user_attr(trial, "started", now)
         return now if known is None else float(known)
 
-    def add_wall_seconds(self, seconds: float) -> None:
-        """Time that the search has used, over all sessions."""
-        self._study.set_user_attr("wall_seconds", self.wall_seconds() + seconds)
+    def add_seconds(self, wall: float, device: float) -> None:
+        """Time that the search has used, over all sessions, and what its trials held of devices meanwhile."""
+        self._study.set_user_attr("wall_seconds", self.wall_seconds() + wall)
+        self._study.set_user_attr("device_seconds", self.device_seconds() + device)
 
     # Reading
 
@@ -386,10 +500,11 @@ class SearchStudy:
         return found
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of all finished trials, a baseline outside the space first."""
-        finished = self._study.get_trials(deepcopy=False, states=tuple(set(_STATES.values())))
+        """The records of all trials that ended or are held, a baseline outside the space first."""
         found = [self._record(None, self._storage.get_study_user_attrs(self._study_id), "baseline")]
-        found += [self._record(trial.number, trial.user_attrs, "record") for trial in finished]
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.state.is_finished() or trial.user_attrs.get("held"):
+                found.append(self._record(trial.number, trial.user_attrs, "record"))
         return [record for record in found if record]
 
     def _record(self, number: int | None, attributes: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -407,6 +522,10 @@ class SearchStudy:
     def wall_seconds(self) -> float:
         """Time that the search has used, over all sessions."""
         return float(self._attr("wall_seconds") or 0.0)
+
+    def device_seconds(self) -> float:
+        """Devices times the seconds that trials held them, over all sessions; what a crash or a stop lost included."""
+        return float(self._attr("device_seconds") or 0.0)
 
     def trial_id(self, number: int | None) -> str:
         """The name of a trial everywhere: in records, folders and W&B."""
@@ -468,53 +587,6 @@ def _figures(record: dict[str, Any]) -> dict[str, float | None]:
     return {**(rows[0] if rows else {}), **replay.get("figures", {})}
 
 
-class _StudyOfTwo(optuna.Study):
-    """A study with two objectives. TPE ranks pruned trials by `direction`, which Optuna refuses here; what their epochs
-    say is of the figure, the first one."""
-
-    @property
-    def direction(self) -> optuna.study.StudyDirection:
-        return self.directions[0]
-
-
-def _suggest(trial: optuna.trial.Trial, name: str, param: Param) -> Any:
-    """A value of a parameter; bounds are inclusive on both sides."""
-    if isinstance(param, FloatParam):
-        return trial.suggest_float(name, param.low, param.high, log=param.log, step=param.step)
-    if isinstance(param, IntParam):
-        return trial.suggest_int(name, param.low, param.high, log=param.log, step=param.step)
-    return trial.suggest_categorical(name, param.choices)
-
-
-def _distribution(param: Param) -> optuna.distributions.BaseDistribution:
-    """What `_suggest` draws from."""
-    if isinstance(param, FloatParam):
-        return optuna.distributions.FloatDistribution(param.low, param.high, log=param.log, step=param.step)
-    if isinstance(param, IntParam):
-        return optuna.distributions.IntDistribution(param.low, param.high, log=param.log, step=param.step)
-    return optuna.distributions.CategoricalDistribution(param.choices)
-
-
-def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
-    """What tuner/space_file.py refuses never gets here: no sampler draws at random in silence."""
-    samplers = optuna.samplers
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if space.sampler == "gp":
-            return samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
-        if space.sampler == "cmaes":
-            return samplers.CmaEsSampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
-        if space.sampler == "qmc":
-            # Its place in the sequence is in the study; the seed must stay what it was.
-            return samplers.QMCSampler(seed=space.seed, scramble=True)
-        if space.sampler == "tpe":
-            # Without `group`, conditional parameters would be drawn one by one.
-            return samplers.TPESampler(
-                seed=seed, n_startup_trials=_STARTUP_TRIALS, multivariate=True, group=True, constant_liar=True
-            )
-        return samplers.RandomSampler(seed=seed)  # grid: every point is enqueued
-
-
 def count_running(where: Path | str, study: str | None = None) -> int:
     """How many trials of a study run now, for somebody who watches: nothing is written. In a journal there is one."""
     if isinstance(where, Path) and not where.exists():
@@ -524,7 +596,8 @@ def count_running(where: Path | str, study: str | None = None) -> int:
     names = [study] if study else optuna.get_all_study_names(storage)
     for name in (name for name in names if _is_there(storage, name)):
         study_id = storage.get_study_id_from_name(name)
-        running += len(storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)))
+        trials = storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+        running += sum(not trial.user_attrs.get("held") for trial in trials)
         attributes = storage.get_study_user_attrs(study_id)
         outside = attributes.get("baseline_in_space") is False
         running += outside and "baseline" not in attributes  # it is the first to run

@@ -1,12 +1,17 @@
-"""Which trials are stopped early. Pure functions of the figures that the study holds, so that there is nothing to save
-and nothing to refill after a resume; the baseline is not among them.
+"""Which trials leave their workers early, and which of those go on later. Pure functions of the figures that the study
+holds, so that there is nothing to save and nothing to refill after a resume; the baseline is not among them.
 
 A trial's curve is {epoch: figure}, higher is better; which figure that is says `Scheduler.compare`.
+
+`asha`, `hyperband` and `top_k` hold a trial at a rung and let it go on when it turns out to be among the best there, as
+in Li et al., MLSys 2020. To stop it for good instead wastes the first trials, which have nobody to be compared with
+and run to their ends, good or bad: see bench/strategies.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -20,40 +25,69 @@ _ENOUGH_TO_COMPARE = 3
 
 
 def compares(scheduler: Scheduler, epochs: int, number: int, since: int, reached: int) -> bool:
-    """Whether `stops` has anything to compare: reading the curves of all trials takes time."""
+    """Whether `leaves` has anything to compare: reading the curves of all trials takes time."""
     if scheduler.name == "median":
         return scheduler.min_epochs <= reached < epochs
     return any(since < rung <= reached < epochs for rung in rungs(scheduler, epochs, number))
 
 
-def stops(scheduler: Scheduler, epochs: int, number: int, since: int, curves: Curves) -> str | None:
-    """Why a trial of `epochs` is stopped at the epoch that it has reached, or None. Compared are the epochs after
-    `since`, where it was compared last; after a resume these may be several."""
+def leaves(scheduler: Scheduler, epochs: int, number: int, since: int, curves: Curves) -> str | None:
+    """Why a trial of `epochs` leaves its worker at the epoch that it has reached, or None. Compared are the epochs
+    after `since`, where it was compared last; after a resume these may be several."""
     reached = max(curves[number])
     if not compares(scheduler, epochs, number, since, reached):
         return None
     if scheduler.name == "median":
         below = _below_median(number, reached, curves)
         return f"its best by epoch {reached} is below the median of the others' means" if below else None
-    rung = max(rung for rung in rungs(scheduler, epochs, number) if since < rung <= reached)
     own = rungs(scheduler, epochs, number)
-    rivals = [
-        curve[rung]
-        for other, curve in curves.items()
-        if other != number and rung in curve and rungs(scheduler, epochs, other) == own
-    ]
-    return f"not among the best at epoch {rung}" if is_cut(curves[number][rung], rivals, scheduler.reduction) else None
+    rung = max(rung for rung in own if since < rung <= reached)
+    ranked = _ranked(scheduler, epochs, own, rung, curves)
+    return None if number in ranked[: _share(scheduler, len(ranked))] else f"not among the best at epoch {rung}"
+
+
+def may_go_on(scheduler: Scheduler) -> bool:
+    """Whether a trial that leaves its worker is held; else it is stopped for good."""
+    return scheduler.name in ("asha", "hyperband", "top_k")
+
+
+def promoted(
+    scheduler: Scheduler, epochs: int, held: Collection[int], running: Collection[int], curves: Curves, no_more: bool
+) -> int | None:
+    """Which of the held trials goes on now; None for none.
+
+    `no_more` says that no new trial will come. Then a rung that nobody is on the way to has seen all that it will
+    see, and its best go on however few they are.
+    """
+    at_rung: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number in held:
+        own = rungs(scheduler, epochs, number)
+        at_rung[max(rung for rung in own if rung in curves[number]), *own].append(number)
+    ranked = {key: _ranked(scheduler, epochs, list(key[1:]), key[0], curves) for key in at_rung}
+    for key in sorted(at_rung, reverse=True):  # what has come furthest first
+        for number in ranked[key][: _share(scheduler, len(ranked[key]))]:
+            if number in at_rung[key]:
+                return number
+    for key in sorted(at_rung) if no_more else ():
+        rung, own = key[0], list(key[1:])
+        if any(rungs(scheduler, epochs, n) == own and rung not in curves.get(n, {}) for n in running):
+            continue
+        for number in ranked[key][: _share(scheduler, len(ranked[key]), at_the_end=True)]:
+            if number in at_rung[key]:
+                return number
+    return None
 
 
 def rungs(scheduler: Scheduler, epochs: int, number: int = 0) -> list[int]:
     """Epochs (counted from 1) at which a trial is compared.
 
-    `asha` begins with min_epochs; `hyperband` deals its trials in turn to brackets that begin later and later.
+    `asha` begins with min_epochs; `hyperband` deals its trials in turn to brackets that begin later and later; `top_k`
+    has no rung but the first.
     """
-    if scheduler.name not in ("asha", "hyperband"):
+    if not may_go_on(scheduler):
         return []
     found = [scheduler.min_epochs]
-    while found[-1] * scheduler.reduction < epochs:
+    while scheduler.name != "top_k" and found[-1] * scheduler.reduction < epochs:
         found.append(found[-1] * scheduler.reduction)
     found = [rung for rung in found if rung < epochs]
     return found[_bracket(len(found), number) :] if scheduler.name == "hyperband" else found
@@ -66,11 +100,17 @@ def _bracket(rungs_in_all: int, number: int) -> int:
     return rungs_in_all - place.bit_length() if rungs_in_all else 0
 
 
-def is_cut(value: float, rivals: list[float], reduction: int) -> bool:
-    """Asynchronous successive halving (Li et al., MLSys 2020) at one rung: whether a value is outside the best
-    1/reduction of those that reached the rung so far, and at least of the best one. The first to arrive goes on."""
-    better = sum(other > value for other in rivals)
-    return better >= max(1, (len(rivals) + 1) // reduction) if rivals else False
+def _ranked(scheduler: Scheduler, epochs: int, own: list[int], rung: int, curves: Curves) -> list[int]:
+    """The trials of one bracket that have reached a rung, the best first; of equals the earlier one."""
+    there = [(-curve[rung], number) for number, curve in curves.items() if rung in curve]
+    return [number for _, number in sorted(there) if rungs(scheduler, epochs, number) == own]
+
+
+def _share(scheduler: Scheduler, there: int, at_the_end: bool = False) -> int:
+    """How many of so many at a rung go on."""
+    if scheduler.name == "top_k":
+        return scheduler.keep if at_the_end else 0
+    return max(there // scheduler.reduction, int(at_the_end))
 
 
 def _below_median(number: int, epoch: int, curves: Curves) -> bool:

@@ -159,14 +159,18 @@ def run_trials(
             name=f"attempt-{attempt}",
             storage_path=str(trials.resolve()),
             stop=_Stop(session),
-            callbacks=[_Began(session)],
             failure_config=FailureConfig(max_failures=0),
             verbose=0,
         ),
     )
-    with _signals_set(session):
-        experiment.fit()
-    return session.close()
+    try:
+        with _signals_set(session):
+            experiment.fit()
+    except Exception as error:
+        session.error = session.error or error
+    finally:
+        ended = session.close()
+    return ended
 
 
 def newest_checkpoint(trials: Path, trial: str) -> Path | None:
@@ -201,27 +205,28 @@ class _Session:
         self.study, self.trials, self.budget, self.resources, self.trackers = study, trials, budget, resources, trackers
         self.live: dict[str, Proposal] = {}
         self.progress: dict[str, dict[str, Any]] = {}
+        """what a trial has reached, in earlier sessions too"""
         self.started: dict[str, float] = {}
         """when a trial came to its worker, which some of the live ones may wait for"""
-        self.before: dict[str, float] = {}
-        """seconds of a running trial in earlier sessions"""
-        self.judged: dict[str, int] = {}
-        """the last epoch at which a trial was compared in this session"""
         self.reason_stopped: dict[str, str] = {}
         self.stop_asked = False
         self.failure: str | None = None
+        self.error: Exception | None = None
+        """what went wrong in the driver itself: Ray would go on without a word"""
         self.nodes: dict[str, str] = {}
         """where a trial runs"""
-        self.died: Counter[str] = Counter()
-        """how often the worker of a trial died in this session"""
+        self.starts: Counter[str] = Counter()
+        """how often a trial was given to a worker in this session"""
         self.blamed: Counter[str] = Counter()
-        """how often it died without its node"""
+        """how often its worker died without its node"""
         self._file = records.RecordsFile(trials.parent)
+        self._pruned: set[str] = set()
         self._last_failures: list[str] = []
         self._used_up: str | None = None
-        self._device_seconds = sum(record["device_seconds"] for record in records.charged(study.records()))
-        self._before = study.wall_seconds()
-        self._clock = self._saved = time.monotonic()
+        self._wall = study.wall_seconds()
+        self._device = study.device_seconds()
+        self._saved = self._wall, self._device
+        self._clock = time.monotonic()
         self.slots = resources.concurrent or max(1, fit_at_once(resources)[0])
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -232,13 +237,13 @@ class _Session:
 
     def next(self, key: str) -> dict[str, Any] | str | None:
         """The configuration of the next trial, None to wait, or FINISHED."""
-        if self.nothing_left():
+        if self.is_over():
             # Ray asks no more after FINISHED, and a trial that runs may yet lose its worker.
             return None if self.live else Searcher.FINISHED
         if len(self.live) >= self.slots:
             return None
-        proposal = self.study.ask()
-        self._file.write(self.study.records())  # asking may have replayed some
+        proposal = self.study.ask(new=self._has_room())
+        self._file.write(self.study.records())  # asking may have replayed some, or taken a held one back
         if proposal is None:
             # Nothing new now; a trial that is running may still change the sampler's mind.
             return None if self.live else Searcher.FINISHED
@@ -247,43 +252,45 @@ class _Session:
         for row in progress["history"]:  # the driver may have died between the checkpoint and the study
             self.study.report(proposal.number, row["epoch"], row["compared"])
         self.live[key] = proposal
-        self.before[key] = progress["seconds"]
-        self.judged[key] = 0
+        self.progress[key] = progress
+        self.starts[proposal.trial] += 1
         self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["epochs"])
+        again = self.starts[proposal.trial]
         return {
             "trial": proposal.trial,
-            "folder": f"{proposal.trial}.{died}" if (died := self.died[proposal.trial]) else proposal.trial,
+            "folder": proposal.trial if again == 1 else f"{proposal.trial}.{again}",
             "config": proposal.config.to_dict(),
             "checkpoint": str(checkpoint_folder.resolve()) if checkpoint_folder else None,
         }
 
-    def nothing_left(self) -> bool:
-        """Whether no further trial may start."""
-        used = records.charged(self.study.records())
-        baseline_has_begun = records.baseline(used) is not None or self._baseline_runs()
+    def _has_room(self) -> bool:
+        """Whether the budget has room for a further trial."""
         trials = self.budget.trials
-        return (
-            self.stop_asked
-            or self.failure is not None
-            or (trials is not None and len(used) + len(self.live) >= trials)
-            or (baseline_has_begun and self.used_up() is not None)
-        )
+        return trials is None or len(records.charged(self.study.records())) + len(self.live) < trials
+
+    def is_over(self) -> bool:
+        """Whether nothing may start any more. The baseline always runs to its end."""
+        if self.stop_asked or self.failure is not None or self.error is not None:
+            return True
+        return (self._baseline_ended() or self._baseline_runs()) and self.used_up() is not None
+
+    def nothing_left(self) -> bool:
+        """Whether there is nothing for a worker to do."""
+        return self.is_over() or not (self._has_room() or self.study.has_held())
 
     # What happens
 
-    def began(self, key: str) -> None:
-        """A trial is on a worker now; it may have waited for one."""
-        self.started[key] = self.elapsed()
-        self._save_clock()  # or the clock of the next session would go on from before it
-        self.study.first_started(self.live[key].number, self.started[key])
-
-    def reported(self, key: str, progress: dict[str, Any], node: str) -> bool:
-        """Takes in a trial's progress on a node; False when it is to stop."""
+    def reported(self, key: str, progress: dict[str, Any] | None, node: str) -> bool:
+        """Takes in a trial's progress on a node, or that it has come there; False when it is to stop."""
         proposal = self.live[key]
         self.nodes[key] = node
-        if progress["status"] == Status.FAILED and key in self.progress:  # what it had reached stays known
-            why = {name: progress[name] for name in ("status", "reason", "traceback")}
-            progress = self.progress[key] | why
+        if progress is None:
+            self._pass_time()
+            self.started[key] = self._wall
+            self.study.first_started(proposal.number, self._wall)
+            return True
+        if progress["status"] == Status.FAILED:  # what it had reached stays known
+            progress = self.progress[key] | {name: progress[name] for name in ("status", "reason", "traceback")}
         self.progress[key] = progress
         if progress["status"] in (Status.DIVERGED, Status.FAILED) or not progress["history"]:
             return True
@@ -293,62 +300,48 @@ class _Session:
         is_best = row["epoch"] == progress["best_epoch"]
         previews = _previews(self.trials, proposal.trial) if is_best else {}
         self.trackers.epoch_ended(proposal.trial, row, previews)
+        used_up = self.used_up()
         if progress["status"] == Status.COMPLETED or proposal.is_baseline:
             return True
-        if time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
-            self._save_clock()
-        if reason := self.used_up():
+        reason = used_up or self.study.leaves(proposal, row["epoch"])
+        if reason is not None:
             self.reason_stopped[key] = reason
-            return False
-        return not self._is_cut(key, proposal, row["epoch"])
-
-    def _is_cut(self, key: str, proposal: Proposal, epoch: int) -> bool:
-        """Whether the scheduler stops a trial that has reached an epoch."""
-        assert proposal.number is not None  # only the baseline may have none, and it is not compared
-        scheduler, since = self.study.space.scheduler, self.judged[key]
-        self.judged[key] = epoch
-        if not schedulers.compares(scheduler, proposal.config.epochs, proposal.number, since, epoch):
-            return False
-        curves = self.study.curves(proposal.number)
-        reason = schedulers.stops(scheduler, proposal.config.epochs, proposal.number, since, curves)
-        if reason:
-            self.reason_stopped[key] = reason
-        return reason is not None
+        return reason is None
 
     def ended(self, key: str, crashed: bool) -> None:
         """A trial has left its worker."""
         if key not in self.live:
             return
         used_up = self.used_up()
-        proposal = self.live.pop(key)
-        progress = self.progress.pop(key, None) or nothing_yet()
+        proposal, progress = self.live.pop(key), self.progress.pop(key)
+        node, started = self.nodes.pop(key, None), self.started.pop(key, None)
         status, reason = progress["status"], progress["reason"]
         if key in self.reason_stopped:
             status, reason = Status.STOPPED_EARLY, self.reason_stopped.pop(key)
-        elif crashed and not self._is_dead_for_good(key, proposal):
+        elif status != "running":  # whatever its process did after that
+            pass
+        elif crashed and not self._is_dead_for_good(proposal, node):
             self.study.put_back(proposal.number)
             return
         elif crashed:
             status, reason = Status.FAILED, f"its worker process died {_DEATHS} times; memory may have run out"
-        elif status == "running" and used_up and not self.stop_asked and not proposal.is_baseline:
+        elif used_up and not self.stop_asked and not proposal.is_baseline:
             status, reason = Status.STOPPED_EARLY, used_up
             # An epoch that was cut held its devices too.
-            progress = progress | {"seconds": self._seconds_on_device(key) / self.resources.devices}
-        elif status == "running":
+            cut = self._wall - started if started is not None else 0.0
+            progress = progress | {"seconds": max(progress["seconds"], cut)}
+        else:
             self.study.put_back(proposal.number)
             return
-        self._finish(
-            proposal, progress | {"status": str(status), "reason": reason}, self.started.pop(key, self.elapsed())
-        )
+        self._finish(proposal, progress | {"status": str(status), "reason": reason})
 
-    def _is_dead_for_good(self, key: str, proposal: Proposal) -> bool:
+    def _is_dead_for_good(self, proposal: Proposal, node: str | None) -> bool:
         """Whether a trial whose worker died is given up; else it goes on from its last checkpoint."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        self.died[proposal.trial] += 1
-        self.blamed[proposal.trial] += self.nodes.pop(key, None) in alive | {None}
+        self.blamed[proposal.trial] += node in alive  # one that never came to a node lost it on the way
         return self.blamed[proposal.trial] >= _DEATHS
 
-    def _finish(self, proposal: Proposal, progress: dict[str, Any], started: float) -> None:
+    def _finish(self, proposal: Proposal, progress: dict[str, Any]) -> None:
         record = {
             "trial": proposal.trial,
             "number": proposal.number,
@@ -356,17 +349,25 @@ class _Session:
             "seed": proposal.config.seed,
             "params": proposal.params,
             "config": proposal.config.to_dict(),
-            "started": self.study.first_started(proposal.number, started),
-            "ended": self.elapsed(),
+            "started": self.study.first_started(proposal.number, self._wall),
+            "ended": self._wall,
             "device_seconds": progress["seconds"] * self.resources.devices,
             "replayed_from": None,
             **progress,
         }
-        record = self.study.finish(proposal, record)
-        self._device_seconds += record["device_seconds"]
+        is_stopped = progress["status"] == Status.STOPPED_EARLY
+        is_held = is_stopped and self._used_up is None and schedulers.may_go_on(self.study.space.scheduler)
+        record = self.study.hold(proposal, record) if is_held else self.study.finish(proposal, record)
         self._save_clock()
-        self._file.write(self.study.records())
+        found = self.study.records()
+        self._file.write(found)
+        if is_held:
+            self.trackers.trial_held(record)
+            return
         _prune(self.trials, proposal.trial, keep=1 if progress["status"] == Status.COMPLETED else 0)
+        for trial in records.cannot_win(found) - self._pruned:
+            _prune(self.trials, trial, keep=0)
+            self._pruned.add(trial)
         self.trackers.trial_ended(record)
         if progress["status"] != Status.FAILED:
             self._last_failures.clear()
@@ -377,32 +378,52 @@ class _Session:
             self.failure = f"{_FAILURES_IN_A_ROW} trials in a row failed for the same reason: {progress['reason']}"
 
     def close(self) -> str:
-        """Takes in what Ray stopped without a word; how the search ended."""
-        for key in list(self.live):
-            self.ended(key, crashed=False)
-        self._save_clock()
-        self._file.write(self.study.records())
+        """Takes in what Ray stopped without a word; how the search ended. Raises what went wrong in the driver."""
+        is_finished = not self.stop_asked and self.failure is None and self.error is None
+        with _errors_end(self):
+            self._settle(is_finished)
+        if self.error:
+            raise self.error
         if self.failure:
             raise SearchFailed(self.failure)
-        return "stopped" if self.stop_asked else "finished"
+        return "finished" if is_finished else "stopped"
+
+    def _settle(self, is_finished: bool) -> None:
+        """No trial is left running: it has ended, or waits until the search goes on."""
+        for key in list(self.live):
+            self.ended(key, crashed=False)
+        if is_finished:
+            for proposal in self.study.interrupted():
+                folder = newest_checkpoint(self.trials, proposal.trial)
+                progress = checkpoint.load_progress(folder) if folder else nothing_yet()
+                self._finish(proposal, progress | {"status": "stopped_early", "reason": self.used_up()})
+        for record in self.study.let_go(for_good=is_finished):
+            _prune(self.trials, record["trial"], keep=0)
+            self.trackers.trial_ended(record)
+        self._save_clock()
+        self._file.write(self.study.records())
 
     def must_stop(self) -> bool:
         """Whether all running trials are to end now. The baseline always runs to its end."""
-        if self.stop_asked or self.failure is not None:
+        if self.stop_asked or self.failure is not None or self.error is not None:
             return True
-        return self.used_up() is not None and not self._baseline_runs()
+        return self.used_up() is not None and self._baseline_ended()
 
     def _baseline_runs(self) -> bool:
         return any(proposal.is_baseline for proposal in self.live.values())
 
+    def _baseline_ended(self) -> bool:
+        return records.baseline(self.study.records()) is not None
+
     def used_up(self) -> str | None:
         """Which part of the budget is spent, as a reason; None while there is some of all. Once spent, it stays so,
         whatever the trials that are stopped for it turn out to have used."""
+        self._pass_time()
         limits = self.budget
-        device_hours = (self._device_seconds + sum(map(self._seconds_on_device, self.live))) / 3600
+        device_hours = self._device / 3600
         money = device_hours * (limits.price_per_device_hour or 0)
         for name, spent, limit in (
-            ("hours", self.elapsed() / 3600, limits.hours),
+            ("hours", self._wall / 3600, limits.hours),
             ("device-hours", device_hours, limits.device_hours),
             ("money", money, limits.money),
         ):
@@ -410,19 +431,18 @@ class _Session:
                 self._used_up = f"the {name} of the budget {'was' if name == 'money' else 'were'} used up"
         return self._used_up
 
-    def _seconds_on_device(self, key: str) -> float:
-        """Device-seconds of a running trial so far, those of earlier sessions too."""
-        now = self.elapsed()
-        return (self.before[key] + now - self.started.get(key, now)) * self.resources.devices
-
-    def elapsed(self) -> float:
-        """Seconds that the search has run, over all sessions."""
-        return self._before + time.monotonic() - self._clock
+    def _pass_time(self) -> None:
+        """Counts the time since the last call: of the search, and of the devices that its trials hold."""
+        now = time.monotonic()
+        passed, self._clock = now - self._clock, now
+        self._wall += passed
+        self._device += passed * len(self.started) * self.resources.devices
+        if self._wall - self._saved[0] > _SECONDS_BETWEEN_SAVES:
+            self._save_clock()
 
     def _save_clock(self) -> None:
-        now = time.monotonic()
-        self.study.add_wall_seconds(now - self._saved)
-        self._saved = now
+        self.study.add_seconds(self._wall - self._saved[0], self._device - self._saved[1])
+        self._saved = self._wall, self._device
 
 
 class _StudySearcher(Searcher):
@@ -433,13 +453,16 @@ class _StudySearcher(Searcher):
         self._session = session
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        return self._session.next(trial_id)
+        with _errors_end(self._session):
+            return self._session.next(trial_id)
+        return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The scheduler took it in already: Ray does not pass the last result on to a searcher."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._session.ended(trial_id, crashed=error)
+        with _errors_end(self._session):
+            self._session.ended(trial_id, crashed=error)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is the record."""
@@ -456,18 +479,19 @@ class _StudyScheduler(FIFOScheduler):
         self._session = session
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        goes_on = self._session.reported(trial.trial_id, json.loads(result["progress"]), result["node"])
-        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+        with _errors_end(self._session):
+            if not self._session.reported(trial.trial_id, json.loads(result["progress"]), result["node"]):
+                return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
 
 
-class _Began(tune.Callback):
-    """Says when a trial comes to its worker."""
-
-    def __init__(self, session: _Session) -> None:
-        self._session = session
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._session.began(trial.trial_id)
+@contextmanager
+def _errors_end(session: _Session) -> Iterator[None]:
+    """An error in the driver ends the search. Ray would swallow some, and raise others in the middle of its own."""
+    try:
+        yield
+    except Exception as error:
+        session.error = session.error or error
 
 
 class _Stop(Stopper):
@@ -480,18 +504,21 @@ class _Stop(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self._session.must_stop()
+        with _errors_end(self._session):
+            return self._session.must_stop()
+        return True
 
 
 def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resources) -> None:
     """What Ray runs: one trial, whose end is always reported, however it comes."""
     from model.config import RunConfig
 
-    def report(progress: dict[str, Any], folder: Path | None) -> None:
+    def report(progress: dict[str, Any] | None, folder: Path | None) -> None:
         kept = Checkpoint.from_directory(str(folder)) if folder else None
         tune.report({"progress": json.dumps(progress), "node": node}, checkpoint=kept)
 
     node = ray.get_runtime_context().get_node_id()
+    report(None, None)
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     resume = Path(config["checkpoint"]) if config["checkpoint"] else None
     try:

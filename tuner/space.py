@@ -13,7 +13,7 @@ from model.config import DEFAULTS, JUDGING_FIELDS, RunConfig
 
 COMPARED = ("segmentation", "objective")
 SAMPLERS = ("tpe", "gp", "cmaes", "qmc", "random", "grid")
-SCHEDULERS = ("asha", "hyperband", "median", "none")
+SCHEDULERS = ("asha", "hyperband", "median", "top_k", "none")
 SEGMENTATION_METRICS = (
     "dice_mean", "dice_positive_mean", "iou_mean", "iou_positive_mean", "precision", "recall", "f1", "iou_pooled",
     "two_pixel_f1", "tolerance_f1",
@@ -166,12 +166,14 @@ class Scheduler:
     """When trials are compared and stopped (tuner/schedulers.py).
 
     `asha` and `hyperband` compare at epochs min_epochs * reduction^k and let the best 1/reduction go on; `median` at
-    every epoch from min_epochs on.
+    every epoch from min_epochs on; `top_k` holds all trials of the budget at min_epochs and lets the best `keep` go on
+    (Egele et al., 2023, with one epoch: arXiv 2307.15422).
     """
 
     name: str = "none"
     min_epochs: int = 1
     reduction: int = 3
+    keep: int = 3
     compare: str = "segmentation"
     """what is compared. With dynamic balance the decision branch learns late, and a trial at a rung is on the loss
     schedule of its whole length: so by default only the masks, as they are without blackening, by the objective if it

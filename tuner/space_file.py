@@ -394,7 +394,7 @@ class _Reader:
 
     def scheduler(self, value: Any, epochs: int) -> Scheduler:
         value = {"name": value} if isinstance(value, str) else value
-        if not self.mapping("scheduler", value, ("name", "min_epochs", "reduction", "compare"), required=("name",)):
+        if not self.mapping("scheduler", value, ("name", "min_epochs", "reduction", "keep", "compare"), ("name",)):
             return Scheduler()
         rule = f"must be one of {', '.join(SCHEDULERS)}"
         name = self.value(value, "name", str, rule, "none", SCHEDULERS.__contains__, "scheduler.")
@@ -402,9 +402,10 @@ class _Reader:
         min_epochs = self.value(value, "min_epochs", int, rule, 1, lambda v: 1 <= v <= epochs, "scheduler.")
         rule = "must be a whole number of at least 2"
         reduction = self.value(value, "reduction", int, rule, 3, lambda v: v >= 2, "scheduler.")
+        keep = self.value(value, "keep", int, "must be a whole number of at least 1", 3, lambda v: v >= 1, "scheduler.")
         rule = f"must be one of {', '.join(COMPARED)}"
         compare = self.value(value, "compare", str, rule, "segmentation", COMPARED.__contains__, "scheduler.")
-        return Scheduler(name=name, min_epochs=min_epochs, reduction=reduction, compare=compare)
+        return Scheduler(name=name, min_epochs=min_epochs, reduction=reduction, keep=keep, compare=compare)
 
     def budget(self, value: Any) -> Budget:
         if not self.mapping("budget", value, _BUDGET_KEYS):
@@ -473,6 +474,9 @@ class _Reader:
 
         decides = space.objective.metric in DECISION_METRICS or may_be("blacken")
         scheduler = space.scheduler
+        if scheduler.name == "top_k" and space.budget.trials is None:
+            rule = "top_k must know how many trials it compares"
+            self.problem("scheduler", rule, "a budget without trials", "add budget.trials")
         if scheduler.name != "none" and scheduler.compare == "objective" and decides and may_be("dynamic_balance"):
             self.problem(
                 "scheduler.compare", "must be segmentation for an objective that depends on the decision, with "
@@ -565,6 +569,7 @@ def schema() -> dict[str, Any]:
         "name": {"enum": list(SCHEDULERS)},
         "min_epochs": {"type": "integer", "minimum": 1},
         "reduction": {"type": "integer", "minimum": 2},
+        "keep": {"type": "integer", "minimum": 1},
         "compare": {"enum": list(COMPARED)},
     }
     properties = {

@@ -178,12 +178,14 @@ class _KernelLock(BaseJournalFileLock):
     """A lock that the kernel frees when the process ends; a leftover of Optuna's own costs half a minute."""
 
     def __init__(self, journal: Path) -> None:
+        self._journal = journal
         self._path = journal.with_name(journal.name + ".lock")
         self._file: IO[str] | None = None
 
     def acquire(self) -> bool:
         self._file = self._path.open("a")
         fcntl.flock(self._file, fcntl.LOCK_EX)
+        _mend(self._journal)  # a full disk may have torn the last write of this very process
         return True
 
     def release(self) -> None:
@@ -197,8 +199,10 @@ def _mend(journal: Path) -> None:
     if not journal.exists():
         return
     with journal.open("rb+") as file:
-        data = file.read()
-        if data and not data.endswith(b"\n"):
-            file.truncate(data.rfind(b"\n") + 1)
-            file.flush()
-            os.fsync(file.fileno())
+        size = file.seek(0, os.SEEK_END)
+        if not size or (file.seek(size - 1) >= 0 and file.read(1) == b"\n"):
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.flush()
+        os.fsync(file.fileno())

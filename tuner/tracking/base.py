@@ -53,6 +53,9 @@ class Tracker:
     def trial_ended(self, record: dict[str, Any]) -> None:
         """`record`: a line of records.jsonl. A trial that was read off another one was never started."""
 
+    def trial_held(self, record: dict[str, Any]) -> None:
+        """A scheduler has taken a trial off its worker; it may start again. `record` is what it has come to."""
+
     def search_ended(self, state: str) -> None:
         """Last event; `state` is finished, stopped or failed. Trials may still be running when it is not finished."""
 
@@ -77,6 +80,9 @@ class Trackers(Tracker):
 
     def trial_ended(self, record: dict[str, Any]) -> None:
         self._tell("trial_ended", record)
+
+    def trial_held(self, record: dict[str, Any]) -> None:
+        self._tell("trial_held", record)
 
     def search_ended(self, state: str) -> None:
         self._tell("search_ended", state)

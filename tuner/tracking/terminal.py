@@ -62,6 +62,7 @@ class TerminalTracker(Tracker):
     def trial_started(self, trial: str, params: dict[str, Any], config: dict[str, Any], resumed_epoch: int) -> None:
         progress = self._seen()
         with self._lock:
+            progress.finished.pop(trial, None)  # it was held
             progress.running[trial] = Running(params, progress.run.is_baseline(config), resumed_epoch)
 
     def epoch_ended(self, trial: str, figures: dict[str, float | None], previews: dict[str, bytes]) -> None:
@@ -79,10 +80,14 @@ class TerminalTracker(Tracker):
         progress = self._seen()
         with self._lock:
             progress.running.pop(record["trial"], None)
-            progress.finished.pop(record["trial"], None)  # a trial of before that is told again comes last
+            # A trial of before that is told again comes last.
+            is_known = progress.finished.pop(record["trial"], None) == record
             progress.finished[record["trial"]] = record
-        if self._live is None:
+        if self._live is None and not is_known:
             self._print(_finished_line(record, progress))
+
+    def trial_held(self, record: dict[str, Any]) -> None:
+        self.trial_ended(record)
 
     def search_ended(self, state: str) -> None:
         if self._progress is None:
