@@ -5,8 +5,8 @@
 1. 16 trials of 2 s on 4 slots: this project's search, and Ray Tune with its default searcher, without and with reuse of
    actors; the ideal is 8 s.
 2. 16 trials that report every 0.2 s at once: CPU time of the driver for each result.
-3. The study at 100, 1,000 and 10,000 finished trials: memory of the process, and the time of an ask, of an end and of
-   opening it again.
+3. The study at 100, 1,000 and 10,000 finished trials, in a journal and in SQLite: memory of the process, and time of
+   an ask, of an epoch's report, of an end and of opening it again. `--studies` alone leaves 1 and 2 out.
 
 Trials sleep and report; nothing is trained.
 """
@@ -115,10 +115,10 @@ def ended(proposal: Proposal) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def filled(folder: Path, trials: int) -> SearchStudy:
+def filled(where: Path | str, trials: int) -> SearchStudy:
     """A study with so many finished trials; drawn at random, which is quick."""
     space = space_of(50, 1_000_000)
-    study = SearchStudy(space, "bench0", folder / "study.journal")
+    study = SearchStudy(space, "bench0", where)
     model, study._samplers = study._samplers, (study._samplers[1], study._samplers[1])
     for _ in range(trials):
         proposal = study.ask()
@@ -128,38 +128,58 @@ def filled(folder: Path, trials: int) -> SearchStudy:
     return study
 
 
-def study_of(trials: int) -> None:
-    """Prints a row."""
+def study_of(trials: int, place: str) -> None:
+    """Prints a row; the study lies in a journal or in sqlite."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        study = filled(folder, trials)
-        asks, ends, writes = [], [], []
-        file = records.RecordsFile(folder)
-        file.write(study.records())
+        file = folder / "study"
+        where = file if place == "journal" else f"sqlite:///{file}"
+        study = filled(where, trials)
+        asks, reports, ends, writes = [], [], [], []
+        lines = records.RecordsFile(folder)
+        lines.write(study.records())
         for _ in range(5):
             began = time.perf_counter()
             proposal = study.ask()
             asks.append(time.perf_counter() - began)
             assert proposal is not None
             began = time.perf_counter()
+            study.report(proposal.number, 1, 0.5)
+            reports.append(time.perf_counter() - began)
+            began = time.perf_counter()
             study.finish(proposal, ended(proposal))
             ends.append(time.perf_counter() - began)
             began = time.perf_counter()
-            file.write(study.records())
+            lines.write(study.records())
             writes.append(time.perf_counter() - began)
         began = time.perf_counter()
-        SearchStudy(study.space, "bench0", folder / "study.journal")
+        SearchStudy(study.space, "bench0", where)
         opening = time.perf_counter() - began
-        size = (folder / "study.journal").stat().st_size / 2**20
-    times = " | ".join(f"{1000 * sorted(each)[2]:.0f}" for each in (asks, ends, writes))
-    print(f"| {trials:,} | {times} | {opening:.1f} | {size:.0f} | {own_mib():.0f} |", flush=True)
+        size = file.stat().st_size / 2**20
+    times = " | ".join(f"{1000 * sorted(each)[2]:.1f}" for each in (asks, reports, ends, writes))
+    print(f"| {trials:,}, {place} | {times} | {opening:.1f} | {size:.0f} | {own_mib():.0f} |", flush=True)
 
 
 def main() -> None:
     """Prints Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="*", default=[100, 1000, 10_000], help="of the study")
+    parser.add_argument("--studies", action="store_true", help="the study alone")
     options = parser.parse_args()
+    if not options.studies:
+        searches()
+    print(
+        "\n| finished trials | ms an ask | ms a report | ms an end | ms records.jsonl | s opening again | study, MiB "
+        "| own MiB |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for place in ("journal", "sqlite"):
+        for trials in options.trials:
+            study_of(trials, place)
+
+
+def searches() -> None:
+    """Prints what a search takes beside its trials."""
     with search.cluster(None):
         print("| 16 trials of 2 s on 4 slots | s | ratio to 8 s |")
         print("| --- | --- | --- |")
@@ -175,10 +195,6 @@ def main() -> None:
         print(
             f"\n16 live trials, {results} results in {wall:.0f} s: {1000 * cpu / results:.1f} ms of driver CPU a result"
         )
-    print("\n| finished trials | ms an ask | ms an end | ms records.jsonl | s opening again | journal, MiB | own MiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for trials in options.trials:
-        study_of(trials)
 
 
 if __name__ == "__main__":

@@ -142,8 +142,6 @@ def _database(url: URL, read_only: bool = False) -> RDBStorage:
         options["execution_options"] = {"postgresql_readonly": True}
     text = url.render_as_string(hide_password=False)
     try:
-        # Optuna takes the text for a template.
-        text = text.replace("{", "{{").replace("}", "}}")
         return RDBStorage(text, engine_kwargs=options, skip_table_creation=read_only)
     except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:
         raise _refusal(url, error) from None

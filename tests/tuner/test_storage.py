@@ -24,13 +24,13 @@ def url(tmp_path: Path) -> str:
 
 def test_a_relative_path_is_made_absolute_when_the_search_starts(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    kept = storage.checked("sqlite:///100% mine.db")
+    kept = storage.checked("sqlite:///100% {mine}.db")
     SearchStudy(small_space(), "abc123", kept).ask()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert count_running(kept, study_name(small_space(), "abc123", kept)) == 1
     assert SearchStudy(small_space(), "abc123", kept, begun=True).ask() is not None
-    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "100% mine.db"}
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "100% {mine}.db"}
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 

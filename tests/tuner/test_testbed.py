@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.strategies import EPOCHS, SPACE, Landscape, OneEpoch, RayOptuna, distance
+from bench.strategies import EPOCHS, SPACE, Landscape, RayOptuna, distance, one_epoch_keeping
 from bench.testbed import Curve, Search, Start, StudyStrategy, Trial, simulate
 from tests.tuner.conftest import small_space
 from tests.tuner.test_search import run, scripted_space
@@ -131,14 +131,17 @@ def test_hundreds_of_small_searches_run_in_seconds() -> None:
 def test_the_study_is_told_every_end_as_what_it_was() -> None:
     strategy = StudyStrategy(toy(1))
     found = simulate(strategy, Landscape(1, False).curve, epochs=6 * EPOCHS)
+    strategy.study.let_go(for_good=True)
     states = {"completed": "COMPLETE", "stopped_early": "PRUNED", "diverged": "FAIL"}
-    told = [(trial.state.name, len(trial.intermediate_values)) for trial in strategy.study._study.trials]
-    assert told == [(states[trial.status], trial.epoch) for trial in found.trials]
-    assert {state for state, _ in told} == set(states.values())
+    last = {trial.handle.number: trial for trial in found.trials}  # a trial that was held and went on stands twice
+    assert len(last) < len(found.trials)
+    told = {t.number: (t.state.name, len(t.intermediate_values)) for t in strategy.study._study.trials}
+    assert told == {number: (states[trial.status], trial.epoch) for number, trial in last.items()}
+    assert {state for state, _ in told.values()} == set(states.values())
     assert found.trials[0].status == "completed"  # the baseline
-    assert [record["value"] for record in strategy.study.records()] == [
-        trial.value if trial.epoch else None for trial in found.trials
-    ]
+    assert {record["number"]: record["value"] for record in strategy.study.records()} == {
+        number: trial.value if trial.epoch else None for number, trial in last.items()
+    }
 
 
 def test_a_baseline_outside_the_space_is_simulated_too() -> None:
@@ -151,12 +154,16 @@ def test_a_baseline_outside_the_space_is_simulated_too() -> None:
 
 
 def test_one_epoch_spends_its_budget_on_candidates_and_the_best_of_them() -> None:
-    found = simulate(OneEpoch(toy(0), candidates=20, kept=3), Landscape(0, False).curve, epochs=10 * EPOCHS)
-    candidates = found.trials[1:21]
+    budget = 10
+    found = simulate(one_epoch_keeping(3)(toy(0), budget), Landscape(0, False).curve, epochs=budget * EPOCHS)
+    candidates = 9 * EPOCHS - 3 * (EPOCHS - 1)
     assert found.trials[0].status == "completed"
-    assert found.epochs == EPOCHS + 20 + 3 * (EPOCHS - 1)
-    best = sorted((t for t in candidates if t.status == "stopped_early"), key=lambda t: -t.value)[:3]
-    assert [trial.params for trial in found.trials[21:]] == [trial.params for trial in best]
+    assert {trial.epoch for trial in found.trials[1 : 1 + candidates]} <= {0, 1}
+    one_epoch_old = [t for t in found.trials[1 : 1 + candidates] if t.status == "stopped_early"]
+    best = sorted(one_epoch_old, key=lambda trial: (-trial.value, trial.number))[:3]
+    assert [trial.params for trial in found.trials[1 + candidates :]] == [trial.params for trial in best]
+    assert {trial.status for trial in found.trials[1 + candidates :]} == {"completed"}
+    assert found.epochs <= budget * EPOCHS  # those that diverged spent less than an epoch is worth
 
 
 def test_ray_s_searcher_is_told_that_what_asha_stopped_is_complete() -> None:
@@ -196,8 +203,9 @@ def test_the_test_bed_stops_what_a_search_on_ray_stops(tmp_path: Path) -> None:
 
     with search.cluster(None):
         assert run(space, tmp_path) == "finished"
-    simulated = StudyStrategy(space)
-    simulate(simulated, curve, workers=1, trials=9)
+    simulated = StudyStrategy(space, trials=9)
+    simulate(simulated, curve, workers=1, epochs=100)
+    simulated.study.let_go(for_good=True)
     told = [
         [(r["params"], r["status"], r["reason"], r["epochs"], r["value"]) for r in found]
         for found in (records.read(tmp_path), simulated.study.records())
