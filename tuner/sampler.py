@@ -101,7 +101,7 @@ class SearchStudy:
         # A sampler does not remember what it drew before a stop; the count keeps it from drawing the same again.
         seed = space.seed + len(self._study.get_trials(deepcopy=False))
         sampler = draw.sampler(space, seed)
-        if space.scheduler.name != "none":
+        if space.scheduler.name != "none" and space.compares_objective:
             sampler = draw.SeesCurves(sampler, self._study, self._reached)
         self._samplers = sampler, optuna.samplers.RandomSampler(seed + 2**31)
         if "queued" not in self._study.user_attrs:
@@ -115,6 +115,8 @@ class SearchStudy:
                 self._held[trial.number] = self._proposal(trial.number, trial.params)
             elif trial.state is TrialState.RUNNING:
                 self.put_back(trial.number)
+        self._trained: set[str] = set()
+        """the trials whose networks have been trained, or in part"""
         self._by_network: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         """the records of what was trained, by the fields that decide the weights"""
         for record in self.records():
@@ -191,7 +193,7 @@ class SearchStudy:
         if not (new and self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))):
             if (held := self._promote(no_more=False)) is not None:
                 return held
-            new = new and self._attr("exhausted_at") != self._trained()
+            new = new and self._attr("exhausted_at") != len(self._trained)
         found = self._next_new() if new else None
         if found is None and not self._waits:
             found = self._promote(no_more=True)
@@ -227,32 +229,52 @@ class SearchStudy:
             if source is None:
                 return self._starts(proposal)
             self._tell_from_replay(proposal, source)
-        self._study.set_user_attr("exhausted_at", self._trained())
+        # It is exhausted until there is another network.
+        self._study.set_user_attr("exhausted_at", len(self._trained))
         return None
 
     def _starts(self, proposal: Proposal) -> Proposal:
         assert proposal.number is not None  # the baseline that has none is started apart
         self._running[proposal.number] = proposal
-        seen = self._storage.get_trial(self._storage_id(proposal.number)).intermediate_values
-        self._judged[proposal.number] = max(seen, default=0)
+        attributes = self._storage.get_trial(self._storage_id(proposal.number)).user_attrs
+        self._judged[proposal.number] = attributes.get("judged", 0)
         return proposal
+
+    def _passes(self, number: int, epoch: int) -> None:
+        """A trial goes on behind a rung, and is not compared at it again, also after a stop."""
+        self._storage.set_trial_user_attr(self._storage_id(number), "judged", epoch)
 
     def _promote(self, no_more: bool) -> Proposal | None:
         """Lets a held trial go on. Its record is taken back: it has not ended."""
         by_masks: defaultdict[int | str | None, list[int]] = defaultdict(list)
         for number, proposal in self._held.items():
             by_masks[self._masks(proposal.config)].append(number)
+        # One that failed after a rung takes nobody's place when the last ones are chosen.
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,)) if no_more else []
+        failed = {trial.number for trial in trials}
         for masks, held in by_masks.items():
             rivals = [p for p in self._running.values() if not p.is_baseline and self._masks(p.config) == masks]
             running = [rival.number for rival in rivals if rival.number is not None]
+            free = [number for number in held if not self._is_being_trained(self._held[number])]
+            curves = {n: curve for n, curve in self.curves(like=held[0]).items() if n not in failed}
             epochs = self._held[held[0]].config.epochs
-            found = schedulers.promoted(self.space.scheduler, epochs, held, running, self.curves(like=held[0]), no_more)
+            found = schedulers.promoted(self.space.scheduler, epochs, free, running, curves, no_more)
             if found is not None:
-                self._storage.set_trial_user_attr(self._storage_id(found), "held", False)
-                proposal = self._held.pop(found)
-                twins = self._by_network[_network_of(proposal.config.to_dict())]
-                twins[:] = [record for record in twins if record["trial"] != proposal.trial]
-                return self._starts(proposal)
+                return self._take_up(found) or self._promote(no_more)
+        return None
+
+    def _take_up(self, number: int) -> Proposal | None:
+        """Takes the record of a held trial back: it has not ended. None if its network has been trained meanwhile."""
+        proposal, trial = self._held.pop(number), self._storage_id(number)
+        self._storage.set_trial_user_attr(trial, "record", None)
+        self._passes(number, max(self._storage.get_trial(trial).intermediate_values))
+        self._storage.set_trial_user_attr(trial, "held", False)
+        twins = self._by_network[_network_of(proposal.config.to_dict())]
+        twins[:] = [record for record in twins if record["trial"] != proposal.trial]
+        source = self._trained_twin(proposal)
+        if source is None:
+            return self._starts(proposal)
+        self._tell_from_replay(proposal, source)
         return None
 
     def leaves(self, proposal: Proposal, epoch: int) -> str | None:
@@ -263,11 +285,14 @@ class SearchStudy:
         self._judged[number] = epoch
         if not schedulers.compares(scheduler, epochs, number, since, epoch):
             return None
-        return schedulers.leaves(scheduler, epochs, number, since, self.curves(number))
+        reason = schedulers.leaves(scheduler, epochs, number, since, self.curves(number))
+        if reason is None:
+            self._passes(number, epoch)
+        return reason
 
     def _reached(self, trial: optuna.trial.FrozenTrial) -> list[float] | None:
         """What a trial that has not completed is worth so far, to a sampler; one objective a value."""
-        if not trial.intermediate_values:
+        if not trial.intermediate_values or len(trial.constraints) < len(self.space.constraints):
             return None
         reached = trial.intermediate_values[max(trial.intermediate_values)]
         if self.space.cost is None:
@@ -440,11 +465,8 @@ class SearchStudy:
 
     def _remember(self, record: dict[str, Any]) -> None:
         if not record["replayed_from"]:
+            self._trained.add(record["trial"])
             self._by_network[_network_of(record["config"])].append(record)
-
-    def _trained(self) -> int:
-        """How many networks have been trained; the space is exhausted until there is another."""
-        return sum(map(len, self._by_network.values()))
 
     def put_back(self, number: int | None) -> None:
         """A running trial that was not finished: it is asked for again, with its parameters."""
@@ -496,9 +518,8 @@ class SearchStudy:
         return config.num_segmented if is_cost else None
 
     def _masks_of(self, trial: optuna.trial.FrozenTrial) -> int | str | None:
-        if self.space.cost is None:
-            return None
-        return self._masks(self.space.config(trial.params, self.space.seed))
+        is_cost = self.space.cost is not None and self.space.cost.metric == "num_segmented"
+        return trial.params["num_segmented"] if is_cost else None  # it is searched then
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all trials that ended or are held, a baseline outside the space first."""

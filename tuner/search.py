@@ -225,6 +225,7 @@ class _Session:
         """how often its worker died without its node"""
         self._file = records.RecordsFile(trials.parent)
         self._baseline_has_ended = False
+        self._replays = {record["trial"] for record in study.records() if record["replayed_from"]}
         self._pruned: set[str] = set()
         self._last_failures: list[str] = []
         self._used_up: str | None = None
@@ -248,7 +249,7 @@ class _Session:
         if len(self.live) >= self.slots:
             return None
         proposal = self.study.ask(new=self._has_room())
-        self._file.write(self.study.records())  # asking may have replayed some, or taken a held one back
+        self._take_in_replays()
         if proposal is None:
             # Nothing new now; a trial that is running may still change the sampler's mind.
             return None if self.live else Searcher.FINISHED
@@ -268,6 +269,16 @@ class _Session:
             "config": proposal.config.to_dict(),
             "checkpoint": str(checkpoint_folder.resolve()) if checkpoint_folder else None,
         }
+
+    def _take_in_replays(self) -> None:
+        """Asking may have told some trials from others' networks, or taken a held one back."""
+        found = self.study.records()
+        self._file.write(found)
+        for record in found:
+            if record["replayed_from"] and record["trial"] not in self._replays:
+                self._replays.add(record["trial"])
+                _prune(self.trials, record["trial"], keep=0)  # it may have begun before the other network was done
+                self.trackers.trial_ended(record)
 
     def _has_room(self) -> bool:
         """Whether the budget has room for a further trial."""
@@ -366,10 +377,12 @@ class _Session:
         self._save_clock()
         found = self.study.records()
         self._file.write(found)
+        keeps = is_held or progress["status"] == Status.COMPLETED
+        _prune(self.trials, proposal.trial, keep=1 if keeps else 0)
         if is_held:
+            self._last_failures.clear()
             self.trackers.trial_held(record)
             return
-        _prune(self.trials, proposal.trial, keep=1 if progress["status"] == Status.COMPLETED else 0)
         for trial in records.cannot_win(found) - self._pruned:
             _prune(self.trials, trial, keep=0)
             self._pruned.add(trial)

@@ -216,6 +216,17 @@ class Space:
         """The figure, and the cost if there is one."""
         return (self.objective, self.cost) if self.cost else (self.objective,)
 
+    @property
+    def compares_objective(self) -> bool:
+        """Whether what a scheduler compares is the objective itself, and not the masks in its place."""
+        if self.scheduler.compare == "objective":
+            return True
+        judged = ("blacken", "lower_threshold")
+        plain = all(
+            name not in self.search and self.train.get(name, DEFAULTS[name]) == DEFAULTS[name] for name in judged
+        )
+        return plain and self.objective.metric not in DECISION_METRICS
+
     def active(self, params: Mapping[str, Any]) -> list[str]:
         """The parameters whose conditions `params` meets."""
         names: list[str] = []

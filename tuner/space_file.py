@@ -141,6 +141,7 @@ class _Reader:
         )  # fmt: skip
         self.sampler_fits(space)
         self.cost_fits(space)
+        self.scheduler_fits(space)
         self.late_decision(space)
         points = self.start_from(space, document.get("start_from", []))
         if not self.problems:  # what follows needs the single values to be right
@@ -466,6 +467,18 @@ class _Reader:
                 "worse ones, which belong on the front, would be cut", space.scheduler.name, "say scheduler: none",
             )  # fmt: skip
 
+    def scheduler_fits(self, space: Space) -> None:
+        """A scheduler that would compare nothing is refused."""
+        scheduler, trials = space.scheduler, space.budget.trials
+        epochs = space.train.get("epochs", DEFAULTS["epochs"])
+        if scheduler.name != "none" and scheduler.min_epochs >= epochs:
+            rule = f"must be less than train.epochs, {epochs}: after the last epoch nothing is left to stop"
+            self.problem("scheduler.min_epochs", rule, scheduler.min_epochs, "lower it, or say scheduler: none")
+        if scheduler.name == "top_k" and (trials is None or trials <= scheduler.keep):
+            rule = f"top_k must be given more trials than it keeps, {scheduler.keep}"
+            found = "a budget without trials" if trials is None else trials
+            self.problem("scheduler", rule, found, "raise budget.trials in the space")
+
     def late_decision(self, space: Space) -> None:
         """A rung compares nothing that has not begun to learn."""
 
@@ -474,9 +487,6 @@ class _Reader:
 
         decides = space.objective.metric in DECISION_METRICS or may_be("blacken")
         scheduler = space.scheduler
-        if scheduler.name == "top_k" and space.budget.trials is None:
-            rule = "top_k must know how many trials it compares"
-            self.problem("scheduler", rule, "a budget without trials", "add budget.trials")
         if scheduler.name != "none" and scheduler.compare == "objective" and decides and may_be("dynamic_balance"):
             self.problem(
                 "scheduler.compare", "must be segmentation for an objective that depends on the decision, with "
