@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model import layouts, splits
-from model.config import RunConfig
+from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
 from tuner import run, space_file
 from tuner.options import Options
 from tuner.schedulers import rungs
@@ -178,8 +178,23 @@ def trials_of(space: Space) -> int | None:
     if not space.search or space.sampler == "grid":
         countable = not any(isinstance(p, FloatParam) and p.step is None for p in space.search.values())
         assert countable  # a grid of anything else is refused when a space is read
-        most.append(len(space.grid()) + (space.baseline_params() is None))
+        most.append(_networks(space))
     return min(most, default=None)
+
+
+def _networks(space: Space) -> int:
+    """How many trainings a grid takes, the baseline's among them: points that differ only in how a network is judged
+    share one, where all these ways are replayed."""
+    replayed = space.replayed_values()
+    trained = [name for name in space_file.TUNABLE if name not in JUDGING_FIELDS]
+    judged = [name for name in JUDGING_FIELDS if name not in replayed]
+    fixed = DEFAULTS | dict(space.train)
+    points = [*(fixed | point for point in space.grid()), space.baseline_config(space.seed).to_dict()]
+    found = set()
+    for point in points:
+        judgement = Judgement.of(point)
+        found.add(tuple(point[name] for name in trained) + tuple(getattr(judgement, name) for name in judged))
+    return len(found)
 
 
 def least_epochs(scheduler: Scheduler, epochs: int, trials: int) -> float:

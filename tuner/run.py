@@ -10,6 +10,7 @@ import platform
 import secrets
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +31,8 @@ from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, Space, i
 SYNTHETIC = "synthetic"
 JOURNAL = "study.journal"
 _SPLITS = "splits.json"
+_SECONDS_FOR_A_LOOK = 1.0
+"""so long a writer waits for the lock: whoever asks for a run's status shares it for a moment, a writer keeps it"""
 _PACKAGES = ("segdec-tuner", "torch", "ray", "optuna", "wandb", "numpy", "opencv-python-headless", "albumentations")
 
 
@@ -105,11 +108,17 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """The one writer of the directory; the kernel frees the lock when the process ends, however it ends."""
+        deadline = time.monotonic() + _SECONDS_FOR_A_LOOK
         with (self.directory / "run.lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{self.directory} is written by another process; wait for it, or stop it") from None
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() < deadline:
+                        time.sleep(0.01)
+                        continue
+                raise ValueError(f"{self.directory} is written by another process; wait for it, or stop it")
             yield
 
     def is_running(self) -> bool:

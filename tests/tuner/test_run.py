@@ -1,14 +1,19 @@
+import fcntl
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from model import layouts, splits, synthetic
-from tests.tuner.conftest import small_space
+from tests.tuner.conftest import ended, small_space
 from tuner import run as runs
 from tuner.options import STUDY_VARIABLE, Options
+from tuner.records import RecordsFile
+from tuner.sampler import SearchStudy
 from tuner.status import describe
 
 
@@ -149,6 +154,25 @@ def test_one_process_writes(data: Path, tmp_path: Path) -> None:
         pass
 
 
+def test_somebody_who_looks_keeps_no_writer_out(data: Path, tmp_path: Path) -> None:
+    """A look holds the lock for a moment; here a moment of a tenth of a second."""
+    run = runs.create(small_space(), data, tmp_path)
+    looking = threading.Event()
+
+    def look() -> None:
+        with (run.directory / "run.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            looking.set()
+            time.sleep(0.1)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    looking.wait()
+    with run.locked():
+        assert run.is_running()
+    watcher.join()
+
+
 def test_a_run_is_called_by_its_folder_wherever_it_is_opened_from(data: Path, tmp_path: Path, monkeypatch) -> None:
     run = runs.create(small_space(), data, tmp_path)
     monkeypatch.chdir(run.directory)
@@ -188,6 +212,30 @@ def test_a_killed_session_ended_when_it_last_wrote(data: Path, tmp_path: Path, s
     assert run.last_written() == 2000
     run.note(sessions=[{"started": 1500.0, "ended": None}])
     assert describe(run)["elapsed_seconds"] == 500
+
+
+@pytest.mark.parametrize(
+    ("budget", "left"),
+    [
+        ({"device_hours": 1.0}, 900.0),  # 2400 of 3600 device-seconds in 1800 s
+        ({"money": 6.0, "price_per_device_hour": 6.0}, 900.0),
+        ({"device_hours": 1.0, "money": 6.0, "price_per_device_hour": 9.0}, 0.0),
+        ({"trials": 3, "device_hours": 100.0}, 900.0),
+        ({"hours": 0.6, "device_hours": 1.0}, 360.0),
+    ],
+    ids=str,
+)
+def test_the_time_left_obeys_every_limit(data: Path, tmp_path: Path, budget: dict, left: float) -> None:
+    run = runs.create(small_space(budget=budget), data, tmp_path)
+    run.note(sessions=[{"started": 0.0, "ended": 1800.0}])
+    if "hours" not in budget:
+        assert describe(run)["remaining_seconds"] is None
+    study = SearchStudy(run.space, "abc123", None)
+    for _ in range(2):
+        proposal = study.ask()
+        study.finish(proposal, ended(proposal, ended=900.0, device_seconds=1200.0))
+    RecordsFile(run.directory).write(study.records())
+    assert describe(run)["remaining_seconds"] == pytest.approx(left)
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
