@@ -86,17 +86,23 @@ def cluster(address: str | None) -> Iterator[None]:
 
 
 def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None) -> Resources:
-    """What was asked for; else a whole GPU a trial where the cluster has some, or one CPU."""
-    there = ray.cluster_resources()
-    gpus = gpus if gpus is not None else (1.0 if there.get("GPU") else 0.0)
-    per_gpu_cpus = max(1, int(there["CPU"] // max(there.get("GPU", 0), 1))) if gpus >= 1 else 1
-    found = Resources(cpus if cpus is not None else float(per_gpu_cpus), gpus, concurrent)
-    for name, wanted in (("CPU", found.cpus_per_trial), ("GPU", found.gpus_per_trial)):
-        if wanted > there.get(name, 0):
-            raise ValueError(
-                f"a trial must fit the cluster: it asks for {wanted:g} {name}, found {there.get(name, 0):g}; "
-                f"lower --{name.lower()}s-per-trial"
-            )
+    """What was asked for; else a whole GPU a trial where the cluster has some, with its share of the node's cores, or
+    one CPU. ValueError if no node can hold a trial."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = gpus if gpus is not None else float(any(node.get("GPU") for node in nodes))
+    shares = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU")] if gpus >= 1 else []
+    found = Resources(cpus if cpus is not None else float(max(1, min(shares, default=1))), gpus, concurrent)
+    asked = {"CPU": found.cpus_per_trial, "GPU": found.gpus_per_trial}
+    if not any(all(node.get(name, 0) >= wanted for name, wanted in asked.items()) for node in nodes):
+        most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
+        apart = "" if any(asked[name] > most[name] for name in asked) else " on different nodes"
+        short = [name for name in asked if apart or asked[name] > most[name]]
+        wanted = " and ".join(f"{asked[name]:g} {name}" for name in short)
+        largest = " and ".join(f"{most[name]:g}" for name in short)
+        raise ValueError(
+            f"a trial must fit one node of the cluster: it asks for {wanted}, found at most {largest}{apart}; "
+            f"lower --{short[0].lower()}s-per-trial"
+        )
     return found
 
 
