@@ -47,9 +47,9 @@ def run_search(
     run = create(space, data, Path(runs), name, chosen)
     try:
         return go_on(run, console)
-    except ValueError:  # what only the cluster knew was wrong: the name stays free
+    except BaseException:  # what went wrong before anything was searched: the name stays free
         if not run.info["sessions"]:
-            shutil.rmtree(run.directory)
+            shutil.rmtree(run.directory, ignore_errors=True)
         raise
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from model.sample import Sample
 from model.splits import Splits
 from tuner import records, space_file
 from tuner.options import Options, study_url
-from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, Space, is_name
+from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, NAME_RULE, Space, is_name
 
 SYNTHETIC = "synthetic"
 JOURNAL = "study.journal"
@@ -151,7 +152,7 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
     space = _with_options(space, options)
     name = name or space.name
     if not is_name(name):
-        raise ValueError(f"a run's name must be letters, digits, - and _, found {name!r}")
+        raise ValueError(f"a run's name must be {NAME_RULE}, found {name!r}")
     if runs.exists() and not runs.is_dir():
         raise ValueError(f"--runs must be a folder, found the file {runs}")
     directory = runs / name
@@ -163,28 +164,30 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
     found = checked_splits(space, data)
     folder = _data_folder(space, data)
     building = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
+    info = {
+        "schema": 1,
+        "name": directory.name,
+        "id": secrets.token_hex(3),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(),
+        "space": space.to_dict(),
+        "space_fingerprint": space.fingerprint(),
+        "data_path": data,
+        "options": asdict(options),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+        "data": _data_facts(space, found, folder),
+        "state": "stopped",
+        "sessions": [],
+    }
     building.mkdir(parents=True)
-    splits_file.write(building / _SPLITS, found, folder)
-    write_json(
-        building / "run.json",
-        {
-            "schema": 1,
-            "name": directory.name,
-            "id": secrets.token_hex(3),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": _command(),
-            "space": space.to_dict(),
-            "space_fingerprint": space.fingerprint(),
-            "data_path": data,
-            "options": asdict(options),
-            "versions": {"python": platform.python_version(), **_versions()},
-            "hardware": _hardware(),
-            "data": _data_facts(space, found, folder),
-            "state": "stopped",
-            "sessions": [],
-        },
-    )
-    building.rename(directory)
+    try:
+        splits_file.write(building / _SPLITS, found, folder)
+        write_json(building / "run.json", info)
+        building.rename(directory)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     return Run(directory=directory, space=space, data=data, options=options)
 
 
@@ -208,12 +211,11 @@ def load(directory: str | Path, data: str | Path | None = None) -> Run:
     path = Path(directory).resolve()  # a run is called by the name of its folder, also where that is `.`
     try:
         info = json.loads((path / "run.json").read_text())
-        space, options = info["space"], Options(**info["options"])
-        where = info["data_path"] if data is None else _data_path(data)
+        space, options, where = info["space"], Options(**info["options"]), info["data_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} must be the folder of a run, with a run.json ({why})") from error
-    return Run(directory=path, space=space_file.parse(space, str(path / "run.json")), data=where, options=options)
+    return Run(directory=path, space=space_file.parse(space, str(path / "run.json")), data=where if data is None else _data_path(data), options=options)
 
 
 def _with_options(space: Space, options: Options) -> Space:
@@ -226,6 +228,10 @@ def _with_options(space: Space, options: Options) -> Space:
 
 
 def _data_path(data: str | Path) -> str:
+    if not str(data):  # which would be the current folder
+        raise ValueError(
+            "the data must be a folder, or the word synthetic, found nothing; is a variable of the shell unset?"
+        )
     return SYNTHETIC if str(data) == SYNTHETIC else str(Path(data).resolve())  # workers have another current folder
 
 

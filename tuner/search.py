@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -42,6 +43,9 @@ _FAILURES_IN_A_ROW = 3
 _SECONDS_BETWEEN_SAVES = 10.0
 """so much of the hours used may be forgotten when the driver is killed"""
 
+_SECONDS_TO_ANSWER = 10.0
+"""so long a cluster may take to accept a connection"""
+
 _DEATHS = 3
 """So many deaths of a trial's worker process are the trial's own doing. That of its node does not count."""
 
@@ -64,25 +68,51 @@ class Resources:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """A Ray that this process is connected to: already, at `address`, or a local one of its own."""
+    """A Ray that this process is connected to: already, at `address`, or a local one of its own. ValueError if there
+    is none at `address`."""
     if ray.is_initialized():
         yield
         return
+    if address:
+        _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray speaks of things that this search does not use: its own results, its snapshots, its token.
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # counts trials that went on after their worker died
-    ray.init(
-        address=address or "local",  # never by chance the cluster of somebody else on this machine
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-    )
+    try:
+        ray.init(
+            address=address or "local",  # never by chance the cluster of somebody else on this machine
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+        )
+    except ConnectionError as error:
+        if not address:
+            raise
+        raise _no_cluster(address, error) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """ValueError if nothing listens at host:port: Ray would ask for two minutes, then end this process."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):  # auto, or what Ray itself refuses
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"--address must be that of a running Ray cluster, found none at {address} ({error}); start one with "
+        "`ray start --head`, or leave --address out for a Ray of this search's own"
+    )
 
 
 def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None) -> Resources:

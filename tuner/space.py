@@ -43,6 +43,9 @@ BASELINE = {name: value for name, value in DEFAULTS.items() if name not in SHARE
 """The method of the results page: what it states, and the default, which is off, of all that came later."""
 
 
+LONGEST_NAME = 100
+NAME_RULE = f"letters, digits, - and _, at most {LONGEST_NAME}"
+
 _MOST_REPLAYED = 20
 """values of one field; with more, each is trained for"""
 
@@ -306,8 +309,8 @@ def is_number(value: object) -> bool:
 
 
 def is_name(value: str) -> bool:
-    """Whether a word is safe as the name of a folder."""
-    return bool(value) and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
+    """Whether a word is safe as the name of a folder: NAME_RULE."""
+    return 0 < len(value) <= LONGEST_NAME and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
 
 
 def on_grid(value: Any, low: float, step: float | None) -> bool:

@@ -20,7 +20,9 @@ from tuner.space import (
     CONSTRAINED_METRICS,
     COSTS,
     DECISION_METRICS,
+    LONGEST_NAME,
     METRICS,
+    NAME_RULE,
     SAMPLERS,
     SCHEDULERS,
     SHARED_WITH_BASELINE,
@@ -122,9 +124,11 @@ class _Reader:
         if not self.mapping("the file", document, _TOP_KEYS, required=_REQUIRED_KEYS):
             return None
         name = self.value(
-            document, "name", str, "must be a word for file names: letters, digits, - and _", check=is_name
+            document, "name", str, f"must be a word for file names: {NAME_RULE}", check=is_name
         )
-        seed = self.value(document, "seed", int, "must be a whole number of at least 0", 0, check=lambda v: v >= 0)
+        most = RULES["seed"].high or 0
+        rule = f"must be a whole number from 0 to {most}"
+        seed = self.value(document, "seed", int, rule, 0, check=lambda v: 0 <= v <= most)
         data = self.data(document.get("data", {}))
         train = self.train(document.get("train", {}))
         search = self.search(document.get("search", {}), train)
@@ -573,7 +577,7 @@ def schema() -> dict[str, Any]:
         "compare": {"enum": list(COMPARED)},
     }
     properties = {
-        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
+        "name": {"type": "string", "pattern": f"^[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}$"},
         "data": mapping(
             {"layout": {"enum": list(LAYOUTS)}, "height": side, "width": side}
             | {"validation_share": share, "test_share": share}
@@ -586,7 +590,7 @@ def schema() -> dict[str, Any]:
         "scheduler": {"anyOf": [{"enum": list(SCHEDULERS)}, mapping(scheduler, ("name",))]},
         "budget": mapping({"trials": {"type": "integer", "minimum": 1}, **dict.fromkeys(_BUDGET_KEYS[1:], positive)}),
         "start_from": {"type": "array", "items": {"type": "object"}},
-        "seed": {"type": "integer", "minimum": 0},
+        "seed": {"type": "integer", "minimum": 0, "maximum": RULES["seed"].high},
     }  # fmt: skip
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "segdec-tuner search space"} | mapping(
         properties, _REQUIRED_KEYS
