@@ -208,7 +208,9 @@ def checked_splits(space: Space, data: str | Path) -> Splits:
 
 def load(directory: str | Path, data: str | Path | None = None) -> Run:
     """An existing run, whose data now lie in `data` if that is given. ValueError if the folder holds none."""
-    path = Path(directory).resolve()  # a run is called by the name of its folder, also where that is `.`
+    path = Path(directory)
+    if path.name in ("", ".."):  # a run is called by its folder, and `.` says nothing
+        path = path.resolve()
     try:
         info = json.loads((path / "run.json").read_text())
         space, options, where = info["space"], Options(**info["options"]), info["data_path"]

@@ -197,10 +197,13 @@ class SearchStudy:
             found = self._promote(no_more=True)
         return found
 
-    def interrupted(self) -> list[Proposal]:
-        """The trials that were on a worker and have not ended; they wait to go on."""
+    def take_interrupted(self) -> list[Proposal]:
+        """The trials that were on a worker, have not ended and wait to go on: they are to be finished now."""
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        return [self._proposal(trial.number, trial.params) for trial in waiting if "started" in trial.user_attrs]
+        taken = [trial for trial in waiting if "started" in trial.user_attrs]
+        for trial in taken:
+            self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        return [self._proposal(trial.number, trial.params) for trial in taken]
 
     def has_held(self) -> bool:
         """Whether trials are held at rungs."""

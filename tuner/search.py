@@ -163,7 +163,7 @@ def run_trials(
     trials = run_directory / "trials"
     session = _Session(study, trials, budget, resources, trackers)
     if session.nothing_left():
-        return "finished"
+        return session.close()
     fit, why = fit_at_once(resources)
     if (resources.concurrent or 0) > fit:
         logger.warning("--concurrent %d: only %d fit at once (%s)", resources.concurrent, fit, why)
@@ -219,6 +219,10 @@ def _folders(trials: Path, trial: str, pattern: str) -> list[Path]:
     return [path for name in (trial, f"{trial}.*") for path in trials.glob(f"attempt-*/{name}/{pattern}")]
 
 
+def _nodes_alive() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def _prune(trials: Path, trial: str, keep: int) -> None:
     """Removes all but a trial's newest checkpoints. Ray would save its whole experiment each time that it does."""
     folders = sorted(_folders(trials, trial, "checkpoint_*"), key=lambda folder: folder.stat().st_mtime)
@@ -249,8 +253,8 @@ class _Session:
         self.failure: str | None = None
         self.error: Exception | None = None
         """what went wrong in the driver itself: Ray would go on without a word"""
-        self.nodes: dict[str, str] = {}
-        """where a trial runs"""
+        self.nodes: dict[str, set[str]] = {}
+        """where a trial runs, or may have been sent to"""
         self.starts: Counter[str] = Counter()
         """how often a trial was given to a worker in this session"""
         self.blamed: Counter[str] = Counter()
@@ -288,6 +292,7 @@ class _Session:
         for row in progress["history"]:  # the driver may have died between the checkpoint and the study
             self.study.report(proposal.number, row["epoch"], row["compared"])
         self.live[key] = proposal
+        self.nodes[key] = _nodes_alive()
         self.progress[key] = progress
         self.starts[proposal.trial] += 1
         self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["epochs"])
@@ -319,7 +324,7 @@ class _Session:
     def reported(self, key: str, progress: dict[str, Any] | None, node: str) -> bool:
         """Takes in a trial's progress on a node, or that it has come there; False when it is to stop."""
         proposal = self.live[key]
-        self.nodes[key] = node
+        self.nodes[key] = {node}
         if progress is None:
             self._pass_time()
             self.started[key] = self._wall
@@ -350,13 +355,13 @@ class _Session:
             return
         used_up = self.used_up()
         proposal, progress = self.live.pop(key), self.progress.pop(key)
-        node, started = self.nodes.pop(key, None), self.started.pop(key, None)
+        nodes, started = self.nodes.pop(key), self.started.pop(key, None)
         status, reason = progress["status"], progress["reason"]
         if key in self.reason_stopped:
             status, reason = Status.STOPPED_EARLY, self.reason_stopped.pop(key)
         elif status != "running":  # whatever its process did after that
             pass
-        elif crashed and not self._is_dead_for_good(proposal, node):
+        elif crashed and not self._is_dead_for_good(proposal, nodes):
             self.study.put_back(proposal.number)
             return
         elif crashed:
@@ -371,10 +376,9 @@ class _Session:
             return
         self._finish(proposal, progress | {"status": str(status), "reason": reason})
 
-    def _is_dead_for_good(self, proposal: Proposal, node: str | None) -> bool:
+    def _is_dead_for_good(self, proposal: Proposal, nodes: set[str]) -> bool:
         """Whether a trial whose worker died is given up; else it goes on from its last checkpoint."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        self.blamed[proposal.trial] += node in alive  # one that never came to a node lost it on the way
+        self.blamed[proposal.trial] += nodes <= _nodes_alive()
         return self.blamed[proposal.trial] >= _DEATHS
 
     def _finish(self, proposal: Proposal, progress: dict[str, Any]) -> None:
@@ -429,7 +433,7 @@ class _Session:
         for key in list(self.live):
             self.ended(key, crashed=False)
         if is_finished:
-            for proposal in self.study.interrupted():
+            for proposal in self.study.take_interrupted():
                 folder = newest_checkpoint(self.trials, proposal.trial)
                 progress = checkpoint.load_progress(folder) if folder else nothing_yet()
                 self._finish(proposal, progress | {"status": "stopped_early", "reason": self.used_up()})

@@ -34,7 +34,7 @@ def users_of(package: str) -> set[str]:
 def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert users_of("ray") == {"tuner/search.py"}
     optuna_users = {name for name in users_of("optuna") if not name.startswith("tuner/tracking/")}
-    assert optuna_users == {"tuner/sampler.py", "tuner/storage.py"}
+    assert optuna_users == {"tuner/draw.py", "tuner/sampler.py", "tuner/storage.py"}
     assert users_of("sqlalchemy") == {"tuner/storage.py"}
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
 

@@ -90,21 +90,23 @@ def judged(proposal: Proposal, value: float, epoch: int) -> dict[str, Any]:
     return {"replays": [own | {"figures": figures}], "num_segmented": ALL_MASKS if kept == "all" else kept}
 
 
-def run_one(study: SearchStudy, end: str) -> str | None:
-    """One trial as a search drives it; how it ended, None where there is nothing left."""
+def run_one(study: SearchStudy, end: str) -> tuple[int | None, str] | None:
+    """One trial, or the next part of one that was held, as a search drives it: its number and how it ended; None where
+    there is nothing left."""
     proposal = study.ask()
     if proposal is None:
         return None
     assert proposal.number is None or study.space.contains(proposal.params)
+    before = 0
+    if proposal.number is not None:
+        before = max(study._study.get_trials(deepcopy=False)[proposal.number].intermediate_values, default=0)
     reason = None
-    for epoch in range(1, proposal.config.epochs + 1):
-        if end != "completed" and epoch == 4:
-            study.finish(proposal, ended(proposal, end, value=None, epochs=epoch - 1, replays=[]))
-            return end
+    for epoch in range(before + 1, proposal.config.epochs + 1):
         study.report(proposal.number, epoch, figure(proposal.params, epoch))
-        if not proposal.is_baseline:
-            curves = study.curves(proposal.number)
-            reason = schedulers.stops(study.space.scheduler, 9, proposal.number, epoch - 1, curves)
+        if end != "completed":
+            study.finish(proposal, ended(proposal, end, value=None, epochs=epoch, replays=[]))
+            return proposal.number, end
+        reason = None if proposal.is_baseline else study.leaves(proposal, epoch)
         if reason:
             break
     status = "stopped_early" if reason else "completed"
@@ -112,8 +114,12 @@ def run_one(study: SearchStudy, end: str) -> str | None:
     more: dict[str, Any] = {"replays": []}
     if study.space.cost or study.space.constraints:
         more = judged(proposal, value, epoch) | {"device_seconds": 10.0 + proposal.config.dilate % 7}
-    study.finish(proposal, ended(proposal, status, value=value, epochs=epoch, best_epoch=epoch, **more))
-    return status
+    record = ended(proposal, status, value=value, epochs=epoch, best_epoch=epoch, **more)
+    if reason and schedulers.may_go_on(study.space.scheduler):
+        study.hold(proposal, record)
+    else:
+        study.finish(proposal, record)
+    return proposal.number, status
 
 
 OFFERED = [
@@ -124,7 +130,7 @@ OFFERED = [
 
 COVERING = [
     ("tpe", "asha", "conditional"), ("tpe", "hyperband", "categorical"), ("gp", "median", "numbers"),
-    ("cmaes", "none", "numbers"), ("qmc", "asha", "one"), ("random", "hyperband", "one"), ("grid", "none", "steps"),
+    ("cmaes", "top_k", "numbers"), ("qmc", "asha", "one"), ("random", "hyperband", "one"), ("grid", "none", "steps"),
     ("grid", "median", "conditional"),
 ]  # fmt: skip
 """each sampler, scheduler and kind of space at least once"""
@@ -193,27 +199,31 @@ def test_what_is_offered_works_with_other_goals(sampler: str, scheduler: str, go
 def drive(space: Space, where: Path | str) -> SearchStudy:
     """A dozen trials that end in all ways, with a kill among them; the study afterwards."""
     study = SearchStudy(space, "abc123", where)
-    ends = [run_one(study, end) for end in ("completed", "completed", "diverged", "failed", *["completed"] * 5)]
+    ends = [run_one(study, end) for end in ("completed", "completed", "diverged", "failed", *["completed"] * 6)]
     left = study.ask()  # killed while it ran
     study.report(left.number, 1, 0.5)
+    held = study.records()
 
     again = SearchStudy(space, "abc123", where)
+    assert again.records() == held
     found = again.ask()
     assert found == left
     more = judged(found, 0.5, 1) if space.cost or space.constraints else {"replays": []}
     again.finish(found, ended(found, value=0.5, **more | {"device_seconds": 10.0 + found.config.dilate % 7}))
-    ends += ["completed"] + [run_one(again, "completed") for _ in range(3)]
+    ends += [(found.number, "completed")] + [run_one(again, "completed") for _ in range(3)]
+    last = dict(end for end in ends if end)  # a trial that was held and went on has two ends
+    again.let_go(for_good=True)
     states = {"completed": TrialState.COMPLETE, "stopped_early": TrialState.PRUNED}
     trials = again._study.get_trials(deepcopy=False)
     assert all(trial.state.is_finished() for trial in trials)
     trials = [
         trial for trial in trials if not trial.user_attrs["record"]["replayed_from"]
     ]  # the same point drawn again
-    inside = [end for end in ends[again.records()[0]["number"] is None :] if end]  # the first is the baseline
-    assert [trial.state for trial in trials] == [states.get(end, TrialState.FAIL) for end in inside]
-    assert [trial.user_attrs["record"]["status"] for trial in trials] == inside
+    inside = {number: end for number, end in last.items() if number is not None}
+    assert {t.number: t.state for t in trials} == {n: states.get(end, TrialState.FAIL) for n, end in inside.items()}
+    assert {trial.number: trial.user_attrs["record"]["status"] for trial in trials} == inside
     if space.scheduler.name == "none":
-        assert "stopped_early" not in ends
+        assert "stopped_early" not in last.values()
     return again
 
 
@@ -232,7 +242,7 @@ def test_goals_that_cannot_work_are_refused_at_load(sampler: str, scheduler: str
 def test_tpe_ranks_what_was_stopped_where_there_are_two_objectives(tmp_path: Path) -> None:
     """Optuna 5.0's own study raises there: its TPE asks for the one direction."""
     study = SearchStudy(space_of("tpe", "asha", MASKS, **GOALS["masks"]), "abc123", tmp_path / "study.journal")
-    ends = [run_one(study, "completed") for _ in range(14)]
+    ends = [end for _, end in (run_one(study, "completed") for _ in range(20))]
     assert ends.count("stopped_early") >= 2
     assert ends.count("completed") >= 2
 

@@ -10,7 +10,14 @@ from tuner.records import RecordsFile
 
 
 def record(trial: str, status: str = "completed", value: float | None = 0.5, **more: object) -> dict:
-    return {"trial": trial, "status": status, "value": value, "baseline": False, "replayed_from": None} | more
+    return {
+        "trial": trial,
+        "status": status,
+        "value": value,
+        "baseline": False,
+        "replayed_from": None,
+        "ended": 1.0,
+    } | more
 
 
 def test_the_file_holds_the_records_in_their_order(tmp_path: Path) -> None:
@@ -23,6 +30,11 @@ def test_the_file_holds_the_records_in_their_order(tmp_path: Path) -> None:
     before = (tmp_path / records.FILE).stat().st_mtime_ns
     file.write([first, second, third])
     assert (tmp_path / records.FILE).stat().st_mtime_ns == before
+    file.write([first, third])  # a trial that was held goes on
+    assert records.read(tmp_path) == [first, third]
+    later = second | {"ended": 2.0, "value": 0.7}
+    file.write([first, later, third])
+    assert records.read(tmp_path) == [first, later, third]
 
 
 def test_a_new_session_writes_the_file_again_from_the_study(tmp_path: Path) -> None:

@@ -178,6 +178,9 @@ def test_a_run_is_called_by_its_folder_wherever_it_is_opened_from(data: Path, tm
     monkeypatch.chdir(run.directory)
     assert runs.load(".") == run
     assert runs.load(".").name == "small"
+    assert runs.load("trials/..").name == "small"
+    monkeypatch.chdir(tmp_path)
+    assert runs.load("small").directory == Path("small")  # messages say it as the user does
 
 
 def test_where_the_study_lies_is_kept_and_no_password_is(data: Path, tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ from tests.tuner.conftest import small_space
 from tuner import records, search
 from tuner.records import SearchFailed
 from tuner.sampler import SearchStudy
-from tuner.search import Resources
+from tuner.search import Resources, newest_checkpoint
 from tuner.space import Space
 from tuner.tracking import Tracker, Trackers
 
@@ -33,7 +35,7 @@ class ScriptedTask:
 
     folder: Path
     behaviour: dict[str, str] = field(default_factory=dict)
-    """delta_cls_loss as text -> crash, die, die once, diverge, wait or wait at once"""
+    """delta_cls_loss as text -> crash, die, die once, die at the end, diverge, wait or wait at once"""
 
     def run(self, config: RunConfig, _device: torch.device, resume: Path | None, report: Any) -> None:
         does = self.behaviour.get(f"{config.delta_cls_loss:g}", "")
@@ -68,6 +70,8 @@ class ScriptedTask:
             write_json(folder / "progress.json", progress)
             checkpoint.seal(folder)
             report(progress, folder)
+        if does == "die at the end":
+            os._exit(1)
 
     def fresh(self) -> dict[str, Any]:
         return {
@@ -84,6 +88,9 @@ class Events(Tracker):
 
     def trial_started(self, trial, params, config, resumed_epoch) -> None:
         self.seen.append(("started", f"{trial} {resumed_epoch}"))
+
+    def trial_held(self, record) -> None:
+        self.seen.append(("held", record["trial"]))
 
     def trial_ended(self, record) -> None:
         self.seen.append(("ended", record["status"]))
@@ -140,6 +147,30 @@ def run(
     return search.run_trials(opened, task, folder, space.budget, resources, trackers)
 
 
+def optuna_trials(space: Space, folder: Path) -> list[optuna.trial.FrozenTrial]:
+    return SearchStudy(space, "abc123", folder / "study.journal")._study.trials
+
+
+def stop_when_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Stops the first session, as Ctrl-C does, when a trial waits; the seconds at which each session began."""
+    begun: list[float] = []
+    made = search._Session.__init__
+
+    def remember(self: search._Session, *arguments: Any) -> None:
+        made(self, *arguments)
+        begun.append(self.study.wall_seconds())
+        if len(begun) == 1:
+            threading.Thread(target=stop, args=[self], daemon=True).start()
+
+    def stop(session: search._Session) -> None:
+        while not (folder / "waiting").exists():
+            time.sleep(0.02)
+        session.stop_asked = True
+
+    monkeypatch.setattr(search._Session, "__init__", remember)
+    return begun
+
+
 def ends(folder: Path) -> list[tuple[float, str]]:
     return [(record["config"]["delta_cls_loss"], record["status"]) for record in records.read(folder)]
 
@@ -168,16 +199,22 @@ def test_every_end_is_told_as_what_it_was(ray_cluster, tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_asha_stops_the_worse_and_never_the_baseline(ray_cluster, tmp_path: Path) -> None:
     space = scripted_space([2.0, 1.0, 3.0], {"name": "asha", "min_epochs": 1, "reduction": 2})
-    assert run(space, tmp_path) == "finished"
-    assert ends(tmp_path) == [(0.01, "completed"), (2, "completed"), (1, "stopped_early"), (3, "completed")]
-    stopped = records.read(tmp_path)[2]
+    events = Events()
+    assert run(space, tmp_path, tracker=events) == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (2, "stopped_early"), (1, "stopped_early"), (3, "completed")]
+    _, stopped, _, promoted = records.read(tmp_path)
     assert stopped["reason"] == "not among the best at epoch 1"
     assert [row["epoch"] for row in stopped["history"]] == [1]
-    kept = [len(list((tmp_path / "trials").glob(f"*/abc123-000{n}/checkpoint_*"))) for n in range(4)]
-    assert kept == [1, 1, 0, 1]  # what was stopped is never gone on with
-    trial = SearchStudy(space, "abc123", tmp_path / "study.journal")._study.trials[2]
-    assert trial.state.name == "PRUNED"
-    assert list(trial.intermediate_values) == [1]
+    assert [row["epoch"] for row in promoted["history"]] == [1, 2, 3, 4]  # it was held at 2, for lack of others
+    kept = [len(list((tmp_path / "trials").glob(f"*/abc123-000{n}*/checkpoint_*"))) for n in range(4)]
+    assert kept == [1, 0, 0, 1]  # what was stopped for good is never gone on with
+    epochs = (tmp_path / "epochs.txt").read_text().split()
+    trained = list(zip(epochs[::2], epochs[1::2], strict=True))
+    assert len(trained) == len(set(trained)) == 4 + 1 + 1 + 4
+    assert [what for what, trial in events.seen if trial.startswith("abc123-0003")] == ["started", "held", "started"]
+    trials = SearchStudy(space, "abc123", tmp_path / "study.journal")._study.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "PRUNED", "COMPLETE"]
+    assert [list(trial.intermediate_values) for trial in trials[1:3]] == [[1], [1]]
 
 
 @pytest.mark.slow
@@ -214,7 +251,9 @@ def test_fewer_masks_are_not_cut_by_more_and_violations_are_recorded(ray_cluster
     resources = Resources(concurrent=1)
     search.run_trials(study, CountingTask(tmp_path), tmp_path, space.budget, resources, Trackers([tracker]))
     found = records.read(tmp_path)
-    assert ended == found  # trackers see the record as it is kept
+    assert (
+        sorted(ended, key=lambda record: record["trial"].replace("baseline", "")) == found
+    )  # trackers see the record as it is kept
     assert [(record["status"], record["values"], record["violations"]["recall"]) for record in found] == [
         ("completed", pytest.approx([0.005, 50]), 0.2475),
         ("completed", pytest.approx([0.404, 20]), 0),
@@ -232,24 +271,8 @@ def test_a_stop_loses_nothing_and_the_search_goes_on_from_there(
     ray_cluster, tmp_path: Path, monkeypatch, study: str
 ) -> None:
     space = scripted_space([1.0, 2.0])
-    sessions: list[search._Session] = []
-    made = search._Session.__init__
-
-    def remember(self, *arguments) -> None:
-        made(self, *arguments)
-        sessions.append(self)
-
-    monkeypatch.setattr(search._Session, "__init__", remember)
-
-    def stop_when_waiting() -> None:
-        while not (tmp_path / "waiting").exists():
-            time.sleep(0.02)
-        sessions[0].stop_asked = True
-
-    watcher = threading.Thread(target=stop_when_waiting)
-    watcher.start()
+    begun = stop_when_waiting(tmp_path, monkeypatch)
     assert run(space, tmp_path, study=study, _1="wait") == "stopped"
-    watcher.join()
     assert ends(tmp_path) == [(0.01, "completed")]
 
     (tmp_path / "go").touch()
@@ -257,7 +280,7 @@ def test_a_stop_loses_nothing_and_the_search_goes_on_from_there(
     assert run(space, tmp_path, study=study, tracker=events) == "finished"
     assert ends(tmp_path) == [(0.01, "completed"), (1, "completed"), (2, "completed")]
     first, resumed, last = records.read(tmp_path)
-    assert first["ended"] <= resumed["started"] < sessions[1]._before < resumed["ended"] <= last["started"]
+    assert first["ended"] <= resumed["started"] < begun[1] < resumed["ended"] <= last["started"]
     assert events.seen[0] == ("started", "abc123-0001 1")
     epochs = (tmp_path / "epochs.txt").read_text().split("\n")
     assert epochs.count("1 1") == 1  # the epoch before the stop was not trained again
@@ -287,6 +310,62 @@ def test_a_baseline_whose_worker_died_goes_on(ray_cluster, tmp_path: Path) -> No
     space = replace(space, search={**space.search, "delta_cls_loss": replace(space.search["delta_cls_loss"], low=0.5)})
     assert run(space, tmp_path, _0_01="die once") == "finished"
     assert ends(tmp_path) == [(0.01, "completed"), (1, "completed")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_baseline_whose_worker_died_after_the_hours_goes_on(ray_cluster, tmp_path: Path) -> None:
+    assert run(scripted_space([1.0], hours=1e-6), tmp_path, _0_01="die once") == "finished"
+    assert ends(tmp_path) == [(0.01, "completed")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_what_a_worker_does_after_its_trial_is_done_changes_nothing(ray_cluster, tmp_path: Path) -> None:
+    assert run(scripted_space([1.0, 2.0]), tmp_path, _1="die at the end") == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (1, "completed"), (2, "completed")]
+    assert newest_checkpoint(tmp_path / "trials", "abc123-0001")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_an_error_in_the_driver_ends_the_search_and_loses_nothing(ray_cluster, tmp_path: Path, monkeypatch) -> None:
+    space = scripted_space([1.0, 2.0], {"name": "asha", "min_epochs": 1, "reduction": 2})
+    finish = SearchStudy.hold
+
+    def full(self, proposal, record):
+        if proposal.number == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return finish(self, proposal, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchStudy, "hold", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(space, tmp_path)
+    states = [trial.state.name for trial in optuna_trials(space, tmp_path)]
+    assert states == ["COMPLETE", "RUNNING", "WAITING"]  # the second is held, and this session takes it up
+    assert run(space, tmp_path) == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (1, "stopped_early"), (2, "completed")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("limit", ["hours", "device_hours"])
+def test_what_waits_when_the_budget_is_found_spent_has_ended(
+    ray_cluster, tmp_path: Path, monkeypatch, limit: str
+) -> None:
+    """A session is stopped while a trial runs; the next one finds that nothing is left of the budget."""
+    stop_when_waiting(tmp_path, monkeypatch)
+    space = scripted_space([1.0, 2.0], **{limit: 10.0})
+    assert run(space, tmp_path, _1="wait") == "stopped"
+    study = SearchStudy(space, "abc123", tmp_path / "study.journal")
+    assert 0 < study.device_seconds() < study.wall_seconds() * 1.01  # one trial at a time
+    study.add_seconds(36000, 0) if limit == "hours" else study.add_seconds(0, 36000)
+    assert run(space, tmp_path) == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (1, "stopped_early")]
+    stopped = records.read(tmp_path)[1]
+    assert (stopped["epochs"], stopped["seconds"]) == (1, 1.0)
+    assert stopped["reason"] == f"the {limit.replace('_', '-')} of the budget were used up"
 
 
 @pytest.mark.slow
@@ -351,13 +430,13 @@ def test_what_runs_when_the_budget_is_spent_is_stopped_early(ray_cluster, tmp_pa
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_slow_baseline_does_not_stretch_the_hours_for_others(ray_cluster, tmp_path: Path) -> None:
-    """The baseline waits until the time is up: what runs beside it is stopped at its next epoch, and nothing starts."""
-    space = scripted_space([1.0, 2.0, 3.0, 4.0], hours=1e-6)
-    release = threading.Timer(3.0, (tmp_path / "go").touch)
+    """The baseline waits until the time is up: what runs beside it is stopped, and nothing starts."""
+    space = scripted_space([1.0, 2.0, 3.0, 4.0], hours=5 / 3600)
+    release = threading.Timer(8.0, (tmp_path / "go").touch)
     release.start()
-    assert run(space, tmp_path, concurrent=2, _0_01="wait") == "finished"
-    assert ends(tmp_path)[0] == (0.01, "completed")
-    assert len(ends(tmp_path)) == 1
+    assert run(space, tmp_path, concurrent=2, _0_01="wait", _1="wait") == "finished"
+    assert ends(tmp_path) == [(0.01, "completed"), (1, "stopped_early")]
+    assert records.read(tmp_path)[1]["epochs"] < 4
 
 
 @pytest.mark.slow

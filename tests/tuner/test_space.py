@@ -98,7 +98,7 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
             r"constraints\[1\]\.metric: must be bounded once, found 'recall'; keep one of the two",
         ),
         (changed(sampler="bayes"), r"sampler: must be one of tpe, gp, cmaes, qmc, random, grid, found 'bayes'"),
-        (changed(scheduler="hyper"), r"scheduler\.name: must be one of asha, hyperband, median, none, found 'hyper'"),
+        (changed(scheduler="hyper"), r"scheduler\.name: must be one of asha, hyperband, median, top_k, none, found 'hyper'"),
         (changed(scheduler={"name": "asha", "min_epochs": 9}), r"scheduler\.min_epochs: must be a whole number from 1 to train\.epochs, 4, found 9"),
         (changed(budget={}), r"budget: needs at least one of trials, hours, device_hours, money, found \{\}"),
         (changed(budget={"trials": 0}), r"budget\.trials: must be a whole number of at least 1 \(the baseline is the first trial\), found 0"),
