@@ -55,6 +55,8 @@ def run_search(
 
 def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
+    if run.info["state"] != "finished":
+        run.check_version()
     with run.locked(), cluster(run.options.address):
         state = run.info["state"]
         if state != "finished":

@@ -27,7 +27,7 @@ from model.sample import Sample
 from model.splits import Splits
 from tuner import records, space_file
 from tuner.options import Options, study_url
-from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, NAME_RULE, Space, is_name
+from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, NAME_RULE, Space, fingerprint_of, is_name
 
 SYNTHETIC = "synthetic"
 JOURNAL = "study.journal"
@@ -140,6 +140,18 @@ class Run:
         signs = [journal] if journal.exists() else [self.directory / records.FILE, *self.directory.glob("trials/*/*")]
         return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
 
+    def check_version(self) -> None:
+        """ValueError if this version describes the space otherwise than the one that made the run, by a default that
+        was added: the study would not be found."""
+        info = self.info
+        if self.space.fingerprint() != info["space_fingerprint"]:
+            made_by, here = info["versions"]["segdec-tuner"], metadata.version("segdec-tuner")
+            raise ValueError(
+                f"a search must go on with a version that describes its space as the run does; {self.directory} was "
+                f"made by segdec-tuner {made_by}, found {here}; go on with {made_by}, or start a new run with "
+                f"`--warm-start {self.directory}`"
+            )
+
     def note(self, **values: Any) -> None:
         """Changes keys of run.json."""
         write_json(self.directory / "run.json", self.info | values)
@@ -207,17 +219,25 @@ def checked_splits(space: Space, data: str | Path) -> Splits:
 
 
 def load(directory: str | Path, data: str | Path | None = None) -> Run:
-    """An existing run, whose data now lie in `data` if that is given. ValueError if the folder holds none."""
+    """An existing run, whose data now lie in `data` if that is given. ValueError if the folder holds none, or if its
+    space was changed: the trials would not be of the space that they seem to be of."""
     path = Path(directory)
     if path.name in ("", ".."):  # a run is called by its folder, and `.` says nothing
         path = path.resolve()
     try:
         info = json.loads((path / "run.json").read_text())
-        space, options, where = info["space"], Options(**info["options"]), info["data_path"]
+        document, options, where = info["space"], Options(**info["options"]), info["data_path"]
+        wanted = info["space_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} must be the folder of a run, with a run.json ({why})") from error
-    return Run(directory=path, space=space_file.parse(space, str(path / "run.json")), data=where if data is None else _data_path(data), options=options)
+    space = space_file.parse(document, str(path / "run.json"))
+    if (found := fingerprint_of(document)) != wanted:
+        raise ValueError(
+            f"the space in {path / 'run.json'} must be the one that the run was made with, fingerprint {wanted}, found "
+            f"{found}; restore it; to search another space, start a new run with `--warm-start {path}`"
+        )
+    return Run(directory=path, space=space, data=where if data is None else _data_path(data), options=options)
 
 
 def _with_options(space: Space, options: Options) -> Space:

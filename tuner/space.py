@@ -298,9 +298,14 @@ class Space:
 
     def fingerprint(self) -> str:
         """Names what is searched: equal spaces may share a study, whatever they are allowed to spend."""
-        names = ("data", "train", "search", "objective", "constraints", "seed")
-        described = {k: v for k, v in self.to_dict().items() if k in names}
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+        return fingerprint_of(self.to_dict())
+
+
+def fingerprint_of(document: Mapping[str, Any]) -> str:
+    """The fingerprint of a space that `Space.to_dict` described, maybe in another version with other defaults."""
+    names = ("data", "train", "search", "objective", "constraints", "seed")
+    described = {k: v for k, v in document.items() if k in names}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def is_number(value: object) -> bool:

@@ -10,10 +10,12 @@ import pytest
 
 from model import layouts, splits, synthetic
 from tests.tuner.conftest import ended, small_space
+from tuner import pipeline
 from tuner import run as runs
 from tuner.options import STUDY_VARIABLE, Options
 from tuner.records import RecordsFile
 from tuner.sampler import SearchStudy
+from tuner.space import fingerprint_of
 from tuner.status import describe
 
 
@@ -239,6 +241,44 @@ def test_the_time_left_obeys_every_limit(data: Path, tmp_path: Path, budget: dic
         study.finish(proposal, ended(proposal, ended=900.0, device_seconds=1200.0))
     RecordsFile(run.directory).write(study.records())
     assert describe(run)["remaining_seconds"] == pytest.approx(left)
+
+
+@pytest.mark.parametrize("part", ["data", "train", "search", "objective", "seed"])
+def test_a_space_that_was_changed_is_refused(data: Path, tmp_path: Path, part: str) -> None:
+    """It would be another study, whose few records would replace those of the first."""
+    run = runs.create(small_space(), data, tmp_path)
+    others = {
+        "data": {"validation_share": 0.3}, "train": {"epochs": 4}, "search": {"dilate": {"type": "int", "low": 1, "high": 1}},
+        "objective": {"metric": "iou_mean"},
+    }  # fmt: skip
+    space = run.info["space"]
+    run.note(space=space | {part: 7 if part == "seed" else space[part] | others[part]})
+    with pytest.raises(
+        ValueError,
+        match=rf"small/run\.json must be the one .* fingerprint {small_space().fingerprint()}, found \w+; restore it; .*--warm-start {run.directory}`",
+    ):
+        runs.load(run.directory)
+    run.note(space=space)
+    assert runs.load(run.directory) == run
+
+
+def test_what_is_spent_may_be_changed(data: Path, tmp_path: Path) -> None:
+    run = runs.create(small_space(), data, tmp_path)
+    run.note(space=run.info["space"] | {"budget": {"trials": 9}, "sampler": "random", "scheduler": "asha"})
+    assert runs.load(run.directory).space.budget.trials == 9
+
+
+def test_a_version_with_another_default_cannot_go_on(data: Path, tmp_path: Path) -> None:
+    """It can be looked at and started from: what is written down is what was searched."""
+    run = runs.create(small_space(), data, tmp_path)
+    older = run.info["space"]
+    del older["data"]["layout"]
+    run.note(space=older, space_fingerprint=fingerprint_of(older))
+    with pytest.raises(ValueError, match=r"was made by segdec-tuner \S+, found \S+; go on with .* `--warm-start"):
+        pipeline.go_on(runs.load(run.directory))
+    assert not (run.directory / "study.journal").exists()
+    again = runs.create(small_space(), data, tmp_path, "again", Options(warm_start=str(run.directory)))
+    assert describe(runs.load(again.options.warm_start))["state"] == "stopped"
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
