@@ -148,9 +148,13 @@ def fit_at_once(resources: Resources) -> tuple[int, str]:
 
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
-    """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU."""
+    """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU. Raises what the
+    function raises."""
     remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)
-    return ray.get(remote(function).remote(*arguments))
+    try:
+        return ray.get(remote(function).remote(*arguments))
+    except ray.exceptions.RayTaskError as error:  # its text is a traceback
+        raise error.cause from error
 
 
 def run_trials(
@@ -203,10 +207,18 @@ def run_trials(
         with _signals_set(session):
             experiment.fit()
     except Exception as error:
-        session.error = session.error or error
+        session.error = session.error or _cause(error)
     finally:
         ended = session.close()
     return ended
+
+
+def _cause(error: BaseException) -> Exception:
+    """What went wrong where Ray Tune tells of it: the text of a TuneError is a traceback."""
+    while isinstance(error, tune.TuneError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    assert isinstance(error, Exception)
+    return error
 
 
 def newest_checkpoint(trials: Path, trial: str) -> Path | None:

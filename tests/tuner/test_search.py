@@ -499,6 +499,33 @@ def test_a_function_runs_on_a_worker(ray_cluster) -> None:
         search.default_resources(1000, None, None)
 
 
+def run_out_of_luck() -> None:
+    raise ValueError("said by the worker")
+
+
+@pytest.mark.slow
+def test_what_a_function_raises_on_a_worker_is_raised_here(ray_cluster) -> None:
+    with pytest.raises(ValueError, match=r"\Asaid by the worker\Z") as caught:
+        search.run_on_worker(run_out_of_luck, Resources())
+    assert "run_out_of_luck" in str(caught.value.__cause__)  # for --debug
+
+
+def test_what_went_wrong_is_told_without_rays_wrapping() -> None:
+    def wrapped(explicit: bool) -> BaseException:
+        try:
+            try:
+                raise OSError(5, "Input/output error")
+            except OSError as error:
+                raise search.tune.TuneError("Traceback (most recent call last): ...") from (error if explicit else None)
+        except search.tune.TuneError as error:
+            return error
+
+    assert str(search._cause(wrapped(True))) == "[Errno 5] Input/output error"
+    assert str(search._cause(wrapped(False))) == "[Errno 5] Input/output error"
+    alone = search.tune.TuneError("Ray's own")
+    assert search._cause(alone) is alone
+
+
 @pytest.mark.parametrize(
     ("nodes", "asked", "found"),
     [
