@@ -243,25 +243,21 @@ class SearchStudy:
 
     def _promote(self, no_more: bool) -> Proposal | None:
         """Lets a held trial go on. Its record is taken back: it has not ended."""
-        running = [n for n, proposal in self._running.items() if n is not None and not proposal.is_baseline]
-        for group in self._held_by_masks():
-            curves = self.curves(like=group[0])
-            epochs = self._held[group[0]].config.epochs
-            number = schedulers.promoted(self.space.scheduler, epochs, group, running, curves, no_more)
-            if number is not None:
-                self._storage.set_trial_user_attr(self._storage_id(number), "held", False)
-                proposal = self._held.pop(number)
+        by_masks: defaultdict[int | str | None, list[int]] = defaultdict(list)
+        for number, proposal in self._held.items():
+            by_masks[self._masks(proposal.config)].append(number)
+        for masks, held in by_masks.items():
+            rivals = [p for p in self._running.values() if not p.is_baseline and self._masks(p.config) == masks]
+            running = [rival.number for rival in rivals if rival.number is not None]
+            epochs = self._held[held[0]].config.epochs
+            found = schedulers.promoted(self.space.scheduler, epochs, held, running, self.curves(like=held[0]), no_more)
+            if found is not None:
+                self._storage.set_trial_user_attr(self._storage_id(found), "held", False)
+                proposal = self._held.pop(found)
                 twins = self._by_network[_network_of(proposal.config.to_dict())]
                 twins[:] = [record for record in twins if record["trial"] != proposal.trial]
                 return self._starts(proposal)
         return None
-
-    def _held_by_masks(self) -> Iterable[list[int]]:
-        """The held trials that may be compared with each other."""
-        groups: defaultdict[int | str | None, list[int]] = defaultdict(list)
-        for number in self._held:
-            groups[self._masks(self._storage.get_trial(self._storage_id(number)))].append(number)
-        return groups.values()
 
     def leaves(self, proposal: Proposal, epoch: int) -> str | None:
         """Why the scheduler takes a trial off its worker at an epoch that was reported, or None."""
@@ -488,23 +484,25 @@ class SearchStudy:
         baseline. Where masks are a cost, only of the trials with as many as trial `like`, if that is given."""
         first = 1 if self._attr("baseline_in_space") else 0
         trials = self._study.get_trials(deepcopy=False)
-        wanted = None if like is None else self._masks(trials[like])
+        wanted = None if like is None else self._masks_of(trials[like])
         return {
             trial.number: trial.intermediate_values
             for trial in trials
             if trial.number >= first
             and trial.intermediate_values
             and not self._is_replay(trial)
-            and (wanted is None or self._masks(trial) == wanted)
+            and (wanted is None or self._masks_of(trial) == wanted)
         }
 
-    def _masks(self, trial: optuna.trial.FrozenTrial) -> int | str | None:
+    def _masks(self, config: RunConfig) -> int | str | None:
         """How many positives keep their masks, as configured; None where that is no cost."""
-        if self.space.cost is None or self.space.cost.metric != "num_segmented":
+        is_cost = self.space.cost is not None and self.space.cost.metric == "num_segmented"
+        return config.num_segmented if is_cost else None
+
+    def _masks_of(self, trial: optuna.trial.FrozenTrial) -> int | str | None:
+        if self.space.cost is None:
             return None
-        fixed = self.space.train.get("num_segmented", DEFAULTS["num_segmented"])
-        found: int | str = trial.params.get("num_segmented", fixed)
-        return found
+        return self._masks(self.space.config(trial.params, self.space.seed))
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all trials that ended or are held, a baseline outside the space first."""

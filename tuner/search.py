@@ -272,6 +272,7 @@ class _Session:
         self.blamed: Counter[str] = Counter()
         """how often its worker died without its node"""
         self._file = records.RecordsFile(trials.parent)
+        self._baseline_has_ended = False
         self._pruned: set[str] = set()
         self._last_failures: list[str] = []
         self._used_up: str | None = None
@@ -465,7 +466,8 @@ class _Session:
         return any(proposal.is_baseline for proposal in self.live.values())
 
     def _baseline_ended(self) -> bool:
-        return records.baseline(self.study.records()) is not None
+        self._baseline_has_ended = self._baseline_has_ended or records.baseline(self.study.records()) is not None
+        return self._baseline_has_ended
 
     def used_up(self) -> str | None:
         """Which part of the budget is spent, as a reason; None while there is some of all. Once spent, it stays so,

@@ -114,3 +114,25 @@ def test_the_front_is_that_of_optuna(trials: list[tuple[int, int, float, str]], 
         found.append(record(str(n), status, first / 4, values=values, violations={"recall": violation}))
     front = records.pareto_front(found, modes)
     assert [r["trial"] for r in front] == [str(trial.number) for trial in study.best_trials]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=12),
+    st.data(),
+)
+def test_whoever_may_still_win_is_never_ruled_out(judged: list[list[int]], data: st.DataObject) -> None:
+    """Networks judged in two ways, of which each was told one; the other may be told at any time."""
+    found = [
+        record(f"n{n}", value=values[0] / 10, replays=[{"value": v / 10} for v in values])
+        for n, values in enumerate(judged)
+    ]
+    out = records.cannot_win(found)
+    assert len(found) - len(out) >= min(3, len(found))
+    later = [
+        record(f"r{n}", value=judged[n][1] / 10, replayed_from=f"n{n}", replays=[])
+        for n in data.draw(st.sets(st.sampled_from(range(len(judged)))))
+    ]
+    winner = records.best(found + later)
+    assert (winner["replayed_from"] or winner["trial"]) not in out
+    bounded = [one | {"violations": {"recall": 0.0}} for one in found]
+    assert records.cannot_win(bounded) == set()

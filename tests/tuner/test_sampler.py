@@ -491,3 +491,147 @@ def test_the_first_start_of_a_trial_is_kept_over_all_sessions(where: Path | str)
     assert [again.ask() for _ in range(2)] == [baseline, trial]
     assert (again.first_started(baseline.number, 8.0), again.first_started(trial.number, 9.0)) == (1.5, 2.5)
     assert again.first_started(again.ask().number, 9.5) == 9.5
+
+
+HOLDING = {"scheduler": {"name": "asha", "min_epochs": 1, "reduction": 2}, "train": {"width": 0.1, "epochs": 4}}
+
+
+def hold_next(study: SearchStudy, compared: float) -> Proposal:
+    """The next trial, held after its first epoch."""
+    proposal = study.ask()
+    study.report(proposal.number, 1, compared)
+    assert study.leaves(proposal, 1) == "not among the best at epoch 1"
+    study.hold(proposal, ended(proposal, "stopped_early", value=compared, ended=compared, epochs=1))
+    return proposal
+
+
+def test_a_held_trial_outlives_a_kill_and_a_stop_and_goes_on(where: Path | str) -> None:
+    space = small_space(**HOLDING)
+    study = SearchStudy(space, "abc123", where)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline, ended=0.5))
+    first = hold_next(study, 0.3)
+    assert states(where)[1] is TrialState.RUNNING
+    assert count_running(where) == 0
+    study.let_go(for_good=False)  # a stop
+    assert states(where)[1] is TrialState.WAITING
+
+    study = SearchStudy(space, "abc123", where)
+    second = hold_next(study, 0.2)  # a new one: of a single one, nobody is a half
+    study = SearchStudy(space, "abc123", where)  # a kill
+    assert [record["trial"] for record in study.records()] == [p.trial for p in (baseline, first, second)]
+    goes_on = study.ask()
+    assert goes_on == first
+    assert [record["trial"] for record in study.records()] == [p.trial for p in (baseline, second)]
+    study = SearchStudy(space, "abc123", where)  # a kill while it runs: now it is an interrupted trial
+    assert study.ask() == first
+    study.report(first.number, 2, 0.4)
+    assert study.leaves(first, 2) == "not among the best at epoch 2"  # the rung at epoch 1 is behind it
+    study.hold(first, ended(first, "stopped_early", value=0.4, ended=2.0, epochs=2))
+    assert study.ask(new=False) == first  # no more will come, and it is the best at epoch 2
+    study.finish(first, ended(first, value=0.6, ended=3.0, epochs=4))
+    assert study.ask(new=False) is None
+    assert [record["trial"] for record in study.let_go(for_good=True)] == [second.trial]
+    assert states(where) == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED]
+    assert [record["value"] for record in study.records()] == [0.5, 0.6, 0.2]
+
+
+def test_a_trial_that_went_on_answers_with_its_end(where: Path | str) -> None:
+    space = small_space(**HOLDING, search={"threshold_rule": {"type": "categorical", "choices": ["pr_curve", "grid"]}})
+    study = SearchStudy(space, "abc123", where)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline, "failed", value=None, replays=[], ended=0.5))
+    held = hold_next(study, 0.3)
+    assert study.ask(new=False) == held
+    study.finish(held, ended(held, ended=3.0))
+    assert study.ask() is None
+    replays = [record for record in study.records() if record["replayed_from"]]
+    assert {record["replayed_from"] for record in replays} == {held.trial}
+    assert {record["status"] for record in replays} == {"completed"}
+
+
+def test_a_sampler_is_shown_what_unfinished_trials_have_reached(journal: Path) -> None:
+    """Whoever is best at the rungs lies low: TPE follows, though the only completed trial lies high."""
+    search = {"delta_cls_loss": {"type": "float", "low": 0.001, "high": 1.0}}
+    space = small_space(**HOLDING | {"scheduler": "top_k"}, search=search, budget={"trials": 60}, start_from=[])
+    study = SearchStudy(space, "abc123", journal)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline, value=0.0, ended=0.0))
+    drawn = []
+    for _ in range(40):
+        proposal = study.ask()
+        drawn.append(proposal.config.delta_cls_loss)
+        reached = 1 - abs(proposal.config.delta_cls_loss - 0.8)
+        study.report(proposal.number, 1, reached)
+        assert study.leaves(proposal, 1)
+        study.hold(proposal, ended(proposal, "stopped_early", value=reached, ended=1.0))
+    assert sum(drawn[-10:]) / 10 == pytest.approx(0.8, abs=0.1)
+    assert {trial.state for trial in study._study.trials[1:]} == {TrialState.RUNNING}
+
+
+def test_a_grid_trains_every_network_and_judges_it_in_every_way(journal: Path) -> None:
+    """However many of its points are known in a row."""
+    search = RULES | {"dilate": {"type": "int", "low": 1, "high": 5, "step": 2}}
+    search["threshold_rule"] = {"type": "categorical", "choices": ["pr_curve", "grid", "min_of_max"]}
+    search["best_by"] = {"type": "categorical", "choices": ["objective", "decision", "segmentation", "both"]}
+    search["lower_threshold"] = {"type": "float", "low": 0.2, "high": 1.0, "step": 0.2}
+    space = small_space(search=search, sampler="grid")
+    study = SearchStudy(space, "abc123", journal)
+    trained = 0
+    ways = [judgement._asdict() | {"value": 0.5, "epoch": 1, "thresholds": {}} for judgement in judgements(space)]
+    while (proposal := study.ask()) is not None:
+        study.finish(proposal, ended(proposal, replays=ways))
+        trained += 1
+    assert trained == 3
+    assert len(study.records()) == len(space.grid()) == 3 * 3 * 4 * 5
+
+
+def judgements(space: Space) -> set[Any]:
+    return {space.config(point, 0).judgement() for point in space.grid()}
+
+
+def test_a_grid_trains_what_another_run_had(journal: Path, tmp_path: Path) -> None:
+    space = small_space(search={"dilate": {"type": "int", "low": 1, "high": 5, "step": 2}}, sampler="grid")
+    old = SearchStudy(space, "old000", tmp_path / "old.journal")
+    while (proposal := old.ask()) is not None:
+        old.finish(proposal, ended(proposal))
+    study = SearchStudy(space, "abc123", journal)
+    assert study.warm_start(old.records()) == (3, 0)
+    trained = 0
+    while (proposal := study.ask()) is not None:
+        study.finish(proposal, ended(proposal))
+        trained += 1
+    assert trained == 3
+
+
+def test_a_warm_start_that_was_killed_is_not_taken_twice(where: Path | str, tmp_path: Path, monkeypatch) -> None:
+    space = small_space(search={"dilate": {"type": "int", "low": 1, "high": 19, "step": 2}}, sampler="grid")
+    old = SearchStudy(space, "old000", tmp_path / "old.journal")
+    for _ in range(6):
+        proposal = old.ask()
+        old.finish(proposal, ended(proposal))
+    study = SearchStudy(space, "abc123", where)
+    add, added = study._study.add_trial, []
+
+    def killed(trial: optuna.trial.FrozenTrial) -> None:
+        if len(added) == 4:
+            raise KeyboardInterrupt
+        added.append(trial)
+        add(trial)
+
+    monkeypatch.setattr(study._study, "add_trial", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study.warm_start(old.records())
+    again = SearchStudy(space, "abc123", where)
+    assert again.warm_start(old.records()) == (6, 0)
+    assert len(again._study.get_trials(states=(TrialState.COMPLETE,))) == 6
+
+
+def test_the_random_half_of_a_streak_is_not_the_first_half_again(journal: Path) -> None:
+    space = small_space(search={"dilate": {"type": "int", "low": 1, "high": 99, "step": 2}}, sampler="random")
+    study = SearchStudy(space, "abc123", journal)
+    drawn = []
+    for sampler in study._samplers:
+        study._study.sampler = sampler
+        drawn.append([study._study.ask().suggest_int("dilate", 1, 99, step=2) for _ in range(10)])
+    assert drawn[0] != drawn[1]
