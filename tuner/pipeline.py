@@ -26,7 +26,7 @@ from tuner.space_file import load as load_space
 from tuner.trial import TrialTask
 
 _CLEARLY_TOO_LONG = 2.0
-"""A search is refused where the baseline is forecast to take so many times what the budget holds (docs/decisions.md)."""
+"""A search is refused where the baseline is forecast to take so many times what a limit holds (docs/decisions.md)."""
 
 
 def run_search(
@@ -139,7 +139,8 @@ def _search(run: Run, console: Console | None) -> str:
         raise
     finally:
         trackers.search_ended(state)
-        with nullcontext() if went_well else suppress(OSError):  # what ended the search says more than that its end cannot be noted either
+        # What ended a search says more than that its end cannot be noted either.
+        with nullcontext() if went_well else suppress(OSError):
             run.note(state=state, sessions=[*sessions, session | {"ended": time.time()}])
     return state
 

@@ -213,12 +213,10 @@ def run_trials(
     return ended
 
 
-def _cause(error: BaseException) -> Exception:
+def _cause(error: Exception) -> Exception:
     """What went wrong where Ray Tune tells of it: the text of a TuneError is a traceback."""
-    while isinstance(error, tune.TuneError) and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    assert isinstance(error, Exception)
-    return error
+    cause = error.__cause__ or error.__context__
+    return _cause(cause) if isinstance(error, tune.TuneError) and isinstance(cause, Exception) else error
 
 
 def newest_checkpoint(trials: Path, trial: str) -> Path | None:

@@ -123,9 +123,7 @@ class _Reader:
     def space(self, document: Any) -> Space | None:
         if not self.mapping("the file", document, _TOP_KEYS, required=_REQUIRED_KEYS):
             return None
-        name = self.value(
-            document, "name", str, f"must be a word for file names: {NAME_RULE}", check=is_name
-        )
+        name = self.value(document, "name", str, f"must be a word for file names: {NAME_RULE}", check=is_name)
         most = RULES["seed"].high or 0
         rule = f"must be a whole number from 0 to {most}"
         seed = self.value(document, "seed", int, rule, 0, check=lambda v: 0 <= v <= most)
@@ -554,7 +552,7 @@ class _Reader:
 def _conditions(space: Space, name: str) -> dict[str, tuple[Any, ...]] | None:
     """Which values the parameters that a parameter depends on must have, directly or not; None if there are none."""
     found: dict[str, tuple[Any, ...]] = {}
-    for other, param in reversed(space.search.items()):  # those that are named stand before
+    for other, param in reversed([*space.search.items()]):  # those that are named stand before
         if other == name or other in found:
             for parent, values in param.when.items():
                 found[parent] = tuple(value for value in found.get(parent, values) if value in values)

@@ -338,7 +338,9 @@ def test_a_full_disk_is_one_message_and_resume_goes_on(place: Path) -> None:
         cwd=place, env=environment(place), capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
-    message = "tuner search: the disk is full ([Errno 27] File too large); make room, then `tuner resume runs/small` goes on"
+    message = (
+        "tuner search: the disk is full ([Errno 27] File too large); make room, then `tuner resume runs/small` goes on"
+    )
     assert done.stderr.splitlines()[-1] == message
     assert "Traceback" not in done.stderr
     status = json.loads(call(place, "status", "runs/small", "--json")[1])

@@ -129,7 +129,10 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
         (["search", "small.yaml", "--hours", "-1"], "must be a number above 0, found '-1'"),
         (["search", "small.yaml", "--address", "ray://head:10001"], "must be host:port of a Ray cluster, or auto"),
         (["search", "small.yaml", "--data", "set", "--name", "../up"], "a run's name must be letters, digits"),
-        (["search", "small.yaml", "--data", "set", "--name", "x" * 300], "letters, digits, - and _, at most 100, found"),
+        (
+            ["search", "small.yaml", "--data", "set", "--name", "x" * 300],
+            "letters, digits, - and _, at most 100, found",
+        ),
         (["search", "small.yaml", "--data", ""], "the data must be a folder, or the word synthetic, found nothing"),
         (["plan", "small.yaml", "--data", ""], "found nothing; is a variable of the shell unset?"),
         (

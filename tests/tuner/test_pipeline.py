@@ -75,7 +75,9 @@ def test_a_budget_that_the_forecast_alone_exceeds_is_not(data: Path, tmp_path: P
 def test_the_baseline_is_timed_where_the_budget_asks_for_it_and_once(data, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "run_on_worker", lambda *_: pytest.fail("it was timed"))
     search(data, tmp_path, {"trials": 3})
-    run = runs.create(small_space(budget={"hours": 0.01}), data, tmp_path, "other", Options(wandb="off", no_report=True))
+    run = runs.create(
+        small_space(budget={"hours": 0.01}), data, tmp_path, "other", Options(wandb="off", no_report=True)
+    )
     run.note(sessions=[{"started": 0.0, "ended": 1.0}])
     SearchStudy(run.space, run.info["id"], run.study)
     assert pipeline.go_on(run).info["state"] == "finished"

@@ -191,7 +191,10 @@ def test_a_grid_trains_as_many_networks_as_differ_in_training() -> None:
         space = small_space(
             search=search, sampler="grid", budget={"hours": 1}, train={"width": 0.1, "epochs": 3, **train}
         )
-        study, task = SearchStudy(space, "abc123", None), TrialTask([], [], "dice_mean", "objective", space.replayed_values())
+        study, task = (
+            SearchStudy(space, "abc123", None),
+            TrialTask([], [], "dice_mean", "objective", space.replayed_values()),
+        )
         trained = 0
         while proposal := study.ask():
             ways = [way._asdict() for way in task.judgements(proposal.config)]

@@ -511,7 +511,7 @@ def test_what_a_function_raises_on_a_worker_is_raised_here(ray_cluster) -> None:
 
 
 def test_what_went_wrong_is_told_without_rays_wrapping() -> None:
-    def wrapped(explicit: bool) -> BaseException:
+    def wrapped(explicit: bool) -> Exception:
         try:
             try:
                 raise OSError(5, "Input/output error")

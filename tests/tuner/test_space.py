@@ -160,8 +160,15 @@ def test_what_fields_ask_of_each_other_is_tried_under_every_condition(optimizers
 def test_a_condition_under_a_condition_is_met_too() -> None:
     document = changed(
         data={"height": 64, "width": 128},
-        search__architecture={"type": "categorical", "choices": ["segdecnet", "segdecnet_decoder", "segdecnet_plusplus"]},
-        search__optimizer={"type": "categorical", "choices": ["sgd", "adam"], "when": {"architecture": ["segdecnet_decoder"]}},
+        search__architecture={
+            "type": "categorical",
+            "choices": ["segdecnet", "segdecnet_decoder", "segdecnet_plusplus"],
+        },
+        search__optimizer={
+            "type": "categorical",
+            "choices": ["sgd", "adam"],
+            "when": {"architecture": ["segdecnet_decoder"]},
+        },
         search__augment_quarter_turns={"type": "categorical", "choices": [True, False], "when": {"optimizer": "adam"}},
     )
     with pytest.raises(SpaceError, match="needs a square input"):
