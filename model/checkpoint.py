@@ -69,8 +69,10 @@ def _check(path: Path) -> tuple[int, int]:
 
 
 def save_training(directory: Path, state: dict[str, Any]) -> None:
-    """Tensors and plain values that training goes on from."""
-    torch.save(state, directory / "training.pt")
+    """Tensors and plain values that training goes on from; where it fails, the file is as it was."""
+    building = directory / "training.pt.part"
+    torch.save(state, building)
+    building.replace(directory / "training.pt")
 
 
 def load_training(directory: Path, device: torch.device) -> dict[str, Any]:

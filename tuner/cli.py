@@ -57,6 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _data(options: argparse.Namespace) -> str:
+    """The data set that is named, or the synthetic one, which is said."""
+    if options.data is None:
+        options.console.print("no --data: taking the procedural crack set", style="yellow")
+        return "synthetic"
+    return str(options.data)
+
+
 def _verb(options: argparse.Namespace) -> str:
     """The words after `tuner`."""
     return f"data {options.data_verb}" if options.verb == "data" else str(options.verb)
@@ -68,9 +76,7 @@ def search(options: argparse.Namespace) -> int:
     names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
              "address", "wandb", "seed", "warm_start", "study")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
-    if options.data is None:
-        options.console.print("no --data: searching the procedural crack set", style="yellow")
-    return _ended(run_search(options.space, options.data or "synthetic", console=options.console, **chosen))
+    return _ended(run_search(options.space, _data(options), console=options.console, **chosen))
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -100,14 +106,14 @@ def status(options: argparse.Namespace) -> int:
 
 def finals(options: argparse.Namespace) -> int:
     from tuner.finals import check_test_is_sealed
-    from tuner.pipeline import evaluate
+    from tuner.pipeline import evaluate, full_disk_explained
     from tuner.records import OPEN_TEST
     from tuner.run import load
     from tuner.search import cluster
 
     run = load(options.run, options.data)
     check_test_is_sealed(run.directory, options.open_test)
-    with run.locked(), cluster(run.options.address):
+    with run.locked(), full_disk_explained(run), cluster(run.options.address):
         evaluate(run, options.open_test)
     print(run.directory / "evaluation" / (OPEN_TEST if options.open_test else ""))
     return 0
@@ -128,8 +134,9 @@ def plan(options: argparse.Namespace) -> int:
     from tuner.plan import plan, show
 
     names = ("concurrent", "cpus_per_trial", "gpus_per_trial")
+    data = _data(options)
     with options.console.status("checking the data, then timing a few steps"):
-        found = plan(options.space, options.data, **{name: getattr(options, name) for name in names})
+        found = plan(options.space, data, **{name: getattr(options, name) for name in names})
     print(json.dumps(found) if options.json else show(found))
     return 0
 
@@ -214,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner search demo --data synthetic")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", default="synthetic", help="folder with images/ and masks/, or synthetic"
+        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
     )
     made.add_argument("--name", help="the run's name; the space's if not given")
     made.add_argument("--runs", metavar="DIR", default="runs", help="where runs lie")
@@ -265,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner plan demo --data synthetic")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", default="synthetic", help="folder with images/ and masks/, or synthetic"
+        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
     )
     made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit here if not given")
     made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")

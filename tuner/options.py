@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
+from model.config import RULES
 from tuner.space import is_number
 
 STUDY_VARIABLE = "SEGDEC_TUNER_STUDY_URL"
@@ -27,7 +28,9 @@ class Rule:
 COUNT = Rule("a whole number of at least 1", lambda v: type(v) is int and v >= 1)
 POSITIVE = Rule("a number above 0", lambda v: is_number(v) and v > 0)
 NOT_NEGATIVE = Rule("a number of at least 0", lambda v: is_number(v) and v >= 0)
-SEED = Rule("a whole number of at least 0", lambda v: type(v) is int and v >= 0)
+SEED = Rule(
+    f"a whole number from 0 to {RULES['seed'].high}", lambda v: type(v) is int and RULES["seed"].problem(v) is None
+)
 ADDRESS = Rule(
     "host:port of a Ray cluster, or auto",
     lambda v: isinstance(v, str) and v != "" and "://" not in v,

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tuner import finals, report, storage, tracking
+from model.splits import Splits
+from tuner import finals, plan, report, storage, tracking
 from tuner.options import Options
+from tuner.records import SearchFailed
 from tuner.run import Run, create
 from tuner.run import load as load_run
 from tuner.sampler import SearchStudy
-from tuner.search import cluster, default_resources, run_trials
+from tuner.search import Resources, cluster, default_resources, run_on_worker, run_trials
 from tuner.space import Space
 from tuner.space_file import load as load_space
 from tuner.trial import TrialTask
+
+_CLEARLY_TOO_LONG = 2.0
+"""A search is refused where the baseline is forecast to take so many times what a limit holds (docs/decisions.md)."""
 
 
 def run_search(
@@ -47,15 +55,17 @@ def run_search(
     run = create(space, data, Path(runs), name, chosen)
     try:
         return go_on(run, console)
-    except ValueError:  # what only the cluster knew was wrong: the name stays free
+    except BaseException:  # what went wrong before anything was searched: the name stays free
         if not run.info["sessions"]:
-            shutil.rmtree(run.directory)
+            shutil.rmtree(run.directory, ignore_errors=True)
         raise
 
 
 def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
-    with run.locked(), cluster(run.options.address):
+    if run.info["state"] != "finished":
+        run.check_version()
+    with run.locked(), full_disk_explained(run), cluster(run.options.address):
         state = run.info["state"]
         if state != "finished":
             with storage.explained(run.study):
@@ -67,10 +77,23 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     return run
 
 
+@contextmanager
+def full_disk_explained(run: Run) -> Iterator[None]:
+    """Tells a disk that is full, or a quota or a limit that is reached, as SearchFailed with the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        again = f"`tuner resume {run.directory}` goes on" if run.info["sessions"] else "start the search again"
+        raise SearchFailed(f"the disk is full ({error}); make room, then {again}") from error
+
+
 def evaluate(run: Run, open_test: bool = False) -> None:
     """Evaluates winner and baseline; needs a cluster and the lock. ValueError while trials are left to run: the winner
     of a part of a search would be frozen with its look at the test split; or if a file is not what it was."""
     if (state := run.info["state"]) != "finished":
+        state = "stopped" if state == "running" else state  # it was killed, for we hold the lock
         raise ValueError(
             f"finals need a search that is finished, found one that is {state}; run `tuner resume {run.directory}`"
         )
@@ -96,6 +119,8 @@ def _search(run: Run, console: Console | None) -> str:
         tuple(bound.metric for bound in space.constraints),
     )
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
+    if not info["sessions"]:
+        _check_budget(run, found, resources, console)
     sessions = _closed(run, info["sessions"])
     study = SearchStudy(space, info["id"], run.study, begun=bool(sessions))
     if options.warm_start:
@@ -105,15 +130,30 @@ def _search(run: Run, console: Console | None) -> str:
     session = {"started": time.time(), "ended": None}
     run.note(state="running", sessions=[*sessions, session])
     state = "failed"
+    went_well = False
     try:
         state = run_trials(study, task, run.directory, space.budget, resources, trackers)
+        went_well = True
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"
         raise
     finally:
         trackers.search_ended(state)
-        run.note(state=state, sessions=[*sessions, session | {"ended": time.time()}])
+        # What ended a search says more than that its end cannot be noted either.
+        with nullcontext() if went_well else suppress(OSError):
+            run.note(state=state, sessions=[*sessions, session | {"ended": time.time()}])
     return state
+
+
+def _check_budget(run: Run, found: Splits, resources: Resources, console: Console | None) -> None:
+    """ValueError if a limit of time or money clearly cannot hold the baseline, by two of its steps on a worker."""
+    space, budget = run.space, run.space.budget
+    if budget.hours is None and budget.device_hours is None and budget.money is None:
+        return
+    share = resources.cpus_per_trial, resources.gpus_per_trial
+    with console.status("timing the baseline: does the budget hold it?") if console else nullcontext():
+        seconds = run_on_worker(plan.baseline_seconds, resources, space, found._replace(test=[]), *share)
+    plan.check_budget(budget, seconds, resources.devices, _CLEARLY_TOO_LONG)
 
 
 def _warm(other: Run, space: Space) -> str:
@@ -128,7 +168,7 @@ def _warm(other: Run, space: Space) -> str:
 
 
 def _warm_start(study: SearchStudy, other: str, console: Console | None) -> None:
-    taken, dropped = study.warm_start(load_run(other).records)
+    taken, dropped = study.warm_started() or study.warm_start(load_run(other).records)
     if console is not None:
         lacking = ", or lack a cost or a figure that it asks for" if study.space.cost or study.space.constraints else ""
         outside = f", {dropped} lie outside this space{lacking}" if dropped else ""
@@ -136,8 +176,12 @@ def _warm_start(study: SearchStudy, other: str, console: Console | None) -> None
 
 
 def _closed(run: Run, sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Notes when sessions that were killed ended: opening the study changes the time of its journal."""
     last = run.last_written()
-    return [s if s["ended"] else s | {"ended": max(s["started"], last)} for s in sessions]
+    closed = [s if s["ended"] else s | {"ended": max(s["started"], last)} for s in sessions]
+    if closed != sessions:
+        run.note(state="stopped", sessions=closed)
+    return closed
 
 
 def _watched(run: Run) -> tracking.RunInfo:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from model import layouts, splits
-from model.config import RunConfig
+from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
+from model.splits import Splits
 from tuner import run, space_file
 from tuner.options import Options
 from tuner.schedulers import rungs
 from tuner.space import Budget, FloatParam, Param, Scheduler, Space
 from tuner.timing import Corner, Machine, machine, time_corner
+from tuner.trial import take_device
 
 _COSTS: Mapping[str, tuple[Any, ...]] = {
     "architecture": (),
@@ -65,14 +67,25 @@ def plan(
     found = run.checked_splits(space, data)
     with machine(cpus_per_trial, gpus_per_trial, concurrent) as (here, device):
         corners = [time_corner(space, found, names, config, device) for names, config in corners_of(space).items()]
+    return forecast(space, _images(found), corners, here)
+
+
+def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float) -> float:
+    """How long the baseline takes in this process, which has a trial's resources, by two of its steps."""
+    device = take_device(gpus, int(cpus))
+    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device)
+    return corner.config.epochs * _epoch_seconds(corner, _images(found))
+
+
+def _images(found: Splits) -> dict[str, int]:
+    """How many images an epoch and each split have."""
     counts = splits.counts(found.train)
-    images = {
+    return {
         "epoch": counts["positive"] + min(counts["negative"], counts["positive"]),
         "train": len(found.train),
         "validation": len(found.validation),
         "test": len(found.test),
     }
-    return forecast(space, images, corners, here)
 
 
 def corners_of(space: Space) -> dict[tuple[str, ...], RunConfig]:
@@ -126,7 +139,7 @@ def forecast(space: Space, images: Mapping[str, int], corners: list[Corner], mac
     epochs, budget = corners[0].config.epochs, space.budget
     seconds = {corner.names: epochs * _epoch_seconds(corner, images) for corner in corners}
     baseline = next(value for names, value in seconds.items() if "baseline" in names)
-    _check_budget(budget, baseline, machine.devices_per_trial)
+    check_budget(budget, baseline, machine.devices_per_trial)
     trials = trials_of(space)
     share = least_epochs(space.scheduler, epochs, trials or 100) / epochs
     others = (min(seconds.values()) * share, max(seconds.values()))
@@ -178,8 +191,23 @@ def trials_of(space: Space) -> int | None:
     if not space.search or space.sampler == "grid":
         countable = not any(isinstance(p, FloatParam) and p.step is None for p in space.search.values())
         assert countable  # a grid of anything else is refused when a space is read
-        most.append(len(space.grid()) + (space.baseline_params() is None))
+        most.append(_networks(space))
     return min(most, default=None)
+
+
+def _networks(space: Space) -> int:
+    """How many trainings a grid takes, the baseline's among them: points that differ only in how a network is judged
+    share one, where all these ways are replayed."""
+    replayed = space.replayed_values()
+    trained = [name for name in space_file.TUNABLE if name not in JUDGING_FIELDS]
+    judged = [name for name in JUDGING_FIELDS if name not in replayed]
+    fixed = DEFAULTS | dict(space.train)
+    points = [*(fixed | point for point in space.grid()), space.baseline_config(space.seed).to_dict()]
+    found = set()
+    for point in points:
+        judgement = Judgement.of(point)
+        found.add(tuple(point[name] for name in trained) + tuple(getattr(judgement, name) for name in judged))
+    return len(found)
 
 
 def least_epochs(scheduler: Scheduler, epochs: int, trials: int) -> float:
@@ -239,12 +267,12 @@ def _hours_of_trials(budget: Budget, devices: float) -> dict[str, float]:
     return found
 
 
-def _check_budget(budget: Budget, baseline_seconds: float, devices: float) -> None:
-    """ValueError that names every limit that the baseline alone would exceed."""
-    hours = baseline_seconds / 3600
+def check_budget(budget: Budget, baseline: float, devices: float, margin: float = 1.0) -> None:
+    """ValueError that names every limit that the baseline, which takes so many seconds, would exceed `margin` times."""
+    hours = baseline / 3600
     problems = []
     for name, held in _hours_of_trials(budget, devices).items():
-        if held < hours:
+        if held * margin < hours:
             limit = getattr(budget, name)
             needed = limit * hours / held
             shown = f"{needed:,.0f}" if needed >= 100 else f"{needed:.3g}"

@@ -9,7 +9,9 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,11 +27,13 @@ from model.sample import Sample
 from model.splits import Splits
 from tuner import records, space_file
 from tuner.options import Options, study_url
-from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, Space, is_name
+from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, NAME_RULE, Space, fingerprint_of, is_name
 
 SYNTHETIC = "synthetic"
 JOURNAL = "study.journal"
 _SPLITS = "splits.json"
+_SECONDS_FOR_A_LOOK = 1.0
+"""so long a writer waits for the lock: whoever asks for a run's status shares it for a moment, a writer keeps it"""
 _PACKAGES = ("segdec-tuner", "torch", "ray", "optuna", "wandb", "numpy", "opencv-python-headless", "albumentations")
 
 
@@ -105,11 +109,17 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """The one writer of the directory; the kernel frees the lock when the process ends, however it ends."""
+        deadline = time.monotonic() + _SECONDS_FOR_A_LOOK
         with (self.directory / "run.lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{self.directory} is written by another process; wait for it, or stop it") from None
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() < deadline:
+                        time.sleep(0.01)
+                        continue
+                raise ValueError(f"{self.directory} is written by another process; wait for it, or stop it")
             yield
 
     def is_running(self) -> bool:
@@ -130,6 +140,18 @@ class Run:
         signs = [journal] if journal.exists() else [self.directory / records.FILE, *self.directory.glob("trials/*/*")]
         return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
 
+    def check_version(self) -> None:
+        """ValueError if this version describes the space otherwise than the one that made the run, by a default that
+        was added: the study would not be found."""
+        info = self.info
+        if self.space.fingerprint() != info["space_fingerprint"]:
+            made_by, here = info["versions"]["segdec-tuner"], metadata.version("segdec-tuner")
+            raise ValueError(
+                f"a search must go on with a version that describes its space as the run does; {self.directory} was "
+                f"made by segdec-tuner {made_by}, found {here}; go on with {made_by}, or start a new run with "
+                f"`--warm-start {self.directory}`"
+            )
+
     def note(self, **values: Any) -> None:
         """Changes keys of run.json."""
         write_json(self.directory / "run.json", self.info | values)
@@ -142,7 +164,7 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
     space = _with_options(space, options)
     name = name or space.name
     if not is_name(name):
-        raise ValueError(f"a run's name must be letters, digits, - and _, found {name!r}")
+        raise ValueError(f"a run's name must be {NAME_RULE}, found {name!r}")
     if runs.exists() and not runs.is_dir():
         raise ValueError(f"--runs must be a folder, found the file {runs}")
     directory = runs / name
@@ -154,28 +176,30 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
     found = checked_splits(space, data)
     folder = _data_folder(space, data)
     building = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
+    info = {
+        "schema": 1,
+        "name": directory.name,
+        "id": secrets.token_hex(3),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(),
+        "space": space.to_dict(),
+        "space_fingerprint": space.fingerprint(),
+        "data_path": data,
+        "options": asdict(options),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+        "data": _data_facts(space, found, folder),
+        "state": "stopped",
+        "sessions": [],
+    }
     building.mkdir(parents=True)
-    splits_file.write(building / _SPLITS, found, folder)
-    write_json(
-        building / "run.json",
-        {
-            "schema": 1,
-            "name": directory.name,
-            "id": secrets.token_hex(3),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": _command(),
-            "space": space.to_dict(),
-            "space_fingerprint": space.fingerprint(),
-            "data_path": data,
-            "options": asdict(options),
-            "versions": {"python": platform.python_version(), **_versions()},
-            "hardware": _hardware(),
-            "data": _data_facts(space, found, folder),
-            "state": "stopped",
-            "sessions": [],
-        },
-    )
-    building.rename(directory)
+    try:
+        splits_file.write(building / _SPLITS, found, folder)
+        write_json(building / "run.json", info)
+        building.rename(directory)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     return Run(directory=directory, space=space, data=data, options=options)
 
 
@@ -195,18 +219,25 @@ def checked_splits(space: Space, data: str | Path) -> Splits:
 
 
 def load(directory: str | Path, data: str | Path | None = None) -> Run:
-    """An existing run, whose data now lie in `data` if that is given. ValueError if the folder holds none."""
+    """An existing run, whose data now lie in `data` if that is given. ValueError if the folder holds none, or if its
+    space was changed: the trials would not be of the space that they seem to be of."""
     path = Path(directory)
     if path.name in ("", ".."):  # a run is called by its folder, and `.` says nothing
         path = path.resolve()
     try:
         info = json.loads((path / "run.json").read_text())
-        space, options = info["space"], Options(**info["options"])
-        where = info["data_path"] if data is None else _data_path(data)
+        document, options, where = info["space"], Options(**info["options"]), info["data_path"]
+        wanted = info["space_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} must be the folder of a run, with a run.json ({why})") from error
-    return Run(directory=path, space=space_file.parse(space, str(path / "run.json")), data=where, options=options)
+    space = space_file.parse(document, str(path / "run.json"))
+    if (found := fingerprint_of(document)) != wanted:
+        raise ValueError(
+            f"the space in {path / 'run.json'} must be the one that the run was made with, fingerprint {wanted}, found "
+            f"{found}; restore it; to search another space, start a new run with `--warm-start {path}`"
+        )
+    return Run(directory=path, space=space, data=where if data is None else _data_path(data), options=options)
 
 
 def _with_options(space: Space, options: Options) -> Space:
@@ -219,6 +250,10 @@ def _with_options(space: Space, options: Options) -> Space:
 
 
 def _data_path(data: str | Path) -> str:
+    if not str(data):  # which would be the current folder
+        raise ValueError(
+            "the data must be a folder, or the word synthetic, found nothing; is a variable of the shell unset?"
+        )
     return SYNTHETIC if str(data) == SYNTHETIC else str(Path(data).resolve())  # workers have another current folder
 
 

@@ -138,9 +138,8 @@ class SearchStudy:
 
         They are points of the study without a record: nothing is charged for them, and none can win.
         """
-        if "warm_start" in self._storage.get_study_user_attrs(self._study_id):
-            taken, dropped = self._attr("warm_start")
-            return taken, dropped
+        if (before := self.warm_started()) is not None:
+            return before
         taken = dropped = 0
         records = list(records)
         known = {trial.user_attrs.get("warm_start") for trial in self._study.get_trials(deepcopy=False)}
@@ -171,6 +170,11 @@ class SearchStudy:
             )
         self._study.set_user_attr("warm_start", (taken, dropped))
         return taken, dropped
+
+    def warm_started(self) -> tuple[int, int] | None:
+        """What `warm_start` answered, in an earlier session too; None before it was called."""
+        found = self._attr("warm_start")
+        return None if found is None else (found[0], found[1])
 
     # Asking
 

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -42,6 +43,9 @@ _FAILURES_IN_A_ROW = 3
 _SECONDS_BETWEEN_SAVES = 10.0
 """so much of the hours used may be forgotten when the driver is killed"""
 
+_SECONDS_TO_ANSWER = 10.0
+"""so long a cluster may take to accept a connection"""
+
 _DEATHS = 3
 """So many deaths of a trial's worker process are the trial's own doing. That of its node does not count."""
 
@@ -64,39 +68,71 @@ class Resources:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """A Ray that this process is connected to: already, at `address`, or a local one of its own."""
+    """A Ray that this process is connected to: already, at `address`, or a local one of its own. ValueError if there
+    is none at `address`."""
     if ray.is_initialized():
         yield
         return
+    if address:
+        _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray speaks of things that this search does not use: its own results, its snapshots, its token.
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # counts trials that went on after their worker died
-    ray.init(
-        address=address or "local",  # never by chance the cluster of somebody else on this machine
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-    )
+    try:
+        ray.init(
+            address=address or "local",  # never by chance the cluster of somebody else on this machine
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+        )
+    except ConnectionError as error:
+        if not address:
+            raise
+        raise _no_cluster(address, error) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _check_answers(address: str) -> None:
+    """ValueError if nothing listens at host:port: Ray would ask for two minutes, then end this process."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):  # auto, or what Ray itself refuses
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"--address must be that of a running Ray cluster, found none at {address} ({error}); start one with "
+        "`ray start --head`, or leave --address out for a Ray of this search's own"
+    )
+
+
 def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None) -> Resources:
-    """What was asked for; else a whole GPU a trial where the cluster has some, or one CPU."""
-    there = ray.cluster_resources()
-    gpus = gpus if gpus is not None else (1.0 if there.get("GPU") else 0.0)
-    per_gpu_cpus = max(1, int(there["CPU"] // max(there.get("GPU", 0), 1))) if gpus >= 1 else 1
-    found = Resources(cpus if cpus is not None else float(per_gpu_cpus), gpus, concurrent)
-    for name, wanted in (("CPU", found.cpus_per_trial), ("GPU", found.gpus_per_trial)):
-        if wanted > there.get(name, 0):
-            raise ValueError(
-                f"a trial must fit the cluster: it asks for {wanted:g} {name}, found {there.get(name, 0):g}; "
-                f"lower --{name.lower()}s-per-trial"
-            )
+    """What was asked for; else a whole GPU a trial where the cluster has some, with its share of the node's cores, or
+    one CPU. ValueError if no node can hold a trial."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = gpus if gpus is not None else float(any(node.get("GPU") for node in nodes))
+    shares = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU")] if gpus >= 1 else []
+    found = Resources(cpus if cpus is not None else float(max(1, min(shares, default=1))), gpus, concurrent)
+    asked = {"CPU": found.cpus_per_trial, "GPU": found.gpus_per_trial}
+    if not any(all(node.get(name, 0) >= wanted for name, wanted in asked.items()) for node in nodes):
+        most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
+        apart = "" if any(asked[name] > most[name] for name in asked) else " on different nodes"
+        short = [name for name in asked if apart or asked[name] > most[name]]
+        wanted = " and ".join(f"{asked[name]:g} {name}" for name in short)
+        largest = " and ".join(f"{most[name]:g}" for name in short)
+        raise ValueError(
+            f"a trial must fit one node of the cluster: it asks for {wanted}, found at most {largest}{apart}; "
+            f"lower --{short[0].lower()}s-per-trial"
+        )
     return found
 
 
@@ -112,9 +148,13 @@ def fit_at_once(resources: Resources) -> tuple[int, str]:
 
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
-    """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU."""
+    """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU. Raises what the
+    function raises."""
     remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)
-    return ray.get(remote(function).remote(*arguments))
+    try:
+        return ray.get(remote(function).remote(*arguments))
+    except ray.exceptions.RayTaskError as error:  # its text is a traceback
+        raise error.cause from error
 
 
 def run_trials(
@@ -167,10 +207,16 @@ def run_trials(
         with _signals_set(session):
             experiment.fit()
     except Exception as error:
-        session.error = session.error or error
+        session.error = session.error or _cause(error)
     finally:
         ended = session.close()
     return ended
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong where Ray Tune tells of it: the text of a TuneError is a traceback."""
+    cause = error.__cause__ or error.__context__
+    return _cause(cause) if isinstance(error, tune.TuneError) and isinstance(cause, Exception) else error
 
 
 def newest_checkpoint(trials: Path, trial: str) -> Path | None:

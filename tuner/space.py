@@ -43,6 +43,9 @@ BASELINE = {name: value for name, value in DEFAULTS.items() if name not in SHARE
 """The method of the results page: what it states, and the default, which is off, of all that came later."""
 
 
+LONGEST_NAME = 100
+NAME_RULE = f"letters, digits, - and _, at most {LONGEST_NAME}"
+
 _MOST_REPLAYED = 20
 """values of one field; with more, each is trained for"""
 
@@ -306,9 +309,14 @@ class Space:
 
     def fingerprint(self) -> str:
         """Names what is searched: equal spaces may share a study, whatever they are allowed to spend."""
-        names = ("data", "train", "search", "objective", "constraints", "seed")
-        described = {k: v for k, v in self.to_dict().items() if k in names}
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+        return fingerprint_of(self.to_dict())
+
+
+def fingerprint_of(document: Mapping[str, Any]) -> str:
+    """The fingerprint of a space that `Space.to_dict` described, maybe in another version with other defaults."""
+    names = ("data", "train", "search", "objective", "constraints", "seed")
+    described = {k: v for k, v in document.items() if k in names}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def is_number(value: object) -> bool:
@@ -317,8 +325,8 @@ def is_number(value: object) -> bool:
 
 
 def is_name(value: str) -> bool:
-    """Whether a word is safe as the name of a folder."""
-    return bool(value) and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
+    """Whether a word is safe as the name of a folder: NAME_RULE."""
+    return 0 < len(value) <= LONGEST_NAME and all(c.isascii() and (c.isalnum() or c in "-_") for c in value)
 
 
 def on_grid(value: Any, low: float, step: float | None) -> bool:

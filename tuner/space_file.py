@@ -20,7 +20,9 @@ from tuner.space import (
     CONSTRAINED_METRICS,
     COSTS,
     DECISION_METRICS,
+    LONGEST_NAME,
     METRICS,
+    NAME_RULE,
     SAMPLERS,
     SCHEDULERS,
     SHARED_WITH_BASELINE,
@@ -121,10 +123,10 @@ class _Reader:
     def space(self, document: Any) -> Space | None:
         if not self.mapping("the file", document, _TOP_KEYS, required=_REQUIRED_KEYS):
             return None
-        name = self.value(
-            document, "name", str, "must be a word for file names: letters, digits, - and _", check=is_name
-        )
-        seed = self.value(document, "seed", int, "must be a whole number of at least 0", 0, check=lambda v: v >= 0)
+        name = self.value(document, "name", str, f"must be a word for file names: {NAME_RULE}", check=is_name)
+        most = RULES["seed"].high or 0
+        rule = f"must be a whole number from 0 to {most}"
+        seed = self.value(document, "seed", int, rule, 0, check=lambda v: 0 <= v <= most)
         data = self.data(document.get("data", {}))
         train = self.train(document.get("train", {}))
         search = self.search(document.get("search", {}), train)
@@ -318,6 +320,8 @@ class _Reader:
                     self.problem(
                         key, "must name a categorical parameter of this search", way_out=f"search {parent} too"
                     )
+                elif not values:
+                    self.problem(key, f"must name a choice of {parent}, or it never applies", [], "name some")
                 elif wrong := [v for v in values if not params[parent].contains(v)]:
                     self.problem(key, f"must be among the choices of {parent}", wrong[0])
         ordered: dict[str, Param] = {}
@@ -528,14 +532,41 @@ class _Reader:
                 self.problem(f"{key}.{name}", "is not a searched parameter", way_out=hint)
 
     def corners(self, space: Space) -> None:
-        """What fields ask of each other, at both ends of the search."""
+        """What fields ask of each other: at both ends of the search, and with each value of each parameter, where the
+        conditions of that one are met."""
         for corner in (0, -1):
-            params: dict[str, Any] = {name: param.samples()[corner] for name, param in space.search.items()}
-            try:
-                space.config({name: params[name] for name in space.active(params)}, space.seed)
-            except ValueError as error:
-                self.problem("train", str(error))
+            ends: dict[str, Any] = {name: param.samples()[corner] for name, param in space.search.items()}
+            if not self.config_fits(space, ends):
                 return
+            for name, param in space.search.items():
+                conditions = _conditions(space, name)
+                if conditions is None:
+                    rule = "can never be met: what it names has conditions of its own that exclude it"
+                    self.problem(f"search.{name}.when", rule, {k: list(v) for k, v in param.when.items()})
+                    return
+                met = {parent: values[corner] for parent, values in conditions.items()}
+                if not all(self.config_fits(space, ends | met | {name: value}) for value in param.samples()):
+                    return
+
+    def config_fits(self, space: Space, params: dict[str, Any]) -> bool:
+        """Whether the parameters that apply make a configuration; those that do not are blamed, or what is fixed."""
+        for section, chosen in (("train", {}), ("search", {name: params[name] for name in space.active(params)})):
+            try:
+                space.config(chosen, space.seed)
+            except ValueError as error:
+                self.problem(section, str(error))
+                return False
+        return True
+
+
+def _conditions(space: Space, name: str) -> dict[str, tuple[Any, ...]] | None:
+    """Which values the parameters that a parameter depends on must have, directly or not; None if there are none."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for other, param in reversed([*space.search.items()]):  # those that are named stand before
+        if other == name or other in found:
+            for parent, values in param.when.items():
+                found[parent] = tuple(value for value in found.get(parent, values) if value in values)
+    return found if all(found.values()) else None
 
 
 def schema() -> dict[str, Any]:
@@ -583,7 +614,7 @@ def schema() -> dict[str, Any]:
         "compare": {"enum": list(COMPARED)},
     }
     properties = {
-        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"},
+        "name": {"type": "string", "pattern": f"^[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}$"},
         "data": mapping(
             {"layout": {"enum": list(LAYOUTS)}, "height": side, "width": side}
             | {"validation_share": share, "test_share": share}
@@ -596,7 +627,7 @@ def schema() -> dict[str, Any]:
         "scheduler": {"anyOf": [{"enum": list(SCHEDULERS)}, mapping(scheduler, ("name",))]},
         "budget": mapping({"trials": {"type": "integer", "minimum": 1}, **dict.fromkeys(_BUDGET_KEYS[1:], positive)}),
         "start_from": {"type": "array", "items": {"type": "object"}},
-        "seed": {"type": "integer", "minimum": 0},
+        "seed": {"type": "integer", "minimum": 0, "maximum": RULES["seed"].high},
     }  # fmt: skip
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "segdec-tuner search space"} | mapping(
         properties, _REQUIRED_KEYS

@@ -83,7 +83,12 @@ def _remaining(run: Run, found: list[dict[str, Any]], elapsed: float) -> float |
     """By the pace so far, and never more than the hours that are left; None before any trial has ended."""
     budget = run.space.budget
     limits = [budget.hours * 3600 - elapsed] if budget.hours else []
-    charged = len(records.charged(found))
+    charged = records.charged(found)
     if budget.trials and charged:
-        limits.append((budget.trials - charged) * elapsed / charged)
-    return round(max(0.0, min(limits)), 1) if limits and (charged or budget.hours) else None
+        limits.append((budget.trials - len(charged)) * elapsed / len(charged))
+    device_hours = [budget.device_hours] if budget.device_hours else []
+    if budget.money and budget.price_per_device_hour:
+        device_hours.append(budget.money / budget.price_per_device_hour)
+    if used := sum(record["device_seconds"] for record in charged):  # of trials that have ended: what runs is not seen
+        limits += [(hours * 3600 / used - 1) * elapsed for hours in device_hours]
+    return round(max(0.0, min(limits)), 1) if limits else None

@@ -98,7 +98,7 @@ class TrialTask:
                 keeper.progress["seconds"] = before + time.monotonic() - started
                 done = training.epochs_done == config.epochs
                 keeper.progress["status"] = "completed" if done else "running"
-                report(keeper.progress, keeper.checkpoint(None if done else training))
+                report(keeper.progress, keeper.checkpoint(done))
         except (train.TrainingDiverged, FloatingPointError) as error:
             keeper.progress |= {"status": "diverged", "reason": str(error)}
             keeper.progress["seconds"] = before + time.monotonic() - started
@@ -176,15 +176,19 @@ class _Keeper:
             self.directory.mkdir()
 
     def add(self, training: train.Training, losses: dict[str, float], scores: Scores, validation: Cache) -> None:
-        """Takes in an epoch; keeps its weights if some judgement finds them the best so far."""
+        """Takes in an epoch; keeps its weights if some judgement finds them the best so far.
+
+        The progress changes last, and at once: where memory runs out before, the same epoch comes again.
+        """
         epoch = training.epochs_done
+        highest_yet = [dict(highest) for highest in self.highest]
         replays = [dict(replay) for replay in self.progress["replays"]]
         found = [scores.choose(Judgement.of(replay)) for replay in replays]
         judged = scores.figures(found)
         decision_f1 = scores.decision[1]
         constrained = [self._constrained(scores, figures) for figures in judged]
         for replay, highest, thresholds, figures, bounded in zip(
-            replays, self.highest, found, judged, constrained, strict=True
+            replays, highest_yet, found, judged, constrained, strict=True
         ):
             # The objective is 0, the worst, where this network has no such figure (precision of nothing predicted).
             row = {"value": figures[self.metric] or 0.0, "decision_f1": decision_f1, "dice_mean": figures["dice_mean"]}
@@ -195,6 +199,12 @@ class _Keeper:
         own = replays[0]
         history_row = {"epoch": epoch, "value": judged[0][self.metric] or 0.0} | losses | judged[0]
         history_row["compared"] = self._compared(scores, judged[0])
+        self._keep_weights(training, replays, found[0])
+        if own["epoch"] == epoch:
+            self._draw(training, validation, found[0])
+        if epoch < self.config.epochs:
+            checkpoint.save_training(self.directory, training.state())
+        self.highest = highest_yet
         self.progress |= {
             "epochs": epoch,
             "history": [*self.progress["history"], history_row | {"decision_f1": decision_f1} | constrained[0]],
@@ -204,9 +214,6 @@ class _Keeper:
             "thresholds": own["thresholds"],
             "rules": {j.rule: _entry(replays, j)["value"] for j in self.rules},
         }
-        self._keep_weights(training, found[0])
-        if own["epoch"] == epoch:
-            self._draw(training, validation, found[0])
 
     def _constrained(self, scores: Scores, figures: Mapping[str, float | None]) -> dict[str, float | None]:
         """The figures that constraints ask for."""
@@ -223,23 +230,21 @@ class _Keeper:
             metric = "dice_mean"
         return figures[metric] or 0.0
 
-    def _keep_weights(self, training: train.Training, thresholds: Thresholds) -> None:
+    def _keep_weights(self, training: train.Training, replays: list[dict[str, Any]], thresholds: Thresholds) -> None:
         """Those of each epoch that is the best by a judgement of this configuration or one the search may propose."""
         best = self.directory / "best"
-        epochs = {_entry(self.progress["replays"], judgement)["epoch"] for judgement in self.judgements}
-        for folder in best.glob("*"):
-            if int(folder.name) not in epochs:
-                shutil.rmtree(folder)
+        epochs = {_entry(replays, judgement)["epoch"] for judgement in self.judgements}
         epoch = training.epochs_done
         if epoch in epochs:
             weights = training.network.state_dict()
             checkpoint.save_model(best / str(epoch), weights, self.config, thresholds, epoch)
+        for folder in best.glob("*"):
+            if int(folder.name) not in epochs:
+                shutil.rmtree(folder)
 
-    def checkpoint(self, training: train.Training | None) -> Path:
+    def checkpoint(self, done: bool) -> Path:
         """A sealed folder; without what it takes to go on where the trial is done."""
-        if training:
-            checkpoint.save_training(self.directory, training.state())
-        else:
+        if done:
             (self.directory / "training.pt").unlink(missing_ok=True)
         write_json(self.directory / "progress.json", self.progress | {"highest": self.highest})
         checkpoint.seal(self.directory)

@@ -317,6 +317,51 @@ def test_kill_9_loses_nothing_that_was_finished(place: Path) -> None:
     assert records(place)[: len(before)] == before
 
 
+FULL = """
+import resource, sys
+from tuner import cli
+from tuner.sampler import SearchStudy
+report = SearchStudy.report
+def full(self, number, epoch, compared):
+    if number == 1 and epoch == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    report(self, number, epoch, compared)
+SearchStudy.report = full
+sys.exit(cli.main())
+"""
+
+
+def test_a_full_disk_is_one_message_and_resume_goes_on(place: Path) -> None:
+    """As a limit on this process, which may write no more from the middle of a trial on, run.json neither."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, "search", "small.yaml", "--data", "set", "--concurrent", "1"],
+        cwd=place, env=environment(place), capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    message = (
+        "tuner search: the disk is full ([Errno 27] File too large); make room, then `tuner resume runs/small` goes on"
+    )
+    assert done.stderr.splitlines()[-1] == message
+    assert "Traceback" not in done.stderr
+    status = json.loads(call(place, "status", "runs/small", "--json")[1])
+    assert (status["state"], status["completed"]) == ("stopped", 1)
+    code, _, err = call(place, "finals", "runs/small")
+    assert code == 2
+    assert "found one that is stopped" in err
+
+    code, _, err = call(place, "resume", "runs/small")
+    assert code == 0, err
+    check_whole(place)
+
+
+def test_a_budget_that_cannot_hold_the_baseline_is_refused_before_the_search(place: Path) -> None:
+    code, out, err = call(place, "search", "small.yaml", "--data", "set", "--hours", "0.000001")
+    assert (code, out) == (2, "")
+    assert "tuner search: budget.hours must hold the baseline, which always runs to its end and takes about" in err
+    assert "Traceback" not in err
+    assert not list(place.glob("runs/*"))
+
+
 def test_a_search_that_fails_says_why(place: Path) -> None:
     (place / "cache").write_text("a file where the folder should be")
     code, out, err = call(place, "search", "small.yaml", "--data", "set", "--wandb", "off", "--concurrent", "1")

@@ -16,7 +16,7 @@ import yaml
 from model import layouts, synthetic
 from model.data import open_cache
 from tests.tuner.conftest import small_space
-from tuner import cli
+from tuner import cli, pipeline
 
 VERBS = (
     ["search"], ["resume"], ["status"], ["finals"], ["report"], ["plan"], ["data", "check"], ["data", "synth"],
@@ -50,7 +50,8 @@ def refused(capsys, *arguments: str) -> str:
     assert code == 2, captured.err
     assert captured.out == ""
     assert "Traceback" not in captured.err
-    assert not Path("runs").exists()
+    assert not list(Path().glob("runs/*"))
+    assert not list(Path().glob("runs/.*"))
     return captured.err
 
 
@@ -120,13 +121,25 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
         (["search", "nothing.yaml"], "there is no such file, and no shipped search space of this name"),
         (["search", "small.yaml", "--data", "nowhere"], "there is no such folder; name the one that holds"),
         (["search", "small.yaml", "--trials", "0"], "must be a whole number of at least 1, found '0'"),
-        (["search", "small.yaml", "--seed", "-5"], "must be a whole number of at least 0, found '-5'"),
+        (["search", "small.yaml", "--seed", "-5"], "must be a whole number from 0 to 2147483647, found '-5'"),
+        (["search", "small.yaml", "--data", "set", "--seed", "3000000000"], "from 0 to 2147483647, found '3000000000'"),
         (["search", "small.yaml", "--gpus-per-trial", "nan"], "must be a number of at least 0, found 'nan'"),
         (["search", "small.yaml", "--data", "set", "--runs", "small.yaml"], "--runs must be a folder, found the file"),
         (["data", "check", "set", "--test-share", "1.5"], "must be a share above 0 and below 0.9, found '1.5'"),
         (["search", "small.yaml", "--hours", "-1"], "must be a number above 0, found '-1'"),
         (["search", "small.yaml", "--address", "ray://head:10001"], "must be host:port of a Ray cluster, or auto"),
         (["search", "small.yaml", "--data", "set", "--name", "../up"], "a run's name must be letters, digits"),
+        (
+            ["search", "small.yaml", "--data", "set", "--name", "x" * 300],
+            "letters, digits, - and _, at most 100, found",
+        ),
+        (["search", "small.yaml", "--data", ""], "the data must be a folder, or the word synthetic, found nothing"),
+        (["plan", "small.yaml", "--data", ""], "found nothing; is a variable of the shell unset?"),
+        (
+            ["search", "small.yaml", "--data", "set", "--address", "127.0.0.1:1"],
+            "--address must be that of a running Ray cluster, found none at 127.0.0.1:1",
+        ),
+        (["search", "small.yaml", "--data", "set", "--address", "localhost:99999"], "found none at localhost:99999"),
         (["plan", "nothing.yaml"], "tuner plan: nothing.yaml: 1 problem"),
         (["plan", "small.yaml", "--data", "nowhere"], "there is no such folder; name the one that holds"),
         (["plan", "small.yaml", "--data", "set", "--cpus-per-trial", "4096"], "it asks for 4096 cpus, found"),
@@ -162,6 +175,42 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
 )
 def test_arguments_that_cannot_work(data: Path, capsys, arguments: list[str], message: str) -> None:
     assert message.format(here=Path.cwd()) in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConnectionError("Could not find any running Ray instance."), 2, "--address must be that of a running Ray"),
+        (RuntimeError("no room for Ray"), 1, "tuner search: RuntimeError: no room for Ray\n"),
+        (KeyboardInterrupt(), 130, "stopped at once"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_a_run_that_never_began_leaves_no_folder(
+    data: Path, capsys, monkeypatch, error: BaseException, code: int, message: str
+) -> None:
+    import ray
+
+    def fail(**_: object) -> None:
+        assert list(Path().glob("runs/small"))
+        raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    assert cli.main(["search", "small.yaml", "--data", "set", "--address", "auto"]) == code
+    assert message in capsys.readouterr().err
+    assert not list(Path().glob("runs/*"))
+
+
+def test_data_that_are_not_named_are_the_synthetic_set_and_that_is_said(data: Path, capsys, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(pipeline, "run_search", lambda space, data, **_: asked.append(data))
+    monkeypatch.setattr(cli, "_ended", lambda run: 0)
+    assert cli.main(["search", "small.yaml"]) == 0
+    assert "no --data: taking the procedural crack set" in capsys.readouterr().err
+    assert cli.main(["search", "small.yaml", "--data", "synthetic"]) == 0
+    assert capsys.readouterr().err == ""
+    assert asked == ["synthetic", "synthetic"]
 
 
 def test_online_logging_needs_a_key(data: Path, capsys, monkeypatch, tmp_path: Path) -> None:

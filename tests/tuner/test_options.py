@@ -20,7 +20,8 @@ from tuner.plan import plan
         ({"cpus_per_trial": 0}, "cpus_per_trial must be a number above 0, found 0"),
         ({"cpus_per_trial": math.inf}, "cpus_per_trial must be a number above 0, found inf"),
         ({"gpus_per_trial": math.nan}, "gpus_per_trial must be a number of at least 0, found nan"),
-        ({"seed": -1}, "seed must be a whole number of at least 0, found -1"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 2147483647, found -1"),
+        ({"seed": 3_000_000_000}, "seed must be a whole number from 0 to 2147483647, found 3000000000"),
         ({"wandb": "on"}, "wandb must be off, offline or online, found 'on'"),
         ({"wandb": None}, "wandb must be off, offline or online, found None"),
         (

@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import synthetic
-from tests.tuner.conftest import small_space
+from tests.tuner.conftest import ended, small_space
 from tuner import plan as plans
+from tuner.sampler import SearchStudy
 from tuner.space import Scheduler, Space
 from tuner.timing import Corner, Machine
+from tuner.trial import TrialTask
 
 CPU = Machine(name="CPU", on_gpu=False, memory_bytes=8 * 2**30, devices_per_trial=1.0, concurrent=2)
 IMAGES = {"epoch": 100, "train": 150, "validation": 20, "test": 30}
@@ -173,6 +175,33 @@ def test_a_grid_and_nothing_at_all_end_by_themselves() -> None:
     assert plans.trials_of(grid) == 3 + (grid.baseline_params() is None)
     assert plans.trials_of(small_space(search={}, budget={"hours": 1})) in (1, 2)
     assert plans.trials_of(small_space(budget={"hours": 1})) is None
+
+
+def test_a_grid_trains_as_many_networks_as_differ_in_training() -> None:
+    """Against a study that is asked until nothing is new, with records that replay what the space may propose."""
+    rules = {"type": "categorical", "choices": ["min_of_max", "pr_curve", "grid"]}
+    dilate = {"type": "int", "low": 1, "high": 5, "step": 2}
+    factor = {"type": "int", "low": 1, "high": 30, "when": {"threshold_rule": "pr_curve"}}
+    for search, train in (
+        ({"threshold_rule": rules}, {"learning_rate": 1.0}),
+        ({"threshold_rule": rules}, {"learning_rate": 0.1}),
+        ({"threshold_rule": rules, "dilate": dilate}, {"blacken": True}),
+        ({"threshold_rule": rules, "threshold_factor": factor}, {}),  # more factors than are replayed
+    ):
+        space = small_space(
+            search=search, sampler="grid", budget={"hours": 1}, train={"width": 0.1, "epochs": 3, **train}
+        )
+        study, task = (
+            SearchStudy(space, "abc123", None),
+            TrialTask([], [], "dice_mean", "objective", space.replayed_values()),
+        )
+        trained = 0
+        while proposal := study.ask():
+            ways = [way._asdict() for way in task.judgements(proposal.config)]
+            replays = [way | {"value": 0.5, "epoch": 1, "thresholds": None} for way in ways]
+            study.finish(proposal, ended(proposal, replays=replays))
+            trained += 1
+        assert plans.trials_of(space) == trained
 
 
 def test_every_forecast_can_be_shown() -> None:

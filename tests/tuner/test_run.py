@@ -1,14 +1,21 @@
+import fcntl
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from model import layouts, splits, synthetic
-from tests.tuner.conftest import small_space
+from tests.tuner.conftest import ended, small_space
+from tuner import pipeline
 from tuner import run as runs
 from tuner.options import STUDY_VARIABLE, Options
+from tuner.records import RecordsFile
+from tuner.sampler import SearchStudy
+from tuner.space import fingerprint_of
 from tuner.status import describe
 
 
@@ -149,6 +156,25 @@ def test_one_process_writes(data: Path, tmp_path: Path) -> None:
         pass
 
 
+def test_somebody_who_looks_keeps_no_writer_out(data: Path, tmp_path: Path) -> None:
+    """A look holds the lock for a moment; here a moment of a tenth of a second."""
+    run = runs.create(small_space(), data, tmp_path)
+    looking = threading.Event()
+
+    def look() -> None:
+        with (run.directory / "run.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            looking.set()
+            time.sleep(0.1)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    looking.wait()
+    with run.locked():
+        assert run.is_running()
+    watcher.join()
+
+
 def test_a_run_is_called_by_its_folder_wherever_it_is_opened_from(data: Path, tmp_path: Path, monkeypatch) -> None:
     run = runs.create(small_space(), data, tmp_path)
     monkeypatch.chdir(run.directory)
@@ -191,6 +217,68 @@ def test_a_killed_session_ended_when_it_last_wrote(data: Path, tmp_path: Path, s
     assert run.last_written() == 2000
     run.note(sessions=[{"started": 1500.0, "ended": None}])
     assert describe(run)["elapsed_seconds"] == 500
+
+
+@pytest.mark.parametrize(
+    ("budget", "left"),
+    [
+        ({"device_hours": 1.0}, 900.0),  # 2400 of 3600 device-seconds in 1800 s
+        ({"money": 6.0, "price_per_device_hour": 6.0}, 900.0),
+        ({"device_hours": 1.0, "money": 6.0, "price_per_device_hour": 9.0}, 0.0),
+        ({"trials": 3, "device_hours": 100.0}, 900.0),
+        ({"hours": 0.6, "device_hours": 1.0}, 360.0),
+    ],
+    ids=str,
+)
+def test_the_time_left_obeys_every_limit(data: Path, tmp_path: Path, budget: dict, left: float) -> None:
+    run = runs.create(small_space(budget=budget), data, tmp_path)
+    run.note(sessions=[{"started": 0.0, "ended": 1800.0}])
+    if "hours" not in budget:
+        assert describe(run)["remaining_seconds"] is None
+    study = SearchStudy(run.space, "abc123", None)
+    for _ in range(2):
+        proposal = study.ask()
+        study.finish(proposal, ended(proposal, ended=900.0, device_seconds=1200.0))
+    RecordsFile(run.directory).write(study.records())
+    assert describe(run)["remaining_seconds"] == pytest.approx(left)
+
+
+@pytest.mark.parametrize("part", ["data", "train", "search", "objective", "seed"])
+def test_a_space_that_was_changed_is_refused(data: Path, tmp_path: Path, part: str) -> None:
+    """It would be another study, whose few records would replace those of the first."""
+    run = runs.create(small_space(), data, tmp_path)
+    others = {
+        "data": {"validation_share": 0.3}, "train": {"epochs": 4}, "search": {"dilate": {"type": "int", "low": 1, "high": 1}},
+        "objective": {"metric": "iou_mean"},
+    }  # fmt: skip
+    space = run.info["space"]
+    run.note(space=space | {part: 7 if part == "seed" else space[part] | others[part]})
+    with pytest.raises(
+        ValueError,
+        match=rf"small/run\.json must be the one .* fingerprint {small_space().fingerprint()}, found \w+; restore it; .*--warm-start {run.directory}`",
+    ):
+        runs.load(run.directory)
+    run.note(space=space)
+    assert runs.load(run.directory) == run
+
+
+def test_what_is_spent_may_be_changed(data: Path, tmp_path: Path) -> None:
+    run = runs.create(small_space(), data, tmp_path)
+    run.note(space=run.info["space"] | {"budget": {"trials": 9}, "sampler": "random", "scheduler": "asha"})
+    assert runs.load(run.directory).space.budget.trials == 9
+
+
+def test_a_version_with_another_default_cannot_go_on(data: Path, tmp_path: Path) -> None:
+    """It can be looked at and started from: what is written down is what was searched."""
+    run = runs.create(small_space(), data, tmp_path)
+    older = run.info["space"]
+    del older["data"]["layout"]
+    run.note(space=older, space_fingerprint=fingerprint_of(older))
+    with pytest.raises(ValueError, match=r"was made by segdec-tuner \S+, found \S+; go on with .* `--warm-start"):
+        pipeline.go_on(runs.load(run.directory))
+    assert not (run.directory / "study.journal").exists()
+    again = runs.create(small_space(), data, tmp_path, "again", Options(warm_start=str(run.directory)))
+    assert describe(runs.load(again.options.warm_start))["state"] == "stopped"
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
         (changed(search__threshold_rule__choices=["grid", "grid"]), r"must differ from each other"),
         (changed(search__threshold_factor__when={"rule": "x"}), r"must name a categorical parameter of this search"),
         (changed(search__threshold_factor__when={"threshold_rule": "x"}), r"must be among the choices of threshold_rule, found 'x'"),
+        (
+            changed(search__threshold_factor__when={"threshold_rule": []}),
+            r"search\.threshold_factor\.when\.threshold_rule: must name a choice of threshold_rule, or it never applies, found \[\]",
+        ),
         (changed(train__dilate=1), r"search\.dilate: is fixed under train as well; remove one of the two"),
         (changed(train__learning_rate="1e-3"), r"train\.learning_rate: .*found '1e-3'; YAML takes this for text; write 0\.001"),
         (changed(train__seed=3), r"train\.seed: is set as seed, at the top level; move it there"),
@@ -116,10 +120,12 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
         (changed(train__epochs="1e1"), r"train\.epochs: must be a whole number .*, found '1e1'; write 10$"),
         (changed(budget={"trials": "1e2"}), r"budget\.trials: must be a whole number .*, found '1e2'; write 100$"),
         (changed(search__dilate__low="1e0"), r"search\.dilate\.low: must be a whole number, found '1e0'; write 1$"),
-        (changed(seed=2.0), r"seed: must be a whole number of at least 0, found 2\.0; write 2$"),
-        (changed(seed="1e-1"), r"seed: must be a whole number of at least 0, found '1e-1'$"),
+        (changed(seed=2.0), r"seed: must be a whole number from 0 to 2147483647, found 2\.0; write 2$"),
+        (changed(seed="1e-1"), r"seed: must be a whole number from 0 to 2147483647, found '1e-1'$"),
         (changed(train__optimizer="1e1"), r"train\.optimizer: must be one of sgd, adam, found '1e1'$"),
         (changed(name="a b"), r"name: must be a word for file names"),
+        (changed(name="a" * 101), r"name: must be a word for file names: letters, digits, - and _, at most 100, found"),
+        (changed(seed=3_000_000_000), r"\A.* 1 problem:\n  seed: must be a whole number from 0 to 2147483647, found 3000000000"),
         ([], r"the file: must be a mapping of keys to values, found \[\]"),
         (
             changed(objective={"metric": "decision_ap"}, scheduler={"name": "asha", "compare": "objective"}),
@@ -129,6 +135,56 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
 )  # fmt: skip
 def test_each_problem_has_its_message(document: object, message: str) -> None:
     with pytest.raises(SpaceError, match=message):
+        space_file.parse(document)
+
+
+@pytest.mark.parametrize("optimizers", [["adam", "sgd"], ["sgd", "adam"]], ids=str)
+@pytest.mark.parametrize("turns", [[False, True], [True, False]], ids=str)
+def test_what_fields_ask_of_each_other_is_tried_under_every_condition(optimizers: list, turns: list) -> None:
+    """Neither the first choices of all nor the last may be the pair that cannot be."""
+    document = changed(
+        data={"height": 64, "width": 128},
+        search__optimizer={"type": "categorical", "choices": optimizers},
+        search__augment_quarter_turns={"type": "categorical", "choices": turns, "when": {"optimizer": "adam"}},
+    )
+    with pytest.raises(SpaceError, match=r"search: augment_quarter_turns needs a square input") as caught:
+        space_file.parse(document)
+    assert len(caught.value.problems) == 1
+    document["data"] = {"height": 128, "width": 128}
+    space_file.parse(document)
+    document = changed(data={"height": 64, "width": 128}, train__augment_quarter_turns=True)
+    with pytest.raises(SpaceError, match=r"train: augment_quarter_turns needs a square input"):
+        space_file.parse(document)
+
+
+def test_a_condition_under_a_condition_is_met_too() -> None:
+    document = changed(
+        data={"height": 64, "width": 128},
+        search__architecture={
+            "type": "categorical",
+            "choices": ["segdecnet", "segdecnet_decoder", "segdecnet_plusplus"],
+        },
+        search__optimizer={
+            "type": "categorical",
+            "choices": ["sgd", "adam"],
+            "when": {"architecture": ["segdecnet_decoder"]},
+        },
+        search__augment_quarter_turns={"type": "categorical", "choices": [True, False], "when": {"optimizer": "adam"}},
+    )
+    with pytest.raises(SpaceError, match="needs a square input"):
+        space_file.parse(document)
+
+
+def test_a_parameter_that_never_applies_is_refused() -> None:
+    """Its parent applies only where another one excludes it."""
+    document = changed(
+        search__architecture={"type": "categorical", "choices": ["segdecnet", "segdecnet_plusplus"]},
+        search__optimizer={"type": "categorical", "choices": ["sgd", "adam"], "when": {"architecture": "segdecnet"}},
+        search__augment_flips={
+            "type": "categorical", "choices": [True, False], "when": {"optimizer": "adam", "architecture": "segdecnet_plusplus"},
+        },
+    )  # fmt: skip
+    with pytest.raises(SpaceError, match=r"search\.augment_flips\.when: can never be met"):
         space_file.parse(document)
 
 
@@ -297,7 +353,7 @@ JUNK = st.sampled_from(
 def test_whatever_stands_in_a_file_is_a_space_or_a_list_of_problems(data: st.DataObject) -> None:
     """Any one or two nodes of a good file replaced by anything."""
     document = changed(
-        start_from=[START],
+        start_from=[copy.deepcopy(START)],
         sampler="tpe",
         objective=[{"metric": "f1", "mode": "max"}, {"metric": "device_seconds"}],
         constraints=[{"metric": "recall", "min": 0.5}],

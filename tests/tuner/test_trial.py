@@ -19,7 +19,7 @@ from model.data import open_cache
 from model.evaluate import score
 from model.thresholds import Thresholds
 from tuner.space import CONSTRAINED_METRICS, METRICS
-from tuner.trial import TrialTask, is_best
+from tuner.trial import TrialTask, _Keeper, is_best
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig(
@@ -277,6 +277,35 @@ def test_where_memory_runs_out_a_trial_goes_on_in_smaller_parts(task, tmp_path: 
     assert [p["status"] for p in small.progress] == ["running", "running", "completed"]
     for key in ("loss_segmentation", "loss_decision", "dice_mean"):
         assert [r[key] for r in found["history"]] == pytest.approx([r[key] for r in wanted["history"]], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("owner", "name"), [(_Keeper, "_draw"), (checkpoint, "save_training")])
+def test_memory_that_runs_out_while_an_epoch_is_kept_doubles_nothing(
+    task: TrialTask, tmp_path: Path, monkeypatch, owner: Any, name: str
+) -> None:
+    config = RunConfig(**CONFIG.to_dict() | {"batch_size": 2, "learning_rate": 0.05})
+    whole, full = getattr(owner, name), [MemoryError("no memory for it")]
+
+    def once(*arguments: Any) -> Any:
+        if full:
+            raise full.pop()
+        return whole(*arguments)
+
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "short").mkdir()
+    straight, short = Reports(tmp_path / "straight"), Reports(tmp_path / "short")
+    task.run(config, CPU, None, straight)
+    monkeypatch.setattr(owner, name, once)
+    task.run(config, CPU, None, short)
+    wanted, found = straight.progress[-1], short.progress[-1]
+    assert [p["epochs"] for p in short.progress] == [1, 2, 3]
+    assert [[row["epoch"] for row in p["history"]] for p in short.progress] == [[1], [1, 2], [1, 2, 3]]
+    losses = [[row["loss_segmentation"] for row in progress["history"]] for progress in (found, wanted)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert checkpoint.is_whole(tmp_path / "short" / "3")
+    assert not list((tmp_path / "short").rglob("*.part"))
 
 
 def test_one_image_that_does_not_fit_is_said(task, tmp_path: Path, monkeypatch) -> None:
