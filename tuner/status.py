@@ -84,7 +84,8 @@ def _remaining(run: Run, found: list[dict[str, Any]], elapsed: float) -> float |
     budget = run.space.budget
     limits = [budget.hours * 3600 - elapsed] if budget.hours else []
     charged = records.charged(found)
-    if budget.trials and charged:
+    # Where all trials have been seen, some that are held may still go on, for nobody knows how long.
+    if budget.trials and 0 < len(charged) < budget.trials:
         limits.append((budget.trials - len(charged)) * elapsed / len(charged))
     device_hours = [budget.device_hours] if budget.device_hours else []
     if budget.money and budget.price_per_device_hour:

@@ -635,3 +635,63 @@ def test_the_random_half_of_a_streak_is_not_the_first_half_again(journal: Path) 
         study._study.sampler = sampler
         drawn.append([study._study.ask().suggest_int("dilate", 1, 99, step=2) for _ in range(10)])
     assert drawn[0] != drawn[1]
+
+
+def test_what_no_constraint_was_judged_for_is_not_shown_to_a_sampler(journal: Path) -> None:
+    """A Gaussian process refuses trials that have been judged by fewer constraints than others."""
+    search = {"delta_cls_loss": {"type": "float", "low": 0.001, "high": 1.0}}
+    space = small_space(**HOLDING, **RECALL, search=search, sampler="gp", budget={"trials": 30})
+    study = SearchStudy(space, "abc123", journal)
+    for n in range(7):
+        proposal = study.ask()
+        study.finish(proposal, ended(proposal, value=n / 10, replays=replays(proposal, pr_curve=n / 10)))
+    running = study.ask()
+    study.report(running.number, 1, 0.3)
+    assert study.ask() is not None
+
+
+def test_a_kill_between_a_rung_and_its_hold_lets_nobody_pass(journal: Path) -> None:
+    space = small_space(**HOLDING | {"scheduler": {"name": "asha", "min_epochs": 2, "reduction": 2}})
+    study = SearchStudy(space, "abc123", journal)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline))
+    first, second, worst = (study.ask() for _ in range(3))
+    for proposal, compared in ((first, 0.9), (second, 0.8), (worst, 0.1)):
+        study.report(proposal.number, 1, compared)
+        study.report(proposal.number, 2, compared)
+    assert study.leaves(first, 2) is None
+    again = SearchStudy(space, "abc123", journal)  # killed before the others were held
+    assert [again.ask() for _ in range(3)] == [first, second, worst]
+    for proposal, compared in ((first, 0.0), (second, 0.9), (worst, 0.9)):
+        again.report(proposal.number, 3, compared)
+    assert again.leaves(worst, 3) == "not among the best at epoch 2"
+    assert again.leaves(first, 3) is None  # it had passed before the kill
+
+
+def test_one_that_failed_takes_nobody_s_place_at_the_end(journal: Path) -> None:
+    space = small_space(**HOLDING)
+    study = SearchStudy(space, "abc123", journal)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline))
+    held = [hold_next(study, compared) for compared in (0.3,)]
+    best = study.ask()
+    study.report(best.number, 1, 0.5)
+    assert study.leaves(best, 1) is None
+    study.finish(best, ended(best, "diverged", value=None, replays=[]))
+    assert study.ask(new=False) == held[0]
+
+
+def test_a_held_trial_whose_network_was_trained_meanwhile_is_told_from_it(where: Path | str) -> None:
+    space = small_space(**HOLDING, search=RULES, start_from=[{"learning_rate": 1.0, "threshold_rule": "grid"}])
+    study = SearchStudy(space, "abc123", where)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline, "failed", value=None, replays=[], ended=0.5))
+    held = hold_next(study, 0.3)
+    other = study.ask()
+    assert other.params["threshold_rule"] != held.params["threshold_rule"]
+    assert study.ask(new=False) is None  # its network is being trained
+    study.finish(other, ended(other, ended=3.0))
+    assert study.ask() is None
+    found = {record["trial"]: record for record in study.records()}
+    assert found[held.trial]["replayed_from"] == other.trial
+    assert (found[held.trial]["status"], found[held.trial]["value"]) == ("completed", 0.5)

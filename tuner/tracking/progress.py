@@ -64,8 +64,9 @@ class Progress:
         """Time left, from the pace of this session's finished trials and the hours; None while nothing is known."""
         estimates = []
         here = self.charged() - self.finished_before
-        if here > 0 and self.run.trials_asked is not None:
-            left = max(0, self.run.trials_asked - self.charged())
+        # Where all trials have been seen, some that are held may still go on, for nobody knows how long.
+        if here > 0 and self.run.trials_asked is not None and self.charged() < self.run.trials_asked:
+            left = self.run.trials_asked - self.charged()
             estimates.append(session_seconds / here * left)
         if self.run.hours is not None:
             estimates.append(max(0.0, self.run.hours * 3600 - self.seconds_before - session_seconds))
