@@ -204,7 +204,7 @@ def main() -> None:
     print(
         f"\n{len(found)} searches a cell; {sum(one.trainings for one in found)} configurations, "
         f"{sum(one.epochs for one in found)} epochs trained in all; {time.perf_counter() - began:.0f} s in "
-        f"{options.processes} processes. The best of all these, on validation: {np.mean([one.top for one in found]):.3f}"
+        f"{options.processes} processes. The best of these: {np.mean([one.top for one in found]):.3f}"
     )
 
 
