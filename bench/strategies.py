@@ -19,7 +19,7 @@ import json
 import multiprocessing
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ import optuna
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from bench.testbed import Curve, Search, Start, Strategy, StudyStrategy, Trial, simulate
+from bench.testbed import Curve, Curves, Search, Start, Strategy, StudyStrategy, Trial, simulate
 from model.arrays import Floats
 from tuner import space_file
 from tuner.space import FloatParam, IntParam, Param, Scheduler, Space
@@ -138,7 +138,7 @@ class RayOptuna:
             seed=space.seed,
         )
         self.scheduler = ASHAScheduler(
-            time_attr="training_iteration", metric="value", mode="max", max_t=EPOCHS,
+            time_attr="training_iteration", metric="value", mode="max", max_t=space.train["epochs"],
             grace_period=space.scheduler.min_epochs, reduction_factor=space.scheduler.reduction,
         )  # fmt: skip
         self.asked = 0
@@ -199,9 +199,10 @@ def one_epoch_keeping(kept: int | None) -> Callable[[Space, int], Strategy]:
     or for as many as half of the budget trains; the other half, or the rest, are candidates."""
 
     def make(space: Space, budget: int) -> Strategy:
-        epochs = (budget - 1) * EPOCHS  # the baseline takes the others
-        top = kept or epochs // 2 // (EPOCHS - 1)
-        trials = 1 + epochs - top * (EPOCHS - 1)
+        training = space.train["epochs"]
+        epochs = (budget - 1) * training  # the baseline takes the others
+        top = kept or epochs // 2 // (training - 1)
+        trials = 1 + epochs - top * (training - 1)
         scheduler = Scheduler(name="top_k", keep=top)
         return StudyStrategy(replace(space, sampler="random", scheduler=scheduler), trials)
 
@@ -221,6 +222,29 @@ ROWS = (
 )
 
 
+def searched(
+    row: Row, space: Space, curves: Curves, budgets: Sequence[int], workers: int
+) -> tuple[Search, list[Trial | None]]:
+    """The search of the last and largest of some budgets in full trainings, and what the row picks for each."""
+    epochs = space.train["epochs"]
+
+    def run(budget: int) -> Search:
+        strategy = row.make(space, budget)
+        if row.stops:
+            return simulate(strategy, curves, workers=workers, epochs=budget * epochs)
+        return simulate(strategy, curves, workers=workers, trials=budget)
+
+    # What a search of 40 trainings had found after 10 is what one of 10 finds, unless it was planned for 40.
+    needed = budgets if row.knows_budget else (max(budgets),) * len(budgets)
+    runs = {budget: run(budget) for budget in set(needed)}
+    searches = [runs[budget] for budget in needed]
+    picks = [
+        search.pick(budget * epochs) if row.stops else search.pick_of_first(budget)
+        for search, budget in zip(searches, budgets, strict=True)
+    ]
+    return searches[-1], picks
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one strategy did on one problem."""
@@ -236,26 +260,12 @@ class Outcome:
 def outcome(job: tuple[int, bool, int, int]) -> Outcome:
     """Of a row, on a variant, for a seed, with so many workers."""
     row_number, misleading, seed, workers = job
-    row, landscape, space = ROWS[row_number], Landscape(seed, misleading), replace(SPACE, seed=seed)
-
-    def run(budget: int) -> Search:
-        strategy = row.make(space, budget)
-        if row.stops:
-            return simulate(strategy, landscape.curve, workers=workers, epochs=budget * EPOCHS)
-        return simulate(strategy, landscape.curve, workers=workers, trials=budget)
-
-    # What a search of 40 trainings had found after 10 is what one of 10 finds, unless it was planned for 40.
-    budgets = BUDGETS if row.knows_budget else (max(BUDGETS),) * len(BUDGETS)
-    runs = {budget: run(budget) for budget in set(budgets)}
-    searches = [runs[budget] for budget in budgets]
-    picks = [
-        search.pick(budget * EPOCHS) if row.stops else search.pick_of_first(budget)
-        for search, budget in zip(searches, BUDGETS, strict=True)
-    ]
-    seconds = searches[-1].strategy_seconds
+    landscape = Landscape(seed, misleading)
+    search, picks = searched(ROWS[row_number], replace(SPACE, seed=seed), landscape.curve, BUDGETS, workers)
+    seconds = search.strategy_seconds
     return Outcome(
         tuple(landscape.true_score(pick.params) if pick else 0.0 for pick in picks),
-        len(searches[-1].trials),
+        len(search.trials),
         seconds["ask"],
         seconds["goes_on"] + seconds["ended"],
     )
@@ -273,15 +283,15 @@ def distance(scores_S: Floats, ours_S: Floats) -> float:
     return float(difference_S.mean() / error) if error else 0.0
 
 
-def table(scores_RSB: Floats) -> Iterator[str]:
-    """Lines of Markdown; shapes: R rows, S searches, B budgets."""
-    yield "| strategy | " + " | ".join(f"{budget} trainings" for budget in BUDGETS) + " |"
-    yield "| --- |" + " --- |" * len(BUDGETS)
-    for row, scores_SB in zip(ROWS, scores_RSB, strict=True):
+def table(rows: Sequence[Row], columns: Sequence[str], scores_RSC: Floats) -> Iterator[str]:
+    """Lines of Markdown; shapes: R rows, S searches, C columns. The first row is the default."""
+    yield f"| strategy | {' | '.join(columns)} |"
+    yield "| --- |" + " --- |" * len(columns)
+    for row, scores_SC in zip(rows, scores_RSC, strict=True):
         cells = [
             f"{scores_S.mean():.3f} ± {standard_error(scores_S):.3f}"
-            + ("" if row is ROWS[0] else f" ({distance(scores_S, ours_S):+.1f})")
-            for scores_S, ours_S in zip(scores_SB.T, scores_RSB[0].T, strict=True)
+            + ("" if row is rows[0] else f" ({distance(scores_S, ours_S):+.1f})")
+            for scores_S, ours_S in zip(scores_SC.T, scores_RSC[0].T, strict=True)
         ]
         yield f"| {row.name} | " + " | ".join(cells) + " |"
 
@@ -319,7 +329,7 @@ def main() -> None:
             for kept, more in zip(costs, by_row, strict=True):
                 kept.extend(more)
             print(f"\n{variant}, {options.workers} workers\n")
-            print("\n".join(table(scores_RSB)))
+            print("\n".join(table(ROWS, [f"{budget} trainings" for budget in BUDGETS], scores_RSB)))
             where = lost(scores_RSB)
             print(
                 f"\nThe default loses {', '.join(where) if where else 'to none'} beyond two standard errors.",

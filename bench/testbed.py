@@ -1,4 +1,4 @@
-"""A test bed for strategies of search: learning curves are replayed on a virtual clock, nothing is trained.
+"""A test bed for strategies of search: learning curves are replayed on a virtual clock, nothing need be trained.
 
 Whole searches take a fraction of a second, so that hundreds of them can be compared in CI. What is tested is the real
 thing: `StudyStrategy` drives the platform's study (tuner/sampler.py) and its schedulers (tuner/schedulers.py) as
@@ -16,18 +16,25 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.arrays import Floats
 from tuner import schedulers
 from tuner.sampler import Proposal, SearchStudy
 from tuner.space import Space
 from tuner.trial import nothing_yet
 
 
+class Values(Protocol):
+    """The objective after each epoch: an array, or what is trained when it is asked for (bench/strategies_real.py)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Curve:
     """What training a configuration would give."""
 
-    values_E: Floats
+    values_E: Values
     """the objective after each epoch; the training diverges in the first epoch whose value is not finite"""
     epoch_seconds: float = 1.0
     """virtual"""
