@@ -25,6 +25,8 @@ INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
 """Online: how long finishing a run may upload; what is left lies on disk for `wandb sync`."""
 PARENT_CHECK_S = 1.0
+MOST_OPEN = 64
+"""So many runs may be open before those of trials that are held are put aside."""
 
 EXIT_CODES = {"completed": 0, "stopped_early": 0, "diverged": 1, "failed": 1}
 INTERRUPTED = 255
@@ -156,10 +158,12 @@ class Runs:
 
     def trial_ended(self, record: dict[str, Any]) -> None:
         trial = record["trial"]
-        if trial not in self._open:  # read off another trial's network, or failed before it began
+        if trial not in self._open:  # read off another trial's network, failed before it began, or held and put aside
             config = {**(record.get("config") or {}), **(record.get("params") or {})}
-            self.trial_started(trial, config, bool(record.get("baseline")), resumed_epoch=0)
-            for figures in record.get("history") or []:
+            is_replay = bool(record.get("replayed_from"))
+            logged = 0 if is_replay else record.get("epochs") or 0
+            self.trial_started(trial, config, bool(record.get("baseline")), resumed_epoch=logged)
+            for figures in (record.get("history") or []) if is_replay else []:
                 self.epoch_ended(trial, figures, {})
         thresholds = record.get("thresholds") or {}
         summary: dict[str, Any] = {"status": record["status"]}
@@ -176,6 +180,11 @@ class Runs:
         ):
             summary |= numbers(name, value)
         self._finish(trial, summary, EXIT_CODES.get(record["status"], 1))
+
+    def trial_held(self, trial: str) -> None:
+        """A run may stay open until its trial goes on, but each holds a file."""
+        if trial in self._open and len(self._open) > MOST_OPEN:
+            self._finish(trial, {"status": "held"}, 0)
 
     def _finish(self, trial: str, summary: dict[str, Any], exit_code: int) -> None:
         run = self._open.pop(trial)

@@ -104,6 +104,9 @@ class WandbTracker(Tracker):
     def trial_ended(self, record: dict[str, Any]) -> None:
         self._send({"event": "trial_ended", "record": record})
 
+    def trial_held(self, record: dict[str, Any]) -> None:
+        self._send({"event": "trial_held", "trial": record["trial"]})
+
     def search_ended(self, state: str) -> None:
         """Closes the pipe, at which the process finishes all runs, and waits for it no longer than FINISH_WAIT_S."""
         if self._process is None or self._writer is None:

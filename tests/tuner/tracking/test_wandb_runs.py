@@ -213,6 +213,31 @@ def test_runs_open_when_the_search_stops_keep_their_data(tracker, info) -> None:
         assert ended["summary"]["epoch"] == 2
 
 
+def test_a_held_trial_goes_on_in_its_run_or_ends_there(tracker, info) -> None:
+    for trial in (0, 1):
+        start(tracker, trial)
+        epoch(tracker, trial, 1, 0.5 - trial / 10)
+        tracker.trial_held(record(trial, "stopped_early"))
+    start(tracker, 0, resumed_epoch=1)
+    epoch(tracker, 0, 2, 0.6)
+    tracker.trial_ended(record(0))
+    tracker.trial_ended(record(1, "stopped_early", reason="not among the best at epoch 1"))
+    tracker.search_ended("finished")
+    for trial, epochs, tag in ((0, [1, 2], "completed"), (1, [1], "stopped_early")):
+        (directory,) = directories(info, trial)
+        assert [row["item"]["epoch"] for row in records_of(directory, "history")] == epochs
+        assert summary_of(info, trial)["tags"] == [tag]
+
+
+def test_what_an_earlier_session_logged_of_a_held_trial_is_not_logged_again(tracker, info) -> None:
+    history = [{"epoch": n, "loss_total": 1 / n, "dice_mean": 0.1 * n} for n in (1, 2)]
+    tracker.trial_ended(record(3, "stopped_early", history=history, epochs=2))
+    tracker.search_ended("finished")
+    (directory,) = directories(info, 3)
+    assert records_of(directory, "history") == []
+    assert summary_of(info, 3)["summary"]["status"] == "stopped_early"
+
+
 @pytest.mark.slow
 def test_a_resumed_trial_goes_on_under_its_id(tracker, info) -> None:
     start(tracker, 0)
