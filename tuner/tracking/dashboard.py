@@ -252,7 +252,7 @@ def run_note(run: Run, outside: dict[str, Any] | None) -> str:
         f"budget: {', '.join(bounds).replace('_', ' ')}.",
         "Searched: " + ", ".join(f"`{name}`" for name in space.search) + ".",
         "Constraints: " + (", ".join(f"`{bound.metric}`" for bound in space.constraints) or "none") + ".",
-        *([f"The baseline lies outside the space. {trial_note(outside, False)}"] if outside else []),
+        *([f"The baseline lies outside the space: {trial_note(outside, False)}"] if outside else []),
         "A trial that is *held* waits at a rung, and may go on. The best trial here is the luckiest; the winner is the "
         "one in the report.",
         "\n".join(
@@ -263,7 +263,7 @@ def run_note(run: Run, outside: dict[str, Any] | None) -> str:
                 ("report", "writes the report again"),
             )
         ),
-        f"Note: {_READ_ONLY}.",
+        "This page is read-only: edits are refused.",
     ]
     return "\n\n".join(lines)
 

@@ -212,7 +212,7 @@ def test_a_baseline_outside_the_space_is_in_the_note(data: Path, tmp_path: Path,
     study.finish(baseline := study.ask(), ended(baseline, value=0.4375))
     found = of_api(show(run))
     assert found["trials"] == []
-    assert "outside the space. **completed**\n\n- best epoch 1 of 3, value 0.4375" in found["note"]["body"]
+    assert "outside the space: **completed**\n\n- best epoch 1 of 3, value 0.4375" in found["note"]["body"]
     assert found["user_attrs"] == []
 
 
