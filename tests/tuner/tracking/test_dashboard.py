@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -97,11 +98,12 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def with_previews(run: Run, trial: str, checkpoint: int, count: int = 2) -> None:
+def with_previews(run: Run, trial: str, checkpoint: int, count: int = 2, at: float = 100.0) -> None:
     folder = run.directory / "trials" / "attempt-1" / trial / f"checkpoint_{checkpoint:06d}" / "previews"
     folder.mkdir(parents=True)
     for n in range(count):
         (folder / f"{n}.png").write_bytes(PNG + bytes([checkpoint, n]))
+    os.utime(folder, (at, at))
 
 
 def test_trials_are_shown_with_names_and_notes(run: Run, show) -> None:
@@ -218,23 +220,27 @@ def test_a_baseline_outside_the_space_is_in_the_note(data: Path, tmp_path: Path,
 
 def test_previews_are_those_of_the_newest_checkpoint(small: Run, show) -> None:
     study = begin(small)
-    first, second = study.ask(), study.ask()
+    first, second, third = study.ask(), study.ask(), study.ask()
     with_previews(small, first.trial, 1)
     url = show(small)
-    one = of_api(url)["trials"][0]["artifacts"]
-    shutil.rmtree(small.directory / "trials")
-    with_previews(small, f"{first.trial}.1", 2)  # its worker died once
+    old = of_api(url)["trials"][0]["artifacts"][0]["artifact_id"]
+    with_previews(small, f"{first.trial}.1", 2, at=200.0)  # its worker died once
+    with_previews(small, second.trial, 1, at=200.0)
+    with_previews(small, second.trial, 2)
     again = show(small)
     trials = of_api(again)["trials"]
-    (zero, _) = shown = trials[0]["artifacts"]
-    assert trials[1]["trial_id"] != trials[0]["trial_id"]
-    assert trials[1]["artifacts"] == []
-    assert second.trial != first.trial
-    assert [picture["filename"] for picture in shown] == ["preview-0.png", "preview-1.png"]
-    of_trial = again.replace("/dashboard/studies/", "/artifacts/") + f"/{trials[0]['trial_id']}"
-    assert get(f"{of_trial}/{zero['artifact_id']}") == PNG + bytes([2, 0])
+    assert [picture["filename"] for picture in trials[0]["artifacts"]] == ["preview-0.png", "preview-1.png"]
+    assert trials[third.number]["artifacts"] == []
+
+    def picture(number: int, artifact: str) -> bytes:
+        of_trial = again.replace("/dashboard/studies/", "/artifacts/") + f"/{trials[number]['trial_id']}"
+        return get(f"{of_trial}/{artifact}")
+
+    shown = [[one["artifact_id"] for one in trial["artifacts"]] for trial in trials]
+    assert [picture(0, one) for one in shown[0]] == [PNG + bytes([2, 0]), PNG + bytes([2, 1])]
+    assert [picture(1, one) for one in shown[1]] == [PNG + bytes([1, 0]), PNG + bytes([1, 1])]
     with pytest.raises(urllib.error.HTTPError) as gone:
-        get(f"{of_trial}/{one[0]['artifact_id']}")
+        picture(0, old)
     assert gone.value.code == 404
 
 
@@ -293,9 +299,10 @@ def test_other_studies_of_a_database_are_not_shown(data: Path, tmp_path: Path, s
     url = show(two)
     (listed,) = json.loads(get(url.split("/dashboard")[0] + "/api/studies"))["study_summaries"]
     assert listed["study_name"].endswith(two.info["id"])
-    with pytest.raises(urllib.error.HTTPError) as missing:
-        of_api(url.replace(f"/{listed['study_id']}", "/1"))
-    assert missing.value.code == 404
+    for path in ("/api/studies/1", "/api/studies/1/param_importances", "/csv/1"):
+        with pytest.raises(urllib.error.HTTPError) as missing:
+            get(url.split("/dashboard")[0] + path)
+        assert missing.value.code == 404, path
 
 
 def message(capsys, *arguments: str) -> str:
@@ -363,3 +370,4 @@ def test_a_browser_shows_the_page(small: Run, show, tmp_path: Path) -> None:
     ).stdout  # fmt: skip
     assert small.space.fingerprint() in page
     assert "dice_mean" in page
+    assert "Best Trial (number=0)" in page
