@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tuner.options import ADDRESS, COUNT, NOT_NEGATIVE, POSITIVE, SEED, STUDY_VARIABLE, Rule
+from tuner.options import ADDRESS, COUNT, NOT_NEGATIVE, PORT, POSITIVE, SEED, STUDY_VARIABLE, Rule
 from tuner.records import SearchFailed
 
 _SHOWN_PAIRS = 20
@@ -101,6 +101,16 @@ def status(options: argparse.Namespace) -> int:
 
     found = describe(load(options.run))
     print(json.dumps(found) if options.json else show(found))
+    return 0
+
+
+def dashboard(options: argparse.Namespace) -> int:
+    from tuner.run import load
+    from tuner.sampler import study_name
+    from tuner.tracking import dashboard
+
+    run = load(options.run)
+    dashboard.serve(run, study_name(run.space, run.info["id"], run.study), options.port)
     return 0
 
 
@@ -254,6 +264,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("run", metavar="RUN", help="the folder of a run")
     made.add_argument("--json", action="store_true", help="for programs")
 
+    made = verb(dashboard, "dashboard", "show the study live in optuna-dashboard, here alone, until Ctrl-C; read-only",
+                "tuner dashboard runs/demo")  # fmt: skip
+    made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument("--port", metavar="P", type=_port, default=8080, help="on 127.0.0.1; 0 takes any that is free")
+
     made = verb(finals, "finals", "evaluate winner and baseline on validation and, once, on test",
                 "tuner finals runs/demo")  # fmt: skip
     made.add_argument("run", metavar="RUN", help="the folder of a run")
@@ -333,6 +348,7 @@ _count = _value(COUNT, int)
 _positive = _value(POSITIVE, float)
 _not_negative = _value(NOT_NEGATIVE, float)
 _seed = _value(SEED, int)
+_port = _value(PORT, int)
 _address = _value(ADDRESS, str)
 _share = _value(Rule("a share above 0 and below 0.9", lambda v: POSITIVE.holds(v) and v < 0.9), float)
 

@@ -31,6 +31,7 @@ NOT_NEGATIVE = Rule("a number of at least 0", lambda v: is_number(v) and v >= 0)
 SEED = Rule(
     f"a whole number from 0 to {RULES['seed'].high}", lambda v: type(v) is int and RULES["seed"].problem(v) is None
 )
+PORT = Rule("a port, a whole number from 0 to 65535", lambda v: type(v) is int and 0 <= v <= 65535)
 ADDRESS = Rule(
     "host:port of a Ray cluster, or auto",
     lambda v: isinstance(v, str) and v != "" and "://" not in v,

@@ -58,6 +58,19 @@ def read(run_directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def trial_id(run_id: str, number: int | None) -> str:
+    """The name of a trial everywhere: in records, folders and W&B. No number is a baseline outside the space."""
+    return f"{run_id}-{'baseline' if number is None else format(number, '04d')}"
+
+
+def joined(attributes: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """A record among the attributes of a study or a trial, joined where it lies in parts (tuner/sampler.py)."""
+    found = attributes.get(name)
+    if isinstance(found, int):
+        found = json.loads("".join(attributes[f"{name}-{n}"] for n in range(found)))
+    return found
+
+
 def best(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The completed trial with the largest value among those that meet the constraints; the earlier one of equals.
     Of two objectives the first decides. Stopped ones have not seen the end of the loss schedule, so their values are

@@ -535,11 +535,12 @@ class SearchStudy:
 
     def _record(self, number: int | None, attributes: dict[str, Any], name: str) -> dict[str, Any] | None:
         """A record, joined where it lies in parts."""
-        parts = attributes.get(name)
-        if not isinstance(parts, int):
-            return parts
+        if not isinstance(attributes.get(name), int):
+            return records.joined(attributes, name)
         if number not in self._joined:
-            self._joined[number] = json.loads("".join(attributes[f"{name}-{n}"] for n in range(parts)))
+            found = records.joined(attributes, name)
+            assert found is not None
+            self._joined[number] = found
         return self._joined[number]
 
     def _is_replay(self, trial: optuna.trial.FrozenTrial) -> bool:
@@ -554,8 +555,8 @@ class SearchStudy:
         return float(self._attr("device_seconds") or 0.0)
 
     def trial_id(self, number: int | None) -> str:
-        """The name of a trial everywhere: in records, folders and W&B."""
-        return f"{self.run_id}-{'baseline' if number is None else format(number, '04d')}"
+        """The name of a trial everywhere."""
+        return records.trial_id(self.run_id, number)
 
     def _attr(self, name: str) -> Any:
         # `study.user_attrs` would copy all of them, records too.

@@ -19,8 +19,8 @@ from tests.tuner.conftest import small_space
 from tuner import cli, pipeline
 
 VERBS = (
-    ["search"], ["resume"], ["status"], ["finals"], ["report"], ["plan"], ["data", "check"], ["data", "synth"],
-    ["data", "convert"], ["data", "cache"], ["schema"],
+    ["search"], ["resume"], ["status"], ["dashboard"], ["finals"], ["report"], ["plan"], ["data", "check"],
+    ["data", "synth"], ["data", "convert"], ["data", "cache"], ["schema"],
 )  # fmt: skip
 
 
