@@ -199,6 +199,7 @@ def run_trials(
             name=f"attempt-{attempt}",
             storage_path=str(trials.resolve()),
             stop=_Stop(session),
+            callbacks=[_Began(session)],
             failure_config=FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -343,15 +344,16 @@ class _Session:
 
     # What happens
 
-    def reported(self, key: str, progress: dict[str, Any] | None, node: str) -> bool:
-        """Takes in a trial's progress on a node, or that it has come there; False when it is to stop."""
+    def began(self, key: str) -> None:
+        """A trial is on a worker now; it may have waited for one."""
+        self._pass_time()
+        self.started[key] = self._wall
+        self.study.first_started(self.live[key].number, self._wall)
+
+    def reported(self, key: str, progress: dict[str, Any], node: str) -> bool:
+        """Takes in a trial's progress on a node; False when it is to stop."""
         proposal = self.live[key]
         self.nodes[key] = {node}
-        if progress is None:
-            self._pass_time()
-            self.started[key] = self._wall
-            self.study.first_started(proposal.number, self._wall)
-            return True
         if progress["status"] == Status.FAILED:  # what it had reached stays known
             progress = self.progress[key] | {name: progress[name] for name in ("status", "reason", "traceback")}
         self.progress[key] = progress
@@ -559,6 +561,17 @@ def _errors_end(session: _Session) -> Iterator[None]:
         session.error = session.error or error
 
 
+class _Began(tune.Callback):
+    """Says when a trial comes to its worker; a report from there would cost each trial a turn of Ray's loop."""
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with _errors_end(self._session):
+            self._session.began(trial.trial_id)
+
+
 class _Stop(Stopper):
     """Ends the whole experiment when the user or the clock says so."""
 
@@ -578,12 +591,11 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resourc
     """What Ray runs: one trial, whose end is always reported, however it comes."""
     from model.config import RunConfig
 
-    def report(progress: dict[str, Any] | None, folder: Path | None) -> None:
+    def report(progress: dict[str, Any], folder: Path | None) -> None:
         kept = Checkpoint.from_directory(str(folder)) if folder else None
         tune.report({"progress": json.dumps(progress), "node": node}, checkpoint=kept)
 
     node = ray.get_runtime_context().get_node_id()
-    report(None, None)
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     resume = Path(config["checkpoint"]) if config["checkpoint"] else None
     try:
