@@ -198,13 +198,13 @@ def data_cache(options: argparse.Namespace) -> int:
 
 def sync(options: argparse.Namespace) -> int:
     from tuner.run import load
-    from tuner.tracking import sync
+    from tuner.tracking.sync import upload
 
     run = load(options.run)
     if run.is_running():
         raise ValueError(f"{run.directory} is running, and its W&B files are still written; sync it when it has ended")
     counts = Counter[str]()
-    for outcome in sync(run.directory, options.dry_run):
+    for outcome in upload(run.directory, options.dry_run):
         print(outcome, flush=True)
         counts[outcome.state] += 1
     print(", ".join(f"{count} {state}" for state, count in counts.items()))

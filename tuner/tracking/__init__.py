@@ -7,11 +7,10 @@ from typing import Literal
 from rich.console import Console
 
 from tuner.tracking.base import RunInfo, Tracker, Trackers
-from tuner.tracking.sync import sync
 from tuner.tracking.terminal import TerminalTracker
 from tuner.tracking.wandb_runs import WandbTracker, check_online
 
-__all__ = ["RunInfo", "TerminalTracker", "Tracker", "Trackers", "WandbTracker", "build", "check_online", "sync"]
+__all__ = ["RunInfo", "TerminalTracker", "Tracker", "Trackers", "WandbTracker", "build", "check_online"]
 
 
 def build(wandb: Literal["off", "offline", "online"], terminal: bool, console: Console | None = None) -> Trackers:

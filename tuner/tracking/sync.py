@@ -80,7 +80,7 @@ class _Part:
         return Outcome(self.file.parent.name, self.run, state, reason)
 
 
-def sync(directory: Path, dry_run: bool = False) -> Iterator[Outcome]:
+def upload(directory: Path, dry_run: bool = False) -> Iterator[Outcome]:
     """Uploads the offline folders in a run's directory, in order of their start; an outcome each, as it comes.
 
     ValueError before anything is done where there are none, where they are still written, or without an account.

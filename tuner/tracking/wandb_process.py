@@ -138,7 +138,7 @@ class Runs:
         row = history_row(figures)
         for name, png in previews.items():
             row[f"preview/{name}"] = self._image(base64.b64decode(png), f"epoch {figures.get('epoch')}")
-        run.log(row, step=self._next_step.pop(trial, None))
+        run.log(row, step=self._next_step.pop(trial, None), commit=True)
         self._keep_best(trial, figures)
 
     def _image(self, png: bytes, caption: str) -> Any:

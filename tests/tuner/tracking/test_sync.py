@@ -180,7 +180,7 @@ def named(directory: Path, *names: str, content: bytes = b"more than a header") 
 
 
 def states(directory: Path, dry_run: bool = True) -> list[tuple[str, str]]:
-    return [(outcome.folder, outcome.state) for outcome in sync_module.sync(directory, dry_run)]
+    return [(outcome.folder, outcome.state) for outcome in sync_module.upload(directory, dry_run)]
 
 
 def test_folders_come_in_order_of_their_start(tmp_path) -> None:
@@ -189,7 +189,7 @@ def test_folders_come_in_order_of_their_start(tmp_path) -> None:
     (tmp_path / "wandb" / "latest-run").symlink_to(order[0])
     (tmp_path / "wandb" / "offline-run-20260101_000003-c").mkdir()
     assert states(tmp_path) == [(name, "would be uploaded") for name in order]
-    assert [outcome.run for outcome in sync_module.sync(tmp_path, True)] == ["b", "a", "b-offline"]
+    assert [outcome.run for outcome in sync_module.upload(tmp_path, True)] == ["b", "a", "b-offline"]
 
 
 @pytest.mark.parametrize("content", [b"", b":W&B\xe1\xe1\x00"[:7]])
@@ -290,7 +290,7 @@ def test_a_ctrl_c_keeps_what_is_uploaded_and_the_key_is_no_argument(logged, serv
         return 200
 
     server.status = hang
-    code = "import sys; from pathlib import Path; from tuner.tracking import sync; list(sync(Path(sys.argv[1])))"
+    code = "import sys; from pathlib import Path; from tuner.tracking.sync import upload; list(upload(Path(sys.argv[1])))"
     process = subprocess.Popen([sys.executable, "-c", code, str(logged)], stderr=subprocess.PIPE)
     try:
         assert asked.wait(offline.DEADLINE_S)
@@ -309,7 +309,7 @@ def test_a_ctrl_c_keeps_what_is_uploaded_and_the_key_is_no_argument(logged, serv
     assert all(offline.gone(pid) for pid in family[1:])
     assert len(marks(logged)) == 1
     server.status = lambda path, body: 200
-    assert [outcome.state for outcome in sync_module.sync(logged)] in (
+    assert [outcome.state for outcome in sync_module.upload(logged)] in (
         ["already there", "uploaded"], ["uploaded", "already there"],
     )  # fmt: skip
 
