@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -39,7 +37,6 @@ _RETRIES = {
 }
 _HEADER_BYTES = 7
 """A .wandb file of this size or less holds nothing: its process was killed at once."""
-_FOLDER = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-.+")
 _LOST = ("file transfer: ", "filestream: ", "runfiles: ")
 """Errors in wandb's log that it does not say: parts of a run that were not taken."""
 _TORN = "the file ends with an incomplete record"
@@ -61,11 +58,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Part:
-    """A .wandb file. A run has several where its trial was held or resumed."""
+    """A .wandb file. A run has several where its trial was held or resumed; a server appends one to the other."""
 
     file: Path
-    continues: bool
-    """Whether an earlier folder belongs to the same run."""
 
     @property
     def run(self) -> str:
@@ -121,26 +116,15 @@ def _each(parts: list[_Part], dry_run: bool) -> Iterator[Outcome]:
 
 
 def _parts(wandb: Path) -> list[_Part]:
-    """The offline folders by start time. Online ones count only as what a run continues."""
-    # The time in the name; the prefix tells offline from online.
-    folders = sorted(wandb.glob("*run-*/"), key=lambda path: path.name.removeprefix("offline-"))
-    seen: set[str] = set()
-    parts = []
-    for folder in folders:
-        if folder.is_symlink() or not _FOLDER.fullmatch(folder.name):  # latest-run is a link
-            continue
-        for file in sorted(folder.glob("run-*.wandb")):
-            part = _Part(file, continues=file.name in seen)
-            if file.stat().st_size > _HEADER_BYTES:
-                seen.add(file.name)
-            if folder.name.startswith("offline-"):
-                parts.append(part)
-    return parts
+    """The offline folders by their names, which begin with the start time."""
+    return [
+        _Part(file) for folder in sorted(wandb.glob("offline-run-*")) for file in sorted(folder.glob("run-*.wandb"))
+    ]
 
 
 @contextlib.contextmanager
 def _not_written(log: Path) -> Iterator[None]:
-    """Holds the lock that a logger process has on its log, so that no file is uploaded that grows, nor twice at once."""
+    """Holds the lock that a logger process has on its log: no file is uploaded while it grows, nor twice at once."""
     if not log.exists():
         yield
         return
@@ -184,9 +168,6 @@ def _wandb_sync(part: _Part, scratch: Path) -> list[str]:
     """What `wandb sync` says, line by line. It has its own session: a Ctrl-C is ours to handle."""
     variables = _RETRIES | environment("online") | {"WANDB_DIR": str(scratch)}
     variables.pop("WANDB_SILENT", None)
-    if part.continues:
-        # Without it the rows would be written over those of the earlier folder.
-        variables["WANDB_RESUME"] = "allow"
     process = subprocess.Popen(  # noqa: S603
         [sys.executable, "-P", "-m", "wandb", "sync", str(part.file.parent.resolve())],
         cwd=scratch,

@@ -52,28 +52,17 @@ class StubServer(ThreadingHTTPServer):
         return {}
 
     def UpsertBucket(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802 - as W&B calls it
+        is_new = asked["name"] not in self.runs
         run = self.runs.setdefault(asked["name"], StubRun())
         run.described |= {name: value for name, value in asked.items() if value is not None}
-        return {"upsertBucket": {"bucket": self._bucket(asked["name"]), "inserted": True}}
-
-    def RunResumeStatus(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        bucket = self._bucket(asked["name"]) if asked["name"] in self.runs else None
-        return {"model": {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": "me"}, "bucket": bucket}}
+        project = {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": "me"}}
+        bucket = {"id": "b", "name": asked["name"], "project": project, "historyLineCount": len(run.rows)}
+        return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
 
     def CreateRunFiles(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         where = f"{self.url}/storage/me/{asked['project']}/{asked['run']}"
         files = [{"name": name, "uploadUrl": f"{where}/{name}"} for name in asked["files"]]
         return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": files}}
-
-    def _bucket(self, name: str) -> dict[str, Any]:
-        run = self.runs[name]
-        project = {"id": "p", "name": run.described["project"], "entity": {"id": "e", "name": "me"}}
-        return {
-            "id": name, "name": name, "displayName": run.described.get("displayName"), "config": "{}", "project": project,
-            "summaryMetrics": json.dumps(run.summary), "tags": run.described.get("tags") or [], "wandbConfig": "{}",
-            "historyTail": json.dumps([json.dumps(row) for row in run.rows[-1:]]), "eventsTail": "[]",
-            "historyLineCount": len(run.rows), "logLineCount": 0, "eventsLineCount": 0,
-        }  # fmt: skip
 
     def _stream(self, run: StubRun, sent: dict[str, Any]) -> None:
         for name, chunk in (sent.get("files") or {}).items():

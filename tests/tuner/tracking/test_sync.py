@@ -2,7 +2,6 @@
 
 import base64
 import fcntl
-import os
 import shutil
 import signal
 import subprocess
@@ -150,17 +149,20 @@ def test_what_a_server_refuses_is_failed_and_comes_next_time(logged, server, cap
     def refuse(path: str, body: bytes) -> int:
         return status if where in path.encode() + b" " + body else 200
 
+    for folder in logged.glob("wandb/*-0000"):
+        shutil.rmtree(folder)
     good, server.status = server.status, refuse
     assert sync(logged) == 1
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "2 failed"
-    assert all(reason in line for line in said.splitlines()[:2]), said
+    assert said.splitlines()[-1] == "1 failed"
+    assert reason in said.splitlines()[0]
     assert KEY not in said
     assert marks(logged) == []
 
     server.status = good
     assert sync(logged) == 0
-    assert [[row["epoch"] for row in run.rows] for _, run in sorted(server.runs.items())] == [[1, 2], [1, 2, 3]]
+    # A row that had arrived comes again as the same step; nobody has seen what a real server does with it.
+    assert {row["_step"]: row["epoch"] for row in server.runs["3fa91c-0001"].rows} == {0: 1, 1: 2, 2: 3}
 
 
 @pytest.mark.slow
@@ -206,16 +208,6 @@ def test_what_follows_a_failed_part_waits_and_three_failures_are_enough(tmp_path
     named(tmp_path, *(f"offline-run-2026010{n}_000000-{i}" for n, i in enumerate("aabcd", 1)))
     assert [state for _, state in states(tmp_path, False)] == ["failed", "left out", "failed", "failed", "left out"]
     assert [part.run for part in tried] == ["a", "b", "c"]
-
-
-def test_a_part_continues_online_and_offline_ones_but_no_empty_one(tmp_path) -> None:
-    named(tmp_path, "offline-run-20260101_000000-a", content=b"")
-    named(tmp_path, "offline-run-20260102_000000-a", "run-20260101_000000-b", "offline-run-20260102_000000-b")
-    found = {part.file.parent.name: part.continues for part in sync_module._parts(tmp_path / "wandb")}
-    assert found == {
-        "offline-run-20260101_000000-a": False, "offline-run-20260102_000000-a": False,
-        "offline-run-20260102_000000-b": True,
-    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -283,14 +275,15 @@ def test_a_ctrl_c_keeps_what_is_uploaded_and_the_key_is_no_argument(logged, serv
     asked, answer = threading.Event(), threading.Event()
 
     def hang(path: str, body: bytes) -> int:
-        if b"3fa91c-0000" in body or b"3fa91c-0001" in body:
-            if len(marks(logged)) == 1:
-                asked.set()
-                answer.wait(offline.DEADLINE_S)
+        if len(marks(logged)) == 1:
+            asked.set()
+            answer.wait(offline.DEADLINE_S)
         return 200
 
     server.status = hang
-    code = "import sys; from pathlib import Path; from tuner.tracking.sync import upload; list(upload(Path(sys.argv[1])))"
+    code = (
+        "import sys; from pathlib import Path; from tuner.tracking.sync import upload; list(upload(Path(sys.argv[1])))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code, str(logged)], stderr=subprocess.PIPE)
     try:
         assert asked.wait(offline.DEADLINE_S)
