@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         kept = "; what a run has finished is kept: `tuner resume RUN` goes on"
-        of_a_run = options.verb in ("search", "resume", "finals")
+        if options.verb == "sync":
+            kept = "; what is uploaded is marked: the same command goes on with the rest"
+        of_a_run = options.verb in ("search", "resume", "finals", "sync")
         print(f"tuner {_verb(options)}: stopped at once{kept if of_a_run else ''}", file=sys.stderr)
         return 130
 
@@ -203,6 +206,21 @@ def data_cache(options: argparse.Namespace) -> int:
     return 0
 
 
+def sync(options: argparse.Namespace) -> int:
+    from tuner.run import load
+    from tuner.tracking.sync import upload
+
+    run = load(options.run)
+    if run.is_running():
+        raise ValueError(f"{run.directory} is running, and its W&B files are still written; sync it when it has ended")
+    counts = Counter[str]()
+    for outcome in upload(run.directory, options.dry_run):
+        print(outcome, flush=True)
+        counts[outcome.state] += 1
+    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return 1 if counts["failed"] or counts["left out"] else 0
+
+
 def schema(_options: argparse.Namespace) -> int:
     from tuner.space_file import schema
 
@@ -324,6 +342,10 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(data_cache, "cache", "the decoded splits of this machine, which all trials share",
                 "tuner data cache --clear", into=data)  # fmt: skip
     made.add_argument("--clear", action="store_true", help="remove them; they are made again when needed")
+
+    made = verb(sync, "sync", "upload what was logged to Weights & Biases offline", "tuner sync runs/demo --dry-run")
+    made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument("--dry-run", action="store_true", help="say what would be uploaded; contact nobody")
 
     verb(schema, "schema", "print the JSON schema of a search-space file", "tuner schema > space.schema.json")
     return parser

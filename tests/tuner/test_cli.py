@@ -20,7 +20,7 @@ from tuner import cli, pipeline
 
 VERBS = (
     ["search"], ["resume"], ["status"], ["dashboard"], ["finals"], ["report"], ["plan"], ["data", "check"],
-    ["data", "synth"], ["data", "convert"], ["data", "cache"], ["schema"],
+    ["data", "synth"], ["data", "convert"], ["data", "cache"], ["sync"], ["schema"],
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ PROJECT = "segdec-tuner"
 INIT_TIMEOUT_S = 30.0
 """Online: how long opening a run may take, unless WANDB_INIT_TIMEOUT says; the other trials' events wait meanwhile."""
 FINISH_TIMEOUT_S = 60.0
-"""Online: how long finishing a run may upload; what is left lies on disk for `wandb sync`."""
+"""Online: how long finishing a run may upload; what is left lies on disk for `wandb sync --include-online`."""
 PARENT_CHECK_S = 1.0
 MOST_OPEN = 64
 """So many runs may be open before those of trials that are held are put aside."""
@@ -73,6 +73,8 @@ class Runs:
         self._mode: Literal["offline", "online"] = search["mode"]
         self._open: dict[str, Any] = {}
         self._best: dict[str, float] = {}
+        self._next_step: dict[str, int] = {}
+        """Offline, of trials that go on: W&B would count from 0 again, and `wandb sync` leaves steps as they are."""
 
     def trial_started(self, trial: str, config: dict[str, Any], baseline: bool, resumed_epoch: int) -> None:
         if trial in self._open:  # issued again after a node died; W&B refuses a second open run of one id
@@ -85,11 +87,14 @@ class Runs:
             # Nothing may be lost: from here on as if offline. The id that failed is still taken in this process.
             self._mode = "offline"
             reason = " ".join(str(error).split())
-            print(f"no way online, further trials are kept for `wandb sync`: {reason}", flush=True)
+            kept = f"further trials are kept for `tuner sync {self._search['directory']}`"
+            print(f"no way online, {kept}: {reason}", flush=True)
             run = self._init(trial, f"{trial}-offline", config, baseline, resumed_epoch)
         run.define_metric("*", step_metric="epoch")
         self._open[trial] = run
         if resumed_epoch:
+            if self._mode == "offline":
+                self._next_step[trial] = resumed_epoch
             # An earlier epoch may be better than all that follow: only the record knows.
             self._best[trial] = math.nan
 
@@ -105,7 +110,7 @@ class Runs:
             dir=self._search["directory"],
             config=config,
             mode=self._mode,
-            # Offline, W&B cannot look for an earlier run of this id: `wandb sync` joins them later.
+            # Offline, W&B cannot look for an earlier run of this id: `tuner sync` joins them later.
             resume="allow" if online and resumed_epoch else None,
             reinit="create_new",
             settings=self._settings(online),
@@ -133,7 +138,7 @@ class Runs:
         row = history_row(figures)
         for name, png in previews.items():
             row[f"preview/{name}"] = self._image(base64.b64decode(png), f"epoch {figures.get('epoch')}")
-        run.log(row)
+        run.log(row, step=self._next_step.pop(trial, None), commit=True)
         self._keep_best(trial, figures)
 
     def _image(self, png: bytes, caption: str) -> Any:
@@ -189,6 +194,7 @@ class Runs:
     def _finish(self, trial: str, summary: dict[str, Any], exit_code: int) -> None:
         run = self._open.pop(trial)
         self._best.pop(trial, None)
+        self._next_step.pop(trial, None)
         run.summary.update(summary)
         run.tags = (*(run.tags or ()), summary["status"])
         run.finish(exit_code=exit_code)

@@ -11,6 +11,8 @@ again: a user's script without a main guard would start its search a second time
 from __future__ import annotations
 
 import base64
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 PREVIEW_BACKLOG = 256
 FINISH_WAIT_S = {"offline": 30.0, "online": 120.0}
 """How long the end of a search waits for the logger process before ending it. Offline a run takes milliseconds."""
+
+LOG = Path("wandb") / "tracker.log"
+"""In a run's directory: what the logger process says. It holds a shared lock on it as long as it lives."""
 
 _NOT_PASSED_ON = (
     "WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_NAME", "WANDB_SWEEP_ID", "WANDB_SERVICE",
@@ -59,16 +64,18 @@ class WandbTracker(Tracker):
     def search_started(self, run: RunInfo) -> None:
         directory = run.directory.resolve()
         self._run = run
-        self._log = directory / "wandb" / "tracker.log"
+        self._log = directory / LOG
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._log_start = log.tell()
+            with contextlib.suppress(BlockingIOError):  # `tuner sync` has it, whose list of folders is made
+                fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self._process = subprocess.Popen(  # noqa: S603
                 _command(str(os.getpid())),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=_environment(self._mode),
+                env=environment(self._mode),
                 start_new_session=True,  # a Ctrl-C at the terminal goes to the driver alone
             )
         self._writer = threading.Thread(target=self._write, name="wandb-writer", daemon=True)
@@ -121,7 +128,7 @@ class WandbTracker(Tracker):
             self._process.wait()
             raise RuntimeError(
                 f"the W&B logger process did not finish within {self._finish_wait_s:g} s after the search had "
-                f"{state} and was ended; what it wrote lies in {self._log.parent}: upload it with `wandb sync`"
+                f"{state} and was ended; what it wrote lies in {self._log.parent}: `{self._way_to_upload()}` uploads it"
             ) from None
         if code != 0:
             raise RuntimeError(self._death(code))
@@ -159,6 +166,12 @@ class WandbTracker(Tracker):
             f"what it wrote until then lies in {self._log.parent}"
         )
 
+    def _way_to_upload(self) -> str:
+        """Online folders are wandb's to finish: nothing in them says what is missing."""
+        if self._mode == "offline":
+            return f"tuner sync {self._log.parents[1]}"
+        return f"wandb sync --include-online {self._log.parent}"
+
     def _report_log(self) -> None:
         if lines := self._log_lines():
             logger.warning("W&B: %s (%d lines in %s)", lines[-1], len(lines), self._log)
@@ -173,13 +186,21 @@ class WandbTracker(Tracker):
 
 
 def check_online() -> None:
+    """Raises ValueError unless a search can log online, as far as can be said without the network."""
+    check_login(
+        "--wandb online",
+        "run `wandb login`, set WANDB_API_KEY, or take --wandb offline and upload later with `tuner sync RUN`",
+    )
+
+
+def check_login(wanted_by: str, way_out: str) -> None:
     """Raises ValueError unless wandb finds credentials: an API key or an identity token, by wandb's own rules.
 
     Needs no network, so a key that the server would refuse passes.
     """
     result = subprocess.run(  # noqa: S603
         _command("--check-login"),
-        env=_environment("online"),
+        env=environment("online"),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -190,10 +211,7 @@ def check_online() -> None:
         return
     if result.returncode != wandb_process.LOGIN_MISSING:
         raise RuntimeError(f"wandb could not look for an API key: {result.stderr.strip()[-500:]}")
-    raise ValueError(
-        f"--wandb online needs a W&B API key, found {result.stdout.strip() or 'none'}; "
-        "run `wandb login`, set WANDB_API_KEY, or take --wandb offline and upload later with `wandb sync`"
-    )
+    raise ValueError(f"{wanted_by} needs a W&B API key, found {result.stdout.strip() or 'none'}; {way_out}")
 
 
 def _command(argument: str) -> list[str]:
@@ -201,7 +219,8 @@ def _command(argument: str) -> list[str]:
     return [sys.executable, "-P", str(Path(wandb_process.__file__).resolve()), argument]
 
 
-def _environment(mode: str) -> dict[str, str]:
+def environment(mode: str) -> dict[str, str]:
+    """Variables of a process that runs wandb for us."""
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
     environment["WANDB_SILENT"] = "true"
     if mode == "offline":

@@ -452,7 +452,7 @@ def test_online_without_a_server_goes_on_offline_and_loses_nothing(info, monkeyp
         epoch(tracker, trial, 1, 0.5)
         tracker.trial_ended(record(trial))
     tracker.search_ended("finished")
-    assert "no way online, further trials are kept for `wandb sync`" in caplog.text
+    assert f"no way online, further trials are kept for `tuner sync {info.directory}`" in caplog.text
     for trial in range(2):
         ended = summary_of(info, trial)
         assert (ended["name"], ended["tags"]) == (f"3fa91c-{trial:04d}", ["completed"])
