@@ -1,5 +1,6 @@
 """Where the shared reference material lies, if it does."""
 
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -8,6 +9,12 @@ import pytest
 # Loaded machines are slow at times; tests have a timeout of their own.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
+
+
+def heeds_ctrl_c() -> None:
+    """For `preexec_fn`: a shell's background jobs, and so a suite that runs as one, ignore the signal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from model import synthetic
+from tests.conftest import heeds_ctrl_c
 from tests.tuner.conftest import ended, small_space
 from tuner import cli
 from tuner import run as runs
@@ -345,6 +346,7 @@ def test_the_command_serves_until_ctrl_c(small: Run) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tuner", "dashboard", str(small.directory), "--port", "0"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+        preexec_fn=heeds_ctrl_c,
     )  # fmt: skip
     try:
         url = process.stdout.readline().strip()

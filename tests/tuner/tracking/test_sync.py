@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.conftest import heeds_ctrl_c
 from tests.tuner.tracking import test_wandb_runs as offline
 from tests.tuner.tracking.stub_server import StubServer
 from tuner import cli, run
@@ -284,7 +285,9 @@ def test_a_ctrl_c_keeps_what_is_uploaded_and_the_key_is_no_argument(logged, serv
     code = (
         "import sys; from pathlib import Path; from tuner.tracking.sync import upload; list(upload(Path(sys.argv[1])))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(logged)], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(logged)], stderr=subprocess.PIPE, preexec_fn=heeds_ctrl_c
+    )
     try:
         assert asked.wait(offline.DEADLINE_S)
         (uploader,) = offline.children(process.pid)
