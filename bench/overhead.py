@@ -107,11 +107,10 @@ def ended(proposal: Proposal) -> dict[str, Any]:
     )
     history = [{"epoch": n, "value": 0.5, "compared": 0.5} | figures for n in range(1, 51)]
     judged = proposal.config.judgement()._asdict() | {"value": 0.5, "epoch": 1, "thresholds": figures}
-    return nothing_yet() | {
-        "trial": proposal.trial, "number": proposal.number, "baseline": proposal.is_baseline, "seed": 0,
-        "params": proposal.params, "config": proposal.config.to_dict(), "status": "completed", "reason": None,
+    return nothing_yet() | proposal.identity() | {
+        "status": "completed", "reason": None,
         "value": proposal.config.learning_rate, "best_epoch": 1, "epochs": 50, "started": 0.0, "ended": 1.0,
-        "seconds": 1.0, "device_seconds": 1.0, "replayed_from": None, "history": history, "replays": [judged] * 4,
+        "seconds": 1.0, "device_seconds": 1.0, "history": history, "replays": [judged] * 4,
     }  # fmt: skip
 
 

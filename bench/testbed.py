@@ -211,26 +211,23 @@ class StudyStrategy:
         if trial.status == "completed":
             self._report(trial)
         reason = {"completed": None, "diverged": "not finite"}.get(trial.status, "the budget was used up")
-        record = nothing_yet() | {
-            "trial": proposal.trial,
-            "number": proposal.number,
-            "baseline": proposal.is_baseline,
-            "seed": proposal.config.seed,
-            "params": proposal.params,
-            "config": proposal.config.to_dict(),
-            "status": trial.status,
-            "reason": self.reasons.get(trial.number, reason),
-            "epochs": trial.epoch,
-            "history": [
-                {"epoch": epoch, "value": float(value), "compared": float(value)}
-                for epoch, value in enumerate(trial.curve.values_E[: trial.epoch], start=1)
-            ],
-            "started": trial.started,
-            "ended": trial.ended,
-            "seconds": trial.epoch * trial.curve.epoch_seconds,
-            "device_seconds": trial.epoch * trial.curve.epoch_seconds,
-            "replayed_from": None,
-        }
+        record = (
+            nothing_yet()
+            | proposal.identity()
+            | {
+                "status": trial.status,
+                "reason": self.reasons.get(trial.number, reason),
+                "epochs": trial.epoch,
+                "history": [
+                    {"epoch": epoch, "value": float(value), "compared": float(value)}
+                    for epoch, value in enumerate(trial.curve.values_E[: trial.epoch], start=1)
+                ],
+                "started": trial.started,
+                "ended": trial.ended,
+                "seconds": trial.epoch * trial.curve.epoch_seconds,
+                "device_seconds": trial.epoch * trial.curve.epoch_seconds,
+            }
+        )
         if trial.epoch:
             best = {"value": trial.value, "epoch": int(trial.curve.values_E[: trial.epoch].argmax()) + 1}
             own = proposal.config.judgement()._asdict() | best | {"thresholds": None}

@@ -24,7 +24,7 @@ import itertools
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,18 @@ class Proposal:
     params: dict[str, Any]
     config: RunConfig
     is_baseline: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What a record of it says before anything has been trained."""
+        return {
+            "trial": self.trial,
+            "number": self.number,
+            "baseline": self.is_baseline,
+            "seed": self.config.seed,
+            "params": self.params,
+            "config": self.config.to_dict(),
+            "replayed_from": None,
+        }
 
 
 class SearchStudy:
@@ -110,10 +122,12 @@ class SearchStudy:
         self._judged: dict[int, int] = {}
         """the last epoch at which a trial was compared"""
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-            if trial.user_attrs.get("held"):
+            if trial.user_attrs.get("held") and trial.user_attrs.get("record") is not None:
                 self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
                 self._held[trial.number] = self._proposal(trial.number, trial.params)
             elif trial.state is TrialState.RUNNING:
+                if trial.user_attrs.get("held"):  # killed when it was about to go on, its record taken back already
+                    self._storage.set_trial_user_attr(trial._trial_id, "held", False)
                 self.put_back(trial.number)
         self._trained: set[str] = set()
         """the trials whose networks have been trained, or in part"""
@@ -252,12 +266,12 @@ class SearchStudy:
         """Lets a held trial go on. Its record is taken back: it has not ended."""
         by_masks: defaultdict[int | str | None, list[int]] = defaultdict(list)
         for number, proposal in self._held.items():
-            by_masks[self._masks(proposal.config)].append(number)
+            by_masks[self._masks(proposal.params)].append(number)
         # One that failed after a rung takes nobody's place when the last ones are chosen.
         trials = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,)) if no_more else []
         failed = {trial.number for trial in trials}
         for masks, held in by_masks.items():
-            rivals = [p for p in self._running.values() if not p.is_baseline and self._masks(p.config) == masks]
+            rivals = [p for p in self._running.values() if not p.is_baseline and self._masks(p.params) == masks]
             running = [rival.number for rival in rivals if rival.number is not None]
             free = [number for number in held if not self._is_being_trained(self._held[number])]
             curves = {n: curve for n, curve in self.curves(like=held[0]).items() if n not in failed}
@@ -506,24 +520,23 @@ class SearchStudy:
         baseline. Where masks are a cost, only of the trials with as many as trial `like`, if that is given."""
         first = 1 if self._attr("baseline_in_space") else 0
         trials = self._study.get_trials(deepcopy=False)
-        wanted = None if like is None else self._masks_of(trials[like])
+        wanted = None if like is None else self._masks(trials[like].params)
         return {
             trial.number: trial.intermediate_values
             for trial in trials
             if trial.number >= first
             and trial.intermediate_values
             and not self._is_replay(trial)
-            and (wanted is None or self._masks_of(trial) == wanted)
+            and (wanted is None or self._masks(trial.params) == wanted)
         }
 
-    def _masks(self, config: RunConfig) -> int | str | None:
+    def _masks(self, params: Mapping[str, Any]) -> int | str | None:
         """How many positives keep their masks, as configured; None where that is no cost."""
-        is_cost = self.space.cost is not None and self.space.cost.metric == "num_segmented"
-        return config.num_segmented if is_cost else None
-
-    def _masks_of(self, trial: optuna.trial.FrozenTrial) -> int | str | None:
-        is_cost = self.space.cost is not None and self.space.cost.metric == "num_segmented"
-        return trial.params["num_segmented"] if is_cost else None  # it is searched then
+        if self.space.cost is None or self.space.cost.metric != "num_segmented":
+            return None
+        fixed = self.space.train.get("num_segmented", DEFAULTS["num_segmented"])  # where a condition does not hold
+        found: int | str = params.get("num_segmented", fixed)
+        return found
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all trials that ended or are held, a baseline outside the space first."""

@@ -407,16 +407,10 @@ class _Session:
 
     def _finish(self, proposal: Proposal, progress: dict[str, Any]) -> None:
         record = {
-            "trial": proposal.trial,
-            "number": proposal.number,
-            "baseline": proposal.is_baseline,
-            "seed": proposal.config.seed,
-            "params": proposal.params,
-            "config": proposal.config.to_dict(),
+            **proposal.identity(),
             "started": self.study.first_started(proposal.number, self._wall),
             "ended": self._wall,
             "device_seconds": progress["seconds"] * self.resources.devices,
-            "replayed_from": None,
             **progress,
         }
         is_stopped = progress["status"] == Status.STOPPED_EARLY

@@ -30,12 +30,7 @@ def ended(proposal: Proposal, status: str = "completed", value: float | None = 0
     """A record of a proposal, as the search writes it."""
     thresholds = {"rule": "grid", "factor": 1, "segmentation_logit": 0.0, "decision_logit": None}
     return {
-        "trial": proposal.trial,
-        "number": proposal.number,
-        "baseline": proposal.is_baseline,
-        "seed": proposal.config.seed,
-        "params": proposal.params,
-        "config": proposal.config.to_dict(),
+        **proposal.identity(),
         "status": status,
         "reason": None if status == "completed" else "because",
         "value": value,
@@ -51,7 +46,6 @@ def ended(proposal: Proposal, status: str = "completed", value: float | None = 0
             | {"value": found, "epoch": 1 if rule == "grid" else 2, "thresholds": thresholds | {"rule": rule}}
             for rule, found in (("min_of_max", 0.1), ("pr_curve", 0.4), ("grid", 0.5))
         ],
-        "replayed_from": None,
         "history": [],
     } | more
 

@@ -695,3 +695,37 @@ def test_a_held_trial_whose_network_was_trained_meanwhile_is_told_from_it(where:
     found = {record["trial"]: record for record in study.records()}
     assert found[held.trial]["replayed_from"] == other.trial
     assert (found[held.trial]["status"], found[held.trial]["value"]) == ("completed", 0.5)
+
+
+def test_a_kill_while_a_held_trial_is_taken_up_leaves_it_interrupted(where: Path | str, monkeypatch) -> None:
+    space = small_space(**HOLDING)
+    study = SearchStudy(space, "abc123", where)
+    baseline = study.ask()
+    study.finish(baseline, ended(baseline, ended=0.5))
+    held = hold_next(study, 0.3)
+    monkeypatch.setattr(study, "_passes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        study.ask(new=False)
+    again = SearchStudy(space, "abc123", where)
+    assert [record["trial"] for record in again.records()] == [baseline.trial]
+    assert again.ask() == held
+    assert again.let_go(for_good=True) == []
+
+
+def test_masks_that_only_some_trials_search_are_compared(journal: Path) -> None:
+    """Where the condition does not hold, all masks are kept."""
+    search = {
+        "optimizer": {"type": "categorical", "choices": ["sgd", "adam"]},
+        "num_segmented": {"type": "categorical", "choices": [5, 10], "when": {"optimizer": "adam"}},
+        "dilate": {"type": "int", "low": 1, "high": 9, "step": 2},
+    }
+    points = [{"optimizer": "sgd", "dilate": 3}, {"optimizer": "adam", "num_segmented": 5, "dilate": 3}]
+    space = small_space(search=search, start_from=points, **HOLDING, **MASKS)
+    study = SearchStudy(space, "abc123", journal)
+    proposals = [study.ask() for _ in range(3)]
+    for proposal in proposals:
+        study.report(proposal.number, 1, 0.5)
+    for proposal in proposals[-2:]:
+        assert study.leaves(proposal, 1)
+        study.hold(proposal, ended(proposal, "stopped_early", num_segmented=5))
+    assert study.ask(new=False) is not None

@@ -84,10 +84,15 @@ class TerminalTracker(Tracker):
             is_known = progress.finished.pop(record["trial"], None) == record
             progress.finished[record["trial"]] = record
         if self._live is None and not is_known:
-            self._print(_finished_line(record, progress))
+            self._print(_finished_line(record, progress, words(record["status"])))
 
     def trial_held(self, record: dict[str, Any]) -> None:
-        self.trial_ended(record)
+        progress = self._seen()
+        with self._lock:
+            progress.running.pop(record["trial"], None)
+            progress.finished[record["trial"]] = record
+        if self._live is None:
+            self._print(_finished_line(record, progress, "held"))
 
     def search_ended(self, state: str) -> None:
         if self._progress is None:
@@ -211,8 +216,8 @@ def _is_baseline(trial: str, progress: Progress) -> bool:
     return bool(progress.finished[trial].get("baseline"))
 
 
-def _finished_line(record: dict[str, Any], progress: Progress) -> str:
-    parts = [f"{record['trial']}{' (baseline)' if record.get('baseline') else ''} {words(record['status'])}"]
+def _finished_line(record: dict[str, Any], progress: Progress, end: str) -> str:
+    parts = [f"{record['trial']}{' (baseline)' if record.get('baseline') else ''} {end}"]
     if record.get("value") is not None:
         value = number(record.get("values") or record["value"])
         parts.append(f"{progress.run.metric} {value} at epoch {record.get('best_epoch')}")

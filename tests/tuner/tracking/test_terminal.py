@@ -182,6 +182,25 @@ def test_log_messages_and_prints_scroll_by_above_the_display(tmp_path) -> None:
     assert output.rstrip().endswith("no trial has a value")
 
 
+def test_a_trial_that_is_held_is_not_said_to_have_ended(tmp_path, clock) -> None:
+    console = Console(file=io.StringIO(), width=80, _environ={})
+    tracker = TerminalTracker(console, clock)
+    tracker.search_started(run_info(tmp_path))
+    for trial in (0, 1):
+        tracker.trial_started(f"3fa91c-000{trial}", PARAMS, PARAMS, 0)
+        tracker.trial_held(record(trial, "stopped_early", value=0.1))
+    tracker.trial_started("3fa91c-0000", PARAMS, PARAMS, 1)
+    tracker.trial_ended(record(0, value=0.5))
+    tracker.trial_ended(record(1, "stopped_early", value=0.1))  # the search is over; nothing new
+    tracker.search_ended("finished")
+    lines = console.file.getvalue().splitlines()
+    assert [line.split(";")[0] for line in lines[:3]] == [
+        "[1 of 10] 3fa91c-0000 held", "[2 of 10] 3fa91c-0001 held", "[2 of 10] 3fa91c-0000 completed",
+    ]  # fmt: skip
+    assert "1 completed, 1 stopped early" in lines[3]
+    assert len(lines) == 4
+
+
 def test_without_a_terminal_there_is_one_plain_line_a_trial_and_one_at_the_end(tmp_path, clock) -> None:
     console = Console(file=io.StringIO(), width=80, _environ={})
     tracker = TerminalTracker(console, clock)
