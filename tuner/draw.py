@@ -64,7 +64,8 @@ class SeesCurves(optuna.samplers.BaseSampler):
     """A sampler that is shown what unfinished trials have reached so far, as their value.
 
     Optuna's TPE places every stopped trial behind every completed one, and every running one, the best that a scheduler
-    let go on among them, with the bad: in bench/strategies.py that costs more than the optimism of an early figure.
+    let go on among them, with the bad. On the problems of bench/strategies.py that costs more than the optimism of an
+    early figure (bench/RESULTS.md).
     """
 
     def __init__(self, inner: optuna.samplers.BaseSampler, study: optuna.Study, show: _Show) -> None:

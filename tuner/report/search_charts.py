@@ -192,7 +192,7 @@ def _broken(label: str) -> str:
 
 
 def timeline(run: Run) -> Any | None:
-    """When each trial ran; None where no trial says."""
+    """From each trial's first start to its end; None where no trial says."""
     timed = sorted((r for r in run.records if ended(r) is not None), key=lambda r: (r["started"], r["trial"]))
     if not timed:
         return None
@@ -201,7 +201,7 @@ def timeline(run: Run) -> Any | None:
     figure, axes = style.panel(FULL, height)
     axes.barh(
         range(len(timed)),
-        [r["seconds"] / unit for r in timed],
+        [((ended(r) or 0.0) - r["started"]) / unit for r in timed],
         left=[r["started"] / unit for r in timed],
         color=[style.STATUS[r["status"]] for r in timed],
         height=0.75,

@@ -49,7 +49,18 @@ def search(run: Run, metrics: Json, gallery: Gallery) -> Section:
     if slices := _slices(run, gallery):
         blocks.append(Pictures(slices))
     if (figure := search_charts.timeline(run)) is not None:
-        blocks.append(Pictures([gallery.figure(figure, "timeline", "When each trial ran.", "full")]))
+        blocks.append(
+            Pictures(
+                [
+                    gallery.figure(
+                        figure,
+                        "timeline",
+                        "Each trial from its first start to its end; a held or interrupted one waited in between.",
+                        "full",
+                    )
+                ]
+            )
+        )
     return Section("search", "Search", blocks)
 
 

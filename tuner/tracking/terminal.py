@@ -52,8 +52,7 @@ class TerminalTracker(Tracker):
         self._progress = Progress(run)
         for record in records_before(run.directory / "records.jsonl"):
             self._progress.finished[record["trial"]] = record
-            ended = (record.get("started") or 0.0) + (record.get("seconds") or 0.0)
-            self._progress.seconds_before = max(self._progress.seconds_before, ended)
+            self._progress.seconds_before = max(self._progress.seconds_before, record.get("ended") or 0.0)
         self._progress.finished_before = self._progress.charged()
         if self.console.is_interactive:
             self._live = Live(console=self.console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self._draw)

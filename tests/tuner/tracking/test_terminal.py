@@ -146,7 +146,7 @@ def test_time_left_obeys_the_budget_in_hours(tmp_path, clock) -> None:
 
 
 def test_a_resumed_search_counts_what_finished_before(tmp_path, clock) -> None:
-    lines = [json.dumps(record(n, started=100.0 * n)) for n in range(3)]
+    lines = [json.dumps(record(n, started=100.0 * n, ended=100.0 * n + 62.25)) for n in range(3)]
     (tmp_path / "records.jsonl").write_text("\n".join(lines) + '\n{"trial": "3fa91')
     tracker = TerminalTracker(terminal(), clock)
     tracker.search_started(run_info(tmp_path))
