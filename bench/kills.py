@@ -105,7 +105,7 @@ def one_run(place: Path, kills: int, study: str | None = None) -> tuple[list[str
         if not done:
             return hit, ["it did not end in ten minutes"]
         found = records(run)
-        again += [trial for trial, record in ended_before.items() if found.get(trial) != record]
+        again += [trial for trial, record in ended_before.items() if not is_kept(record, found.get(trial))]
         ended_before = found
         if process.returncode == 0:
             break
@@ -113,6 +113,13 @@ def one_run(place: Path, kills: int, study: str | None = None) -> tuple[list[str
             return hit, ["its command was refused"]
         command = ("resume", "runs/small") if (run / "run.json").exists() else command
     return hit, [f"changed after its end: {trial}" for trial in again] + problems(run)
+
+
+def is_kept(record: dict[str, Any], later: dict[str, Any] | None) -> bool:
+    """Whether a record is what it was. That of a held trial may be gone while it goes on, and be longer afterwards."""
+    if record["status"] != "stopped_early":
+        return later == record
+    return later is None or later["history"][: record["epochs"]] == record["history"]
 
 
 def records(run: Path) -> dict[str, Any]:
