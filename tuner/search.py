@@ -308,7 +308,7 @@ class _Session:
         self.nodes[key] = _nodes_alive()
         self.progress[key] = progress
         self.starts[proposal.trial] += 1
-        self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["epochs"])
+        self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["history"])
         again = self.starts[proposal.trial]
         return {
             "trial": proposal.trial,
@@ -364,7 +364,7 @@ class _Session:
         _prune(self.trials, proposal.trial, keep=2)  # the newest may have been cut short
         is_best = row["epoch"] == progress["best_epoch"]
         previews = _previews(self.trials, proposal.trial) if is_best else {}
-        self.trackers.epoch_ended(proposal.trial, row, previews)
+        self.trackers.epoch_ended(proposal.trial, row, {}, previews)
         used_up = self.used_up()
         if progress["status"] == Status.COMPLETED or proposal.is_baseline:
             return True

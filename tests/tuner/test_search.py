@@ -86,8 +86,8 @@ class Events(Tracker):
     def __init__(self) -> None:
         self.seen: list[tuple[str, str]] = []
 
-    def trial_started(self, trial, params, config, resumed_epoch) -> None:
-        self.seen.append(("started", f"{trial} {resumed_epoch}"))
+    def trial_started(self, trial, params, config, history) -> None:
+        self.seen.append(("started", f"{trial} {len(history)}"))
 
     def trial_held(self, record) -> None:
         self.seen.append(("held", record["trial"]))

@@ -44,11 +44,17 @@ class Tracker:
     def search_started(self, run: RunInfo) -> None:
         """First event, also of a resumed search."""
 
-    def trial_started(self, trial: str, params: dict[str, Any], config: dict[str, Any], resumed_epoch: int) -> None:
-        """A trial begins, or goes on after `resumed_epoch` epochs. `config` is the whole RunConfig."""
+    def trial_started(
+        self, trial: str, params: dict[str, Any], config: dict[str, Any], history: list[dict[str, Any]]
+    ) -> None:
+        """A trial begins, or goes on after the epochs of `history`, which may include some that were never told.
+        `config` is the whole RunConfig."""
 
-    def epoch_ended(self, trial: str, figures: dict[str, float | None], previews: dict[str, bytes]) -> None:
-        """`figures`: a row of a record's history and `value`, the objective. `previews`: name -> PNG, often empty."""
+    def epoch_ended(
+        self, trial: str, figures: dict[str, float | None], use: dict[str, float], previews: dict[str, bytes]
+    ) -> None:
+        """`figures`: a row of a record's history. `use`: of worker and device in this epoch, see `tuner.use`.
+        `previews`: name -> PNG, often empty."""
 
     def trial_ended(self, record: dict[str, Any]) -> None:
         """`record`: a line of records.jsonl. A trial that was read off another one was never started."""
@@ -72,11 +78,15 @@ class Trackers(Tracker):
     def search_started(self, run: RunInfo) -> None:
         self._tell("search_started", run)
 
-    def trial_started(self, trial: str, params: dict[str, Any], config: dict[str, Any], resumed_epoch: int) -> None:
-        self._tell("trial_started", trial, params, config, resumed_epoch)
+    def trial_started(
+        self, trial: str, params: dict[str, Any], config: dict[str, Any], history: list[dict[str, Any]]
+    ) -> None:
+        self._tell("trial_started", trial, params, config, history)
 
-    def epoch_ended(self, trial: str, figures: dict[str, float | None], previews: dict[str, bytes]) -> None:
-        self._tell("epoch_ended", trial, figures, previews)
+    def epoch_ended(
+        self, trial: str, figures: dict[str, float | None], use: dict[str, float], previews: dict[str, bytes]
+    ) -> None:
+        self._tell("epoch_ended", trial, figures, use, previews)
 
     def trial_ended(self, record: dict[str, Any]) -> None:
         self._tell("trial_ended", record)

@@ -58,13 +58,17 @@ class TerminalTracker(Tracker):
             self._live = Live(console=self.console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self._draw)
             self._live.start()
 
-    def trial_started(self, trial: str, params: dict[str, Any], config: dict[str, Any], resumed_epoch: int) -> None:
+    def trial_started(
+        self, trial: str, params: dict[str, Any], config: dict[str, Any], history: list[dict[str, Any]]
+    ) -> None:
         progress = self._seen()
         with self._lock:
             progress.finished.pop(trial, None)  # it was held
-            progress.running[trial] = Running(params, progress.run.is_baseline(config), resumed_epoch)
+            progress.running[trial] = Running(params, progress.run.is_baseline(config), len(history))
 
-    def epoch_ended(self, trial: str, figures: dict[str, float | None], previews: dict[str, bytes]) -> None:
+    def epoch_ended(
+        self, trial: str, figures: dict[str, float | None], use: dict[str, float], previews: dict[str, bytes]
+    ) -> None:
         progress = self._seen()
         with self._lock:
             running = progress.running.get(trial)

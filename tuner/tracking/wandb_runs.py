@@ -89,7 +89,9 @@ class WandbTracker(Tracker):
             }
         )
 
-    def trial_started(self, trial: str, params: dict[str, Any], config: dict[str, Any], resumed_epoch: int) -> None:
+    def trial_started(
+        self, trial: str, params: dict[str, Any], config: dict[str, Any], history: list[dict[str, Any]]
+    ) -> None:
         assert self._run is not None
         self._send(
             {
@@ -97,11 +99,13 @@ class WandbTracker(Tracker):
                 "trial": trial,
                 "config": {**config, **params},
                 "baseline": self._run.is_baseline(config),
-                "resumed_epoch": resumed_epoch,
+                "resumed_epoch": len(history),
             }
         )
 
-    def epoch_ended(self, trial: str, figures: dict[str, float | None], previews: dict[str, bytes]) -> None:
+    def epoch_ended(
+        self, trial: str, figures: dict[str, float | None], use: dict[str, float], previews: dict[str, bytes]
+    ) -> None:
         if previews and self._queue.qsize() >= PREVIEW_BACKLOG:
             self._previews_left_out += len(previews)
             previews = {}

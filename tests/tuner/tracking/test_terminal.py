@@ -69,12 +69,12 @@ def live(tmp_path, clock):
 
 
 def test_the_display_shows_the_whole_search(live, clock) -> None:
-    live.trial_started("3fa91c-0000", BASELINE, BASELINE, 0)
+    live.trial_started("3fa91c-0000", BASELINE, BASELINE, [])
     for trial in range(1, 6):
-        live.trial_started(f"3fa91c-{trial:04d}", PARAMS, PARAMS, 0)
-    live.epoch_ended("3fa91c-0000", {"epoch": 7, "value": 0.65432109876}, {})
-    live.epoch_ended("3fa91c-0000", {"epoch": 8, "value": 0.5}, {})
-    live.epoch_ended("3fa91c-0001", {"epoch": 3, "value": None}, {})
+        live.trial_started(f"3fa91c-{trial:04d}", PARAMS, PARAMS, [])
+    live.epoch_ended("3fa91c-0000", {"epoch": 7, "value": 0.65432109876}, {}, {})
+    live.epoch_ended("3fa91c-0000", {"epoch": 8, "value": 0.5}, {}, {})
+    live.epoch_ended("3fa91c-0001", {"epoch": 3, "value": None}, {}, {})
     clock.seconds = 600
     live.trial_ended(record(2))
     live.trial_ended(record(3, "stopped_early", value=0.4))
@@ -98,7 +98,7 @@ def test_the_display_fits_any_terminal(tmp_path, width) -> None:
     tracker.search_started(run_info(tmp_path, name="a" * 100))
     many = {f"a_rather_long_parameter_{i}": "value" * 20 for i in range(12)}
     for trial in range(64):
-        tracker.trial_started(f"3fa91c-{trial:04d}", many, many, 0)
+        tracker.trial_started(f"3fa91c-{trial:04d}", many, many, [])
         tracker.trial_ended(record(100 + trial, params=many, value=None))
     lines = drawn(tracker, width).splitlines()
     tracker.close()
@@ -124,9 +124,9 @@ def test_the_best_is_found_in_either_direction_and_never_among_the_diverged(tmp_
 
 
 def test_a_running_trial_can_be_the_best(live) -> None:
-    live.trial_started("3fa91c-0000", BASELINE, BASELINE, 0)
+    live.trial_started("3fa91c-0000", BASELINE, BASELINE, [])
     assert "best: none yet" in drawn(live)
-    live.epoch_ended("3fa91c-0000", {"epoch": 1, "value": 0.3}, {})
+    live.epoch_ended("3fa91c-0000", {"epoch": 1, "value": 0.3}, {}, {})
     assert "best: 0.3  3fa91c-0000 (running) (baseline)" in drawn(live)
 
 
@@ -187,9 +187,9 @@ def test_a_trial_that_is_held_is_not_said_to_have_ended(tmp_path, clock) -> None
     tracker = TerminalTracker(console, clock)
     tracker.search_started(run_info(tmp_path))
     for trial in (0, 1):
-        tracker.trial_started(f"3fa91c-000{trial}", PARAMS, PARAMS, 0)
+        tracker.trial_started(f"3fa91c-000{trial}", PARAMS, PARAMS, [])
         tracker.trial_held(record(trial, "stopped_early", value=0.1))
-    tracker.trial_started("3fa91c-0000", PARAMS, PARAMS, 1)
+    tracker.trial_started("3fa91c-0000", PARAMS, PARAMS, [{"epoch": 1}])
     tracker.trial_ended(record(0, value=0.5))
     tracker.trial_ended(record(1, "stopped_early", value=0.1))  # the search is over; nothing new
     tracker.search_ended("finished")
@@ -205,12 +205,12 @@ def test_without_a_terminal_there_is_one_plain_line_a_trial_and_one_at_the_end(t
     console = Console(file=io.StringIO(), width=80, _environ={})
     tracker = TerminalTracker(console, clock)
     tracker.search_started(run_info(tmp_path, name="[red]cracks"))
-    tracker.trial_started("3fa91c-0000", BASELINE, BASELINE, 0)
-    tracker.epoch_ended("3fa91c-0000", {"epoch": 1, "value": 0.5}, {})
+    tracker.trial_started("3fa91c-0000", BASELINE, BASELINE, [])
+    tracker.epoch_ended("3fa91c-0000", {"epoch": 1, "value": 0.5}, {}, {})
     tracker.trial_ended(record(0, params=BASELINE, baseline=True))
     tracker.trial_ended(record(1, "diverged", value=None, epochs=2, reason="the loss is NaN\nin step 3"))
     tracker.trial_ended(record(2, value=0.5, replayed_from="3fa91c-0000"))
-    tracker.trial_started("3fa91c-0003", PARAMS, PARAMS, 0)
+    tracker.trial_started("3fa91c-0003", PARAMS, PARAMS, [])
     clock.seconds = 3 * 3600 + 20 * 60
     tracker.search_ended("stopped")
     output = console.file.getvalue()

@@ -44,8 +44,8 @@ class Failing(Tracker):
 def drive(tracker: Tracker) -> None:
     tracker.search_started(RUN)
     for number in range(2):
-        tracker.trial_started(f"3fa91c-{number:04d}", {"dilate": 3}, {"dilate": 3}, 0)
-        tracker.epoch_ended(f"3fa91c-{number:04d}", {"epoch": 1, "value": 0.5}, {})
+        tracker.trial_started(f"3fa91c-{number:04d}", {"dilate": 3}, {"dilate": 3}, [])
+        tracker.epoch_ended(f"3fa91c-{number:04d}", {"epoch": 1, "value": 0.5}, {}, {})
         tracker.trial_ended({"trial": f"3fa91c-{number:04d}", "status": "completed"})
     tracker.search_ended("finished")
 

@@ -61,7 +61,8 @@ def tracker(info):
 def start(tracker: Tracker, trial: int, resumed_epoch: int = 0, **params: Any) -> None:
     searched = {"learning_rate": 0.01, "dilate": 3} | params
     config = {"architecture": "segdecnet", "epochs": 50, "num_segmented": "all", **searched}
-    tracker.trial_started(f"3fa91c-{trial:04d}", searched, config, resumed_epoch)
+    history = [{"epoch": n} for n in range(1, resumed_epoch + 1)]
+    tracker.trial_started(f"3fa91c-{trial:04d}", searched, config, history)
 
 
 def epoch(tracker: Tracker, trial: int, number: int, value: float | None, **previews: bytes) -> None:
@@ -70,7 +71,7 @@ def epoch(tracker: Tracker, trial: int, number: int, value: float | None, **prev
         "seconds": 2.5, "dice_mean": value, "decision_ap": None, "two_pixel_f1": float("nan"),
         "threshold": 0.1 * number, "value": value,
     }  # fmt: skip
-    tracker.epoch_ended(f"3fa91c-{trial:04d}", figures, previews)
+    tracker.epoch_ended(f"3fa91c-{trial:04d}", figures, {}, previews)
 
 
 def record(trial: int, status: str = "completed", **changes: Any) -> dict[str, Any]:
@@ -315,7 +316,7 @@ def test_a_dead_process_switches_the_tracker_off(tracker, info, caplog) -> None:
     class Counting(Tracker):
         epochs = 0
 
-        def epoch_ended(self, trial, figures, previews) -> None:
+        def epoch_ended(self, trial, figures, {}, previews) -> None:
             self.epochs += 1
 
     other = Counting()
@@ -392,7 +393,7 @@ DRIVER = """
     tracker.search_started(run)
     tracker.trial_started("3fa91c-0000", {"dilate": 3}, {"dilate": 3}, 0)
     for epoch in (1, 2, 3):
-        tracker.epoch_ended("3fa91c-0000", {"epoch": epoch, "value": 0.1 * epoch}, {})
+        tracker.epoch_ended("3fa91c-0000", {"epoch": epoch, "value": 0.1 * epoch}, {}, {})
     tracker.trial_started("3fa91c-0001", {"dilate": 5}, {"dilate": 5}, 0)
     holder = 0
     if "fork" in sys.argv:  # a child that holds the pipe open
