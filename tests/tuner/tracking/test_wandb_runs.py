@@ -316,7 +316,7 @@ def test_a_dead_process_switches_the_tracker_off(tracker, info, caplog) -> None:
     class Counting(Tracker):
         epochs = 0
 
-        def epoch_ended(self, trial, figures, {}, previews) -> None:
+        def epoch_ended(self, trial, figures, use, previews) -> None:
             self.epochs += 1
 
     other = Counting()
