@@ -196,4 +196,5 @@ def _watched(run: Run) -> tracking.RunInfo:
         hours=space.budget.hours,
         metric=space.objective.metric,
         mode="max",
+        data=run.data,
     )

@@ -1,8 +1,7 @@
 """Weights & Biases: every trial a run, written by one logger process for the whole search.
 
 The driver imports no wandb and never waits for it: it puts lines of JSON into a queue that a thread writes to the
-process's standard input. The queue takes everything but previews, which are left out while it holds PREVIEW_BACKLOG
-events or more: figures are small and must not be lost, pictures are neither.
+process's standard input (`tuner.tracking.wandb_process`), which takes them in at once.
 
 The process is a plain subprocess and not one of `multiprocessing`, whose spawned children import the main module
 again: a user's script without a main guard would start its search a second time.
@@ -24,20 +23,20 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from tuner.tracking import wandb_process
 from tuner.tracking.base import RunInfo, Tracker
+from tuner.tracking.wandb_files import LOG
 
 logger = logging.getLogger(__name__)
 
-PREVIEW_BACKLOG = 256
-FINISH_WAIT_S = {"offline": 30.0, "online": 120.0}
-"""How long the end of a search waits for the logger process before ending it. Offline a run takes milliseconds."""
+WAIT_S = 5.0
+"""How long the end of a search waits for the logger process, unless it is asked to wait longer."""
 
-LOG = Path("wandb") / "tracker.log"
-"""In a run's directory: what the logger process says. It holds a shared lock on it as long as it lives."""
+LOGIN_MISSING = 3
+"""Exit code of the process that looks for credentials and finds none."""
 
 _NOT_PASSED_ON = (
-    "WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_NAME", "WANDB_SWEEP_ID", "WANDB_SERVICE",
+    "WANDB_MODE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_NAME", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH",
+    "WANDB_SERVICE", "WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_DIR", "WANDB_TAGS", "WANDB_NOTES",
 )  # fmt: skip
 """Belong to a run or a service of the user's own process, and would bend all of ours."""
 
@@ -45,16 +44,16 @@ _NOT_PASSED_ON = (
 class WandbTracker(Tracker):
     """Logs trials to `RUN/wandb` (offline, needs no account) or to a W&B server (online)."""
 
-    def __init__(self, mode: Literal["offline", "online"], finish_wait_s: float | None = None) -> None:
+    def __init__(self, mode: Literal["offline", "online"], wait_s: float = WAIT_S) -> None:
         self._mode = mode
-        self._finish_wait_s = FINISH_WAIT_S[mode] if finish_wait_s is None else finish_wait_s
+        self._wait_s = wait_s
         self._run: RunInfo | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: threading.Thread | None = None
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._log = Path()
-        self._log_start = 0
-        self._previews_left_out = 0
+        self._log_read = 0
+        """bytes of the log that were told"""
 
     @property
     def pid(self) -> int | None:
@@ -67,7 +66,7 @@ class WandbTracker(Tracker):
         self._log = directory / LOG
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
-            self._log_start = log.tell()
+            self._log_read = log.tell()
             with contextlib.suppress(BlockingIOError):  # `tuner sync` has it, whose list of folders is made
                 fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self._process = subprocess.Popen(  # noqa: S603
@@ -75,7 +74,7 @@ class WandbTracker(Tracker):
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment(self._mode),
+                env=environment(self._mode, directory),
                 start_new_session=True,  # a Ctrl-C at the terminal goes to the driver alone
             )
         self._writer = threading.Thread(target=self._write, name="wandb-writer", daemon=True)
@@ -83,9 +82,14 @@ class WandbTracker(Tracker):
         self._send(
             {
                 "name": run.name,
+                "id": run.id,
                 "directory": str(directory),
                 "mode": self._mode,
                 "objective_mode": run.mode,
+                "space": run.space,
+                "data": run.data,
+                "sweep": run.sweep,
+                "wandb_run": run.wandb_run,
             }
         )
 
@@ -99,18 +103,15 @@ class WandbTracker(Tracker):
                 "trial": trial,
                 "config": {**config, **params},
                 "baseline": self._run.is_baseline(config),
-                "resumed_epoch": len(history),
+                "history": history,
             }
         )
 
     def epoch_ended(
         self, trial: str, figures: dict[str, float | None], use: dict[str, float], previews: dict[str, bytes]
     ) -> None:
-        if previews and self._queue.qsize() >= PREVIEW_BACKLOG:
-            self._previews_left_out += len(previews)
-            previews = {}
         pictures = {name: base64.b64encode(png).decode("ascii") for name, png in previews.items()}
-        self._send({"event": "epoch_ended", "trial": trial, "figures": figures, "previews": pictures})
+        self._send({"event": "epoch_ended", "trial": trial, "figures": figures, "use": use, "previews": pictures})
 
     def trial_ended(self, record: dict[str, Any]) -> None:
         self._send({"event": "trial_ended", "record": record})
@@ -118,25 +119,29 @@ class WandbTracker(Tracker):
     def trial_held(self, record: dict[str, Any]) -> None:
         self._send({"event": "trial_held", "trial": record["trial"]})
 
+    def report_written(self) -> None:
+        self._send({"event": "report"})
+
     def search_ended(self, state: str) -> None:
-        """Closes the pipe, at which the process finishes all runs, and waits for it no longer than FINISH_WAIT_S."""
+        """Closes the pipe, at which the process finishes all runs, and waits for it a moment. What it has not done then
+        it does alone."""
         if self._process is None or self._writer is None:
             return
-        deadline = time.monotonic() + self._finish_wait_s
+        deadline = time.monotonic() + self._wait_s
         self.close()
-        self._writer.join(self._finish_wait_s)
+        self._writer.join(self._wait_s)
         try:
             code = self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._process.kill()  # it ignores SIGTERM
-            self._process.wait()
-            raise RuntimeError(
-                f"the W&B logger process did not finish within {self._finish_wait_s:g} s after the search had "
-                f"{state} and was ended; what it wrote lies in {self._log.parent}: `{self._way_to_upload()}` uploads it"
-            ) from None
+            self._tell_log()
+            logger.warning(
+                "W&B: the logger process is still writing after %g s, and goes on in the background for some minutes "
+                "at most; `%s` then makes whole what is missing", self._wait_s, self._way_to_upload,
+            )  # fmt: skip
+            return
         if code != 0:
             raise RuntimeError(self._death(code))
-        self._report_log()
+        self._tell_log()
 
     def close(self) -> None:
         """Ends the pipe; the process finishes its runs and exits by itself."""
@@ -148,6 +153,7 @@ class WandbTracker(Tracker):
         code = self._process.poll()
         if code is not None or not self._writer.is_alive():
             raise RuntimeError(self._death(code))
+        self._tell_log()
         self._queue.put(json.dumps(message, default=_plain).encode() + b"\n")
 
     def _write(self) -> None:
@@ -163,30 +169,29 @@ class WandbTracker(Tracker):
             logger.debug("the pipe to the W&B logger process broke: %s", error)
 
     def _death(self, code: int | None) -> str:
-        lines = self._log_lines()
+        lines = self._new_lines()
         why = lines[-1] if lines else "it left no message"
         return (
-            f"the W&B logger process (pid {self.pid}) ended with exit code {code}: {why}; "
-            f"what it wrote until then lies in {self._log.parent}"
+            f"the W&B logger process (pid {self.pid}) ended with exit code {code}: {why}; nothing is lost for good: "
+            f"`{self._way_to_upload}` completes W&B from the records and uploads it"
         )
 
+    @property
     def _way_to_upload(self) -> str:
-        """Online folders are wandb's to finish: nothing in them says what is missing."""
-        if self._mode == "offline":
-            return f"tuner sync {self._log.parents[1]}"
-        return f"wandb sync --include-online {self._log.parent}"
+        return f"tuner sync {self._log.parents[1]}"
 
-    def _report_log(self) -> None:
-        if lines := self._log_lines():
-            logger.warning("W&B: %s (%d lines in %s)", lines[-1], len(lines), self._log)
-        if self._previews_left_out:
-            logger.warning("W&B could not keep up: %d previews were left out", self._previews_left_out)
+    def _tell_log(self) -> None:
+        """Warns of what the process has said since the last time; it says nothing when all is well."""
+        if self._log.stat().st_size > self._log_read and (lines := self._new_lines()):
+            more = f" ({len(lines)} lines in {self._log})" if len(lines) > 1 else ""
+            logger.warning("W&B: %s%s", lines[-1], more)
 
-    def _log_lines(self) -> list[str]:
-        """What the process has said; nothing, when all is well."""
+    def _new_lines(self) -> list[str]:
         with self._log.open("rb") as log:
-            log.seek(self._log_start)
-            return [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            log.seek(self._log_read)
+            said = log.read().rpartition(b"\n")[0] + b"\n"  # the last line may be half written
+        self._log_read += len(said) if said.strip() else 0
+        return [line for line in said.decode(errors="replace").splitlines() if line.strip()]
 
 
 def check_online() -> None:
@@ -213,20 +218,22 @@ def check_login(wanted_by: str, way_out: str) -> None:
     )
     if result.returncode == 0:
         return
-    if result.returncode != wandb_process.LOGIN_MISSING:
+    if result.returncode != LOGIN_MISSING:
         raise RuntimeError(f"wandb could not look for an API key: {result.stderr.strip()[-500:]}")
     raise ValueError(f"{wanted_by} needs a W&B API key, found {result.stdout.strip() or 'none'}; {way_out}")
 
 
 def _command(argument: str) -> list[str]:
-    # -P: neither the current folder nor this one may shadow a module of the logger process.
-    return [sys.executable, "-P", str(Path(wandb_process.__file__).resolve()), argument]
+    # -P: nothing in the current folder may shadow a module of the logger process.
+    return [sys.executable, "-P", "-m", "tuner.tracking.wandb_process", argument]
 
 
-def environment(mode: str) -> dict[str, str]:
-    """Variables of a process that runs wandb for us."""
+def environment(mode: str, directory: Path | None = None) -> dict[str, str]:
+    """Variables of a process that runs wandb for us; what it keeps of artifacts lies with the run in `directory`."""
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
     environment["WANDB_SILENT"] = "true"
+    if directory:
+        environment["WANDB_DATA_DIR"] = environment["WANDB_CACHE_DIR"] = str(directory / "wandb" / "data")
     if mode == "offline":
         # What is not there cannot leak, and an offline search calls nobody, not even with a crash report.
         environment.pop("WANDB_API_KEY", None)

@@ -1,0 +1,82 @@
+"""The files that wandb writes into a run's directory: where they lie, and what they hold.
+
+wandb says nothing when a full disk swallows the rows of a run, when the file of an earlier session was cut off, or when
+a server has refused a part. So files are read back, and wandb's own log is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+PROJECT = "segdec-tuner"
+"""Where runs and sweeps lie, unless WANDB_PROJECT says."""
+LOG = Path("wandb") / "tracker.log"
+"""In a run's directory: what the logger process says. It holds a shared lock on it as long as it lives."""
+SWEEP = Path("wandb") / "sweep.json"
+"""In a run's directory: the sweep and the pages that a server has made for it."""
+
+OFFLINE = "-offline"
+"""Ends the id of a run that could not be opened online; `tuner sync` gives it its own one back."""
+REPORT = "-report"
+"""Ends the id of the report's run."""
+
+_LOST = ("file transfer: ", "filestream: ", "runfiles: ", "runupserter: failed")
+"""Errors in wandb's log that it does not say aloud: parts of a run that were not taken."""
+
+
+class Written(NamedTuple):
+    """What a .wandb file holds."""
+
+    epoch: int
+    """the last one, 0 if there is none"""
+    exit_code: int | None
+    """None where its run was not ended"""
+
+
+def written(file: Path) -> Written:
+    """Reads a file back, as far as it goes."""
+    spec = importlib.util.find_spec("wandb")
+    assert spec is not None
+    assert spec.origin is not None
+    core = Path(spec.origin).parent / "bin" / "wandb-core"
+    command = [core, "leet", "inspect", "-no-observability", "--json", "--summary", "--run-file", file]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout  # noqa: S603
+    try:
+        found = json.loads(said)
+    except ValueError:  # nothing in it
+        return Written(0, None)
+    return Written(int(found["summary"].get("epoch") or 0), found.get("exit_code"))
+
+
+def lost_parts(log: Path) -> list[str]:
+    """What wandb's own log says of parts that were not taken."""
+    found = []
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+        try:
+            entry = json.loads(line)
+            if entry["level"].startswith("ERROR") and entry["msg"].startswith(_LOST):
+                found.append(" ".join(f"{entry['msg']} {entry.get('error', '')}".split()))
+        except (ValueError, KeyError):
+            continue
+    return found
+
+
+def files_of(directory: Path, run_id: str) -> list[Path]:
+    """The .wandb files of a run, oldest first: one for each time that it was begun."""
+    ids = (run_id, run_id + OFFLINE)
+    files = [file for name in ids for file in (directory / "wandb").glob(f"*run-*/run-{name}.wandb")]
+    return sorted(files, key=started)
+
+
+def started(file: Path) -> str:
+    """When a file was begun, by the name of its folder."""
+    return file.parent.name.removeprefix("offline-")
+
+
+def mark(file: Path) -> Path:
+    """wandb's own mark of what has been uploaded."""
+    return file.with_suffix(".wandb.synced")
