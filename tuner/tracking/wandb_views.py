@@ -158,11 +158,11 @@ def _figure_and_cost(space: Space) -> tuple[str, str]:
     return figure, cost
 
 
-def _of_search(search: str) -> list[Any]:
-    """The filters of a search's trials."""
+def _of_search(search: str) -> Any:
+    """The filter of a search's trials."""
     from wandb_workspaces import expr
 
-    return [expr.Metric("Group") == search, expr.Metric("JobType") == "trial"]
+    return expr.And(expr.Metric("Group") == search, expr.Metric("JobType") == "trial")
 
 
 def _columns(space: Space) -> list[str]:

@@ -22,6 +22,8 @@ class PagesServer(StubServer):
         self.sweeps: dict[str, dict[str, Any]] = {}
         self.views: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.drawn: list[dict[str, Any]] = []
+        """parameters that an agent is still to try; it is told to exit when it has"""
 
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
         if path != "/graphql":
@@ -34,6 +36,9 @@ class PagesServer(StubServer):
     def Viewer(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802 - as W&B calls it
         viewer = {"id": "u", "entity": "me", "username": "me", "email": None, "flags": "{}", "teams": {"edges": []}}
         return {"viewer": viewer}
+
+    def GetDefaultEntity(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"viewer": {"id": "u", "entity": "me"}}
 
     def UpsertSweep(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         given = asked["id"].removeprefix("node-") if asked["id"] else f"sweep{len(self.sweeps)}"
@@ -54,6 +59,20 @@ class PagesServer(StubServer):
         described = {"id": f"node-{asked['sweep']}", "name": asked["sweep"], "config": found["config"]}
         edges = [{"node": {"name": run}} for run in sorted(runs)]
         return {"project": {"sweep": described | {"runs": {"edges": edges}}}}
+
+    def CreateAgent(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"createAgent": {"agent": {"id": "agent"}}}
+
+    def Heartbeat(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        commands: list[dict[str, Any]] = []
+        if json.loads(asked["runState"]):
+            pass  # what it runs has not ended
+        elif self.drawn:
+            args = {name: {"value": value} for name, value in self.drawn.pop(0).items()}
+            commands = [{"type": "run", "run_id": f"run{len(self.drawn)}", "program": "tuner", "args": args}]
+        else:
+            commands = [{"type": "exit"}]
+        return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
 
     def GetProjects(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         about = {"__typename": "Project", "entityName": "me", "createdAt": "2026-11-24T00:00:00Z", "isBenchmark": False}
