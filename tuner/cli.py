@@ -221,6 +221,34 @@ def sync(options: argparse.Namespace) -> int:
     return 1 if counts["failed"] or counts["left out"] else 0
 
 
+def wandb_sweep(options: argparse.Namespace) -> int:
+    import yaml
+
+    from tuner.run import data_path
+    from tuner.space_file import load
+    from tuner.tracking import wandb_pages
+    from tuner.tracking.sweep import sweep_config
+
+    space = load(options.space)
+    file = Path(options.space)
+    config = sweep_config(
+        space,
+        data_path(_data(options)),
+        source=str(file.resolve() if file.is_file() else options.space),  # agents may have another current folder
+        project=wandb_pages.project(options.project),
+        run_cap=space.budget.trials,
+    )
+    if not options.register:
+        print(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), end="")
+        return 0
+    sweep, problems = wandb_pages.register_sweep(config)
+    for problem in problems:
+        print(f"tuner wandb-sweep: {problem}", file=sys.stderr)
+    if sweep:
+        print(f"sweep {sweep['id']}\n{sweep['url']}\nwandb agent {sweep['entity']}/{sweep['project']}/{sweep['id']}")
+    return 1 if problems else 0
+
+
 def schema(_options: argparse.Namespace) -> int:
     from tuner.space_file import schema
 
@@ -346,6 +374,15 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(sync, "sync", "upload what was logged to Weights & Biases offline", "tuner sync runs/demo --dry-run")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
     made.add_argument("--dry-run", action="store_true", help="say what would be uploaded; contact nobody")
+
+    made = verb(wandb_sweep, "wandb-sweep", "print a space as a sweep of Weights & Biases, in YAML for `wandb sweep`",
+                "tuner wandb-sweep demo > sweep.yaml")  # fmt: skip
+    made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
+    made.add_argument(
+        "--data", metavar="PATH", help="where agents find the data, or synthetic, which is taken if not given"
+    )
+    made.add_argument("--register", action="store_true", help="make the sweep on the server instead of printing it")
+    made.add_argument("--project", metavar="P", help="of the sweep; $WANDB_PROJECT or segdec-tuner if not given")
 
     verb(schema, "schema", "print the JSON schema of a search-space file", "tuner schema > space.schema.json")
     return parser

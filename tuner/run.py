@@ -160,7 +160,7 @@ class Run:
 def create(space: Space, data: str | Path, runs: Path, name: str | None = None, options: Options | None = None) -> Run:
     """Looks at all the data, and makes the directory of a new run. ValueError for anything that cannot work."""
     options = options or Options()
-    data = _data_path(data)
+    data = data_path(data)
     space = _with_options(space, options)
     name = name or space.name
     if not is_name(name):
@@ -208,7 +208,7 @@ def checked_splits(space: Space, data: str | Path) -> Splits:
 
     Writes nothing but the synthetic set, into the cache.
     """
-    data = _data_path(data)
+    data = data_path(data)
     folder = _data_folder(space, data)
     if data == SYNTHETIC:
         _make_synthetic(space, folder)
@@ -237,7 +237,7 @@ def load(directory: str | Path, data: str | Path | None = None) -> Run:
             f"the space in {path / 'run.json'} must be the one that the run was made with, fingerprint {wanted}, found "
             f"{found}; restore it; to search another space, start a new run with `--warm-start {path}`"
         )
-    return Run(directory=path, space=space, data=where if data is None else _data_path(data), options=options)
+    return Run(directory=path, space=space, data=where if data is None else data_path(data), options=options)
 
 
 def _with_options(space: Space, options: Options) -> Space:
@@ -249,7 +249,8 @@ def _with_options(space: Space, options: Options) -> Space:
     return replace(space, budget=budget, seed=space.seed if options.seed is None else options.seed)
 
 
-def _data_path(data: str | Path) -> str:
+def data_path(data: str | Path) -> str:
+    """The absolute path, or the word synthetic."""
     if not str(data):  # which would be the current folder
         raise ValueError(
             "the data must be a folder, or the word synthetic, found nothing; is a variable of the shell unset?"

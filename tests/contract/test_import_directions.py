@@ -37,6 +37,7 @@ def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert optuna_users == {"tuner/draw.py", "tuner/sampler.py", "tuner/storage.py"}
     assert users_of("sqlalchemy") == {"tuner/storage.py"}
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
+    assert users_of("wandb_workspaces") == {"tuner/tracking/wandb_views.py"}
 
 
 def test_the_model_knows_nothing_of_the_tuner() -> None:

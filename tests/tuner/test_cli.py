@@ -20,7 +20,8 @@ from tuner import cli, pipeline
 
 VERBS = (
     ["search"], ["resume"], ["status"], ["dashboard"], ["finals"], ["report"], ["plan"], ["data", "check"],
-    ["data", "synth"], ["data", "convert"], ["data", "cache"], ["sync"], ["schema"],
+    ["data", "synth"], ["data", "convert"], ["data", "cache"], ["sync"],
+    ["wandb-sweep"], ["schema"],
 )  # fmt: skip
 
 
