@@ -77,7 +77,7 @@ def search(options: argparse.Namespace) -> int:
     from tuner.pipeline import run_search
 
     names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
-             "address", "wandb", "seed", "warm_start", "study")  # fmt: skip
+             "address", "wandb", "wandb_wait", "seed", "warm_start", "study")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
     return _ended(run_search(options.space, _data(options), console=options.console, **chosen))
 
@@ -207,6 +207,7 @@ def data_cache(options: argparse.Namespace) -> int:
 
 
 def sync(options: argparse.Namespace) -> int:
+    from tuner.pipeline import watched
     from tuner.run import load
     from tuner.tracking.sync import upload
 
@@ -214,7 +215,7 @@ def sync(options: argparse.Namespace) -> int:
     if run.is_running():
         raise ValueError(f"{run.directory} is running, and its W&B files are still written; sync it when it has ended")
     counts = Counter[str]()
-    for outcome in upload(run.directory, options.dry_run):
+    for outcome in upload(run, watched(run), options.dry_run):
         print(outcome, flush=True)
         counts[outcome.state] += 1
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -292,6 +293,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
     )
+    made.add_argument(
+        "--wandb-wait", metavar="S", type=_not_negative, default=5.0,
+        help="seconds that the end waits for uploads; the rest goes on in the background",
+    )  # fmt: skip
     made.add_argument("--seed", metavar="S", type=_seed, help="instead of the space's")
     made.add_argument("--warm-start", metavar="RUN", help="a run whose completed trials the sampler is to know")
     made.add_argument(

@@ -49,6 +49,7 @@ _RULES = {
     "gpus_per_trial": NOT_NEGATIVE,
     "address": ADDRESS,
     "wandb": WANDB,
+    "wandb_wait": NOT_NEGATIVE,
     "seed": SEED,
     "no_report": YES_OR_NO,
 }
@@ -68,6 +69,8 @@ class Options:
     gpus_per_trial: float | None = None
     address: str | None = None
     wandb: Literal["off", "offline", "online"] = "offline"
+    wandb_wait: float = 5.0
+    """seconds that the end of the search waits for uploads to W&B; what is left goes on in the background"""
     seed: int | None = None
     warm_start: str | None = None
     """the folder of another run, whose completed trials the sampler knows from the start"""

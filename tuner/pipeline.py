@@ -74,6 +74,7 @@ def go_on(run: Run, console: Console | None = None) -> Run:
             if not (run.directory / "evaluation" / "selection.json").exists():
                 evaluate(run)
             report.write(run.directory)
+            tracking.log_report(watched(run), run.options.wandb, run.options.wandb_wait)
     return run
 
 
@@ -125,8 +126,8 @@ def _search(run: Run, console: Console | None) -> str:
     study = SearchStudy(space, info["id"], run.study, begun=bool(sessions))
     if options.warm_start:
         _warm_start(study, options.warm_start, console)
-    trackers = tracking.build(options.wandb, terminal=console is not None, console=console)
-    trackers.search_started(_watched(run))
+    trackers = tracking.build(options.wandb, console is not None, console, options.wandb_wait)
+    trackers.search_started(watched(run))
     session = {"started": time.time(), "ended": None}
     run.note(state="running", sessions=[*sessions, session])
     state = "failed"
@@ -184,7 +185,8 @@ def _closed(run: Run, sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return closed
 
 
-def _watched(run: Run) -> tracking.RunInfo:
+def watched(run: Run) -> tracking.RunInfo:
+    """The run as its trackers see it."""
     space = run.space
     return tracking.RunInfo(
         name=run.name,

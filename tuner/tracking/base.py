@@ -68,6 +68,9 @@ class Tracker:
     def trial_held(self, record: dict[str, Any]) -> None:
         """A scheduler has taken a trial off its worker; it may start again. `record` is what it has come to."""
 
+    def report_written(self) -> None:
+        """The report lies in the run's directory; comes after the search, between a start and an end of its own."""
+
     def search_ended(self, state: str) -> None:
         """Last event; `state` is finished, stopped or failed. Trials may still be running when it is not finished."""
 
@@ -99,6 +102,9 @@ class Trackers(Tracker):
 
     def trial_held(self, record: dict[str, Any]) -> None:
         self._tell("trial_held", record)
+
+    def report_written(self) -> None:
+        self._tell("report_written")
 
     def search_ended(self, state: str) -> None:
         self._tell("search_ended", state)

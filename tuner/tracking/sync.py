@@ -1,31 +1,63 @@
-"""Uploads what a search logged to W&B offline: each folder by wandb's own `wandb sync`, in a process of its own.
+"""Uploads what a search logged to W&B and what is not there yet: each folder by wandb's own `wandb sync`, in a process
+of its own; then has the runs attached to a sweep.
 
 One process a folder, because `wandb sync` ends with code 0 whatever happens, gives up all folders for one that it
 cannot read, and marks a run as uploaded whose rows or files a server has refused. So its messages and its log are read
 here, and the mark is taken back unless everything arrived.
+
+What W&B's files lack, because a disk was full or the logger process died, is first logged again from the records; only
+previews and the use of devices are not in them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tuner.tracking.wandb_runs import LOG, check_login, environment
+from tuner.run import Run
+from tuner.tracking.base import RunInfo
+from tuner.tracking.wandb_files import (
+    LOG,
+    OFFLINE,
+    files_of,
+    is_uploaded,
+    lost_parts,
+    mark,
+    report_run,
+    started,
+    uploaded,
+    written,
+)
+from tuner.tracking.wandb_log import INTERRUPTED
+from tuner.tracking.wandb_runs import WandbTracker, check_login, environment
+from tuner.tracking.wandb_sweep import make_pages
 
-State = Literal["uploaded", "already there", "would be uploaded", "empty", "left out", "failed"]
+State = Literal[
+    "uploaded",
+    "already there",
+    "would be uploaded",
+    "empty",
+    "left out",
+    "failed",
+    "completed from the records",
+    "would be completed from the records",
+    "made",
+    "would be made",
+]
 
 FAILURES_IN_A_ROW = 3
 """After so many nobody is there, and the rest is left for the next time."""
 UPLOAD_LIMIT_S = 900.0
-"""A folder holds a few megabytes."""
+"""A folder holds a few megabytes; that of the report also the model."""
+COMPLETION_LIMIT_S = 600.0
 
 _RETRIES = {
     # wandb's own settings would try for hours. 2 + 4 + 8 + 16 s outlast a short outage.
@@ -37,23 +69,20 @@ _RETRIES = {
 }
 _HEADER_BYTES = 7
 """A .wandb file of this size or less holds nothing: its process was killed at once."""
-_LOST = ("file transfer: ", "filestream: ", "runfiles: ")
-"""Errors in wandb's log that it does not say: parts of a run that were not taken."""
 _TORN = "the file ends with an incomplete record"
 _BEGUN = "View run "
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a folder."""
+    """What became of a folder, or of another step."""
 
-    folder: str
-    run: str
+    what: str
     state: State
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.folder}: {self.state}" + (f": {self.reason}" if self.reason else "")
+        return f"{self.what}: {self.state}" + (f": {self.reason}" if self.reason else "")
 
 
 @dataclass(frozen=True)
@@ -64,36 +93,90 @@ class _Part:
 
     @property
     def run(self) -> str:
-        return self.file.stem.removeprefix("run-")
+        return self.file.stem.removeprefix("run-").removesuffix(OFFLINE)
 
     @property
     def mark(self) -> Path:
-        """wandb's own mark of what has been uploaded."""
-        return self.file.with_suffix(".wandb.synced")
+        return mark(self.file)
 
     def outcome(self, state: State, reason: str = "") -> Outcome:
-        return Outcome(self.file.parent.name, self.run, state, reason)
+        return Outcome(self.file.parent.name, state, reason)
 
 
-def upload(directory: Path, dry_run: bool = False) -> Iterator[Outcome]:
-    """Uploads the offline folders in a run's directory, in order of their start; an outcome each, as it comes.
+def upload(run: Run, info: RunInfo, dry_run: bool = False) -> Iterator[Outcome]:
+    """Uploads the folders in a run's directory, in order of their start; an outcome each, as it comes.
 
     ValueError before anything is done where there are none, where they are still written, or without an account.
     A dry run writes nothing and asks nobody. Whatever ends this, repeating it goes on with the rest.
     """
-    parts = _parts(directory / "wandb")
-    if not parts:
-        raise ValueError(
-            f"{directory} must hold what was logged to W&B offline, found none in {directory / 'wandb'}; "
-            "search with `--wandb offline`, which is the default"
-        )
-    with _not_written(directory / LOG):
-        if not dry_run and any(not part.mark.exists() for part in parts):
+    directory, log = run.directory, run.directory / LOG
+    with _not_written(log):
+        parts = _parts(directory)
+        if not parts and run.options.wandb == "off":
+            raise ValueError(
+                f"{directory} must hold what was logged to W&B, found a search with `--wandb off`; "
+                "search with `--wandb offline`, which is the default"
+            )
+        lacking = _lacking(directory, run.records)
+        if not dry_run and (lacking or any(not part.mark.exists() for part in parts)):
             check_login("tuner sync", "run `wandb login` or set WANDB_API_KEY; nothing was uploaded")
-        yield from _each(parts, dry_run)
+    for record in lacking:
+        yield Outcome(
+            record["trial"], "would be completed from the records" if dry_run else "completed from the records"
+        )
+    if lacking and not dry_run:
+        _complete(info, lacking)
+    went_well = True
+    with _not_written(log):
+        for outcome in _each(_parts(directory), directory, dry_run):
+            went_well = went_well and outcome.state not in ("failed", "left out")
+            yield outcome
+    if went_well:
+        yield from _attached(run, info, dry_run)
 
 
-def _each(parts: list[_Part], dry_run: bool) -> Iterator[Outcome]:
+def _lacking(directory: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of trials that W&B's files do not hold to their end."""
+    gone = uploaded(directory)
+
+    def lacks(record: dict[str, Any]) -> bool:
+        files = files_of(directory, record["trial"])
+        if not files:
+            return record["trial"] not in gone  # `wandb clean` removes what is uploaded
+        found = [written(file) for file in files]
+        return found[-1].exit_code in (None, INTERRUPTED) or max(one.epoch for one in found) < len(record["history"])
+
+    with ThreadPoolExecutor(4) as pool:
+        return [record for record, is_lacking in zip(records, pool.map(lacks, records), strict=True) if is_lacking]
+
+
+def _complete(info: RunInfo, records: list[dict[str, Any]]) -> None:
+    tracker = WandbTracker("offline", wait_s=COMPLETION_LIMIT_S)
+    tracker.search_started(info)
+    for record in records:
+        tracker.trial_ended(record)
+    tracker.search_ended("completed")
+
+
+def _attached(run: Run, info: RunInfo, dry_run: bool) -> Iterator[Outcome]:
+    """Sweep, workspace and report, where all runs are there."""
+    if dry_run:
+        yield Outcome("sweep, workspace and report", "would be made", "where they are not there yet")
+        return
+    trials = dict.fromkeys(part.run for part in _parts(run.directory) if part.run != report_run(info.id))
+    answer = make_pages(run.directory, info.space, info.data, info.name, trials)
+    for what, url in (
+        ("sweep", (answer["sweep"] or {}).get("url")),
+        ("workspace", answer["workspace"]),
+        ("report", answer["report"]),
+    ):
+        if url:
+            yield Outcome(what, "made", url)
+    for problem in answer["problems"]:
+        yield Outcome("sweep, workspace and report", "failed", problem)
+
+
+def _each(parts: list[_Part], directory: Path, dry_run: bool) -> Iterator[Outcome]:
     incomplete: set[str] = set()
     failures = 0
     for part in parts:
@@ -112,14 +195,15 @@ def _each(parts: list[_Part], dry_run: bool) -> Iterator[Outcome]:
             failures = failures + 1 if outcome.state == "failed" else 0
             if outcome.state == "failed":
                 incomplete.add(part.run)
+            if outcome.state == "uploaded":
+                is_uploaded(directory, part.run)
         yield outcome
 
 
-def _parts(wandb: Path) -> list[_Part]:
-    """The offline folders by their names, which begin with the start time."""
-    return [
-        _Part(file) for folder in sorted(wandb.glob("offline-run-*")) for file in sorted(folder.glob("run-*.wandb"))
-    ]
+def _parts(directory: Path) -> list[_Part]:
+    """The folders in order of their start."""
+    files = (directory / "wandb").glob("*run-*/run-*.wandb")
+    return [_Part(file) for file in sorted(files, key=started)]
 
 
 @contextlib.contextmanager
@@ -144,7 +228,7 @@ def _upload(part: _Part) -> Outcome:
     try:
         with tempfile.TemporaryDirectory(prefix="tuner-sync-") as scratch:
             said = _wandb_sync(part, Path(scratch))
-            lost = _lost(Path(scratch))
+            lost = [line for log in sorted(Path(scratch).rglob("debug-sync*.log")) for line in lost_parts(log)]
         errors = [line.removeprefix("ERROR ") for line in said if line.startswith("ERROR ")]
         if errors and all(_TORN in error for error in errors) and not lost:
             # Its process was killed, so the rest will never come.
@@ -169,7 +253,17 @@ def _wandb_sync(part: _Part, scratch: Path) -> list[str]:
     variables = _RETRIES | environment("online") | {"WANDB_DIR": str(scratch)}
     variables.pop("WANDB_SILENT", None)
     process = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-P", "-m", "wandb", "sync", str(part.file.parent.resolve())],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "wandb",
+            "sync",
+            "--include-online",
+            "--id",
+            part.run,
+            str(part.file.parent.resolve()),
+        ],
         cwd=scratch,
         env=variables,
         stdin=subprocess.DEVNULL,
@@ -186,15 +280,3 @@ def _wandb_sync(part: _Part, scratch: Path) -> list[str]:
         process.communicate()
         raise
     return [line.removeprefix("wandb: ").strip() for line in output.splitlines() if line.strip()]
-
-
-def _lost(scratch: Path) -> list[str]:
-    """What wandb's log says of parts that were not taken."""
-    found = []
-    for log in sorted(scratch.rglob("debug-sync*.log")):
-        for line in log.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if entry["level"].startswith("ERROR") and entry["msg"].startswith(_LOST):
-                    found.append(" ".join(entry["msg"].split()))
-    return found

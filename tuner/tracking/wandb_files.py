@@ -21,8 +21,7 @@ SWEEP = Path("wandb") / "sweep.json"
 
 OFFLINE = "-offline"
 """Ends the id of a run that could not be opened online; `tuner sync` gives it its own one back."""
-REPORT = "-report"
-"""Ends the id of the report's run."""
+_UPLOADED = Path("wandb") / "uploaded.txt"
 
 _LOST = ("file transfer: ", "filestream: ", "runfiles: ", "runupserter: failed")
 """Errors in wandb's log that it does not say aloud: parts of a run that were not taken."""
@@ -43,7 +42,7 @@ def written(file: Path) -> Written:
     assert spec is not None
     assert spec.origin is not None
     core = Path(spec.origin).parent / "bin" / "wandb-core"
-    command = [core, "leet", "inspect", "-no-observability", "--json", "--summary", "--run-file", file]
+    command = [str(core), "leet", "inspect", "-no-observability", "--json", "--summary", "--run-file", str(file)]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout  # noqa: S603
     try:
         found = json.loads(said)
@@ -72,6 +71,11 @@ def files_of(directory: Path, run_id: str) -> list[Path]:
     return sorted(files, key=started)
 
 
+def report_run(search_id: str) -> str:
+    """The id of the report's run."""
+    return f"{search_id}-report"
+
+
 def started(file: Path) -> str:
     """When a file was begun, by the name of its folder."""
     return file.parent.name.removeprefix("offline-")
@@ -80,3 +84,16 @@ def started(file: Path) -> str:
 def mark(file: Path) -> Path:
     """wandb's own mark of what has been uploaded."""
     return file.with_suffix(".wandb.synced")
+
+
+def uploaded(directory: Path) -> set[str]:
+    """The ids of runs of which something was uploaded: their folders may be gone since, by `wandb clean`."""
+    file = directory / _UPLOADED
+    return set(file.read_text().split()) if file.exists() else set()
+
+
+def is_uploaded(directory: Path, run_id: str) -> None:
+    """Keeps in mind that a run is on a server."""
+    if run_id not in uploaded(directory):
+        with (directory / _UPLOADED).open("a") as file:
+            file.write(run_id + "\n")

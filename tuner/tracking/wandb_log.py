@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from tuner.tracking.wandb_files import OFFLINE, PROJECT, files_of, lost_parts, mark, written
-from tuner.tracking.wandb_report import log_report, report_run
+from tuner.tracking.wandb_files import OFFLINE, PROJECT, files_of, is_uploaded, lost_parts, mark, report_run, written
+from tuner.tracking.wandb_report import log_report
 from tuner.tracking.wandb_sweep import make_pages, sweep_of
 
 INIT_TIMEOUT_S = 20.0
@@ -73,7 +73,7 @@ class Runs:
     def _registered(self) -> str | None:
         """The id of the sweep that a server has made for this search, now or in an earlier session."""
         found = sweep_of(self._directory)
-        if self._mode == "online":
+        if self._mode == "online" and self._search["space"]:
             found = make_pages(self._directory, self._search["space"], self._search["data"], self._search["name"])
             if found["problems"]:
                 what = "; ".join(found["problems"])
@@ -141,9 +141,7 @@ class Runs:
             x_save_requirements=False,
         )
 
-    def epoch_ended(
-        self, trial: str, figures: dict[str, Any], use: dict[str, float], previews: dict[str, str]
-    ) -> None:
+    def epoch_ended(self, trial: str, figures: dict[str, Any], use: dict[str, float], previews: dict[str, str]) -> None:
         if trial in self._open:  # else a last report that arrived after the trial's end
             self._log(trial, figures, use, previews)
 
@@ -218,6 +216,7 @@ class Runs:
             self._not_uploaded.append(name)
         elif online:
             mark(file).touch()  # which wandb itself only does where it uploads later
+            is_uploaded(self._directory, run.id)
 
     def report(self) -> None:
         """Logs the report that is written, as a run of its own."""
@@ -251,5 +250,3 @@ def is_better(figures: dict[str, Any], than: dict[str, Any] | None, mode: str) -
     if value is None or than is None:
         return value is not None
     return value > than["value"] if mode == "max" else value < than["value"]
-
-

@@ -37,7 +37,7 @@ from urllib.parse import quote
 
 from tuner import space_file
 from tuner.tracking.sweep import sweep_config
-from tuner.tracking.wandb_process import PROJECT
+from tuner.tracking.wandb_files import PROJECT
 from tuner.tracking.wandb_runs import check_login, environment
 
 TIMEOUT_S = 25.0

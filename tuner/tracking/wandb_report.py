@@ -1,4 +1,4 @@
-"""What the report's W&B run holds: tables and pictures of a report that is written, and as artifacts it and the model."""
+"""What the report's W&B run holds: tables and pictures of a report, and as artifacts the report and the model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import csv
 import json
 from pathlib import Path
 from typing import Any
-
-from tuner.tracking.wandb_files import REPORT
 
 _MOST_EXAMPLES = 24
 """W&B shows so many pictures of one key side by side at ease."""
@@ -34,11 +32,6 @@ def log_report(wandb: Any, run: Any, name: str, directory: Path) -> None:
             artifact = wandb.Artifact(f"{name}-{kind}", type=kind, description=about, metadata=_summary(metrics))
             artifact.add_dir(str(folder))
             run.log_artifact(artifact)
-
-
-def report_run(search_id: str) -> str:
-    """The id of the run."""
-    return search_id + REPORT
 
 
 def _summary(metrics: dict[str, Any]) -> dict[str, Any]:

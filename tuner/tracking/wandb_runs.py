@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuner.tracking.base import RunInfo, Tracker
-from tuner.tracking.wandb_files import LOG
+from tuner.tracking.wandb_files import LOG, files_of, report_run, uploaded, written
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +192,13 @@ class WandbTracker(Tracker):
             said = log.read().rpartition(b"\n")[0] + b"\n"  # the last line may be half written
         self._log_read += len(said) if said.strip() else 0
         return [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+
+
+def report_is_logged(run: RunInfo) -> bool:
+    """Whether W&B has the run of the report, or the files to upload it from."""
+    run_id = report_run(run.id)
+    ended = (written(file).exit_code for file in files_of(run.directory, run_id))
+    return run_id in uploaded(run.directory) or any(code == 0 for code in ended)
 
 
 def check_online() -> None:

@@ -2,7 +2,7 @@
 
 Pure; nothing is saved here, though a report looks its project up when it is turned into JSON. wandb-workspaces is
 imported on use: it is an extra, and imports wandb. Runs have flat config keys (the fields of a run), a history by
-`epoch` and a summary as `tuner.tracking.wandb_process` writes them.
+`epoch` and a summary as `tuner.tracking.wandb_log` writes them.
 """
 
 from __future__ import annotations

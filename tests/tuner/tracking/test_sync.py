@@ -54,7 +54,7 @@ def two_trials(tmp_path_factory) -> Path:
 def log(directory: Path, epochs: dict[int, list[int]], ended: bool = True) -> None:
     """A session of a search, which logs these epochs of these trials."""
     directory.mkdir(exist_ok=True)
-    tracker = WandbTracker("offline", finish_wait_s=offline.DEADLINE_S)
+    tracker = WandbTracker("offline", wait_s=offline.DEADLINE_S)
     tracker.search_started(RunInfo(DIRECTORY, "3fa91c", directory, {}, None, 10, None, "dice_mean", "max"))
     for trial, numbers in epochs.items():
         offline.start(tracker, trial, resumed_epoch=numbers[0] - 1)
@@ -234,7 +234,7 @@ def test_one_killed_before_its_first_record_is_empty(logged, server, capsys) -> 
 def test_a_run_that_is_being_logged_is_refused(tmp_path, logged, server, capsys) -> None:
     directory = tmp_path / "running"
     directory.mkdir()
-    tracker = WandbTracker("offline", finish_wait_s=offline.DEADLINE_S)
+    tracker = WandbTracker("offline", wait_s=offline.DEADLINE_S)
     tracker.search_started(RunInfo(DIRECTORY, "3fa91c", directory, {}, None, 10, None, "dice_mean", "max"))
     try:
         offline.start(tracker, 0)

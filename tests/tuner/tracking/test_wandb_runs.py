@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process, wandb_runs
+from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process
+from tuner.tracking.wandb_files import written
+from tuner.tracking.wandb_log import INTERRUPTED, numbers
 
 ROOT = Path(__file__).parents[3]
 WANDB = Path(sys.executable).parent / "wandb"
@@ -49,7 +52,7 @@ def info(tmp_path) -> RunInfo:
 @pytest.fixture
 def tracker(info):
     """A tracker whose search has started; its process is ended whatever the test does."""
-    tracker = WandbTracker("offline", finish_wait_s=DEADLINE_S)
+    tracker = WandbTracker("offline", wait_s=DEADLINE_S)
     tracker.search_started(info)
     yield tracker
     assert tracker._process is not None
@@ -58,20 +61,27 @@ def tracker(info):
         tracker._process.wait()
 
 
-def start(tracker: Tracker, trial: int, resumed_epoch: int = 0, **params: Any) -> None:
+def start(tracker: Tracker, trial: int, history: list[dict[str, Any]] | None = None, **params: Any) -> None:
     searched = {"learning_rate": 0.01, "dilate": 3} | params
     config = {"architecture": "segdecnet", "epochs": 50, "num_segmented": "all", **searched}
-    history = [{"epoch": n} for n in range(1, resumed_epoch + 1)]
-    tracker.trial_started(f"3fa91c-{trial:04d}", searched, config, history)
+    tracker.trial_started(f"3fa91c-{trial:04d}", searched, config, history or [])
 
 
-def epoch(tracker: Tracker, trial: int, number: int, value: float | None, **previews: bytes) -> None:
-    figures = {
+def figures_of(number: int, value: float | None) -> dict[str, Any]:
+    return {
         "epoch": number, "loss_segmentation": 1 / number, "loss_decision": 0.5, "loss_total": 1 / number + 0.5,
         "seconds": 2.5, "dice_mean": value, "decision_ap": None, "two_pixel_f1": float("nan"),
         "threshold": 0.1 * number, "value": value,
     }  # fmt: skip
-    tracker.epoch_ended(f"3fa91c-{trial:04d}", figures, {}, previews)
+
+
+def history_of(*values: float) -> list[dict[str, Any]]:
+    return [figures_of(number, value) for number, value in enumerate(values, 1)]
+
+
+def epoch(tracker: Tracker, trial: int, number: int, value: float | None, **previews: bytes) -> None:
+    use = {"cpu_percent": 98.5, "memory_mib": 512.0}
+    tracker.epoch_ended(f"3fa91c-{trial:04d}", figures_of(number, value), use, previews)
 
 
 def record(trial: int, status: str = "completed", **changes: Any) -> dict[str, Any]:
@@ -107,6 +117,13 @@ def summary_of(info: RunInfo, trial: int) -> dict[str, Any]:
 def records_of(directory: Path, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in inspect(directory).splitlines()]
     return [line[kind] for line in lines if line["type"] == kind]
+
+
+def rows_of(info: RunInfo, trial: int) -> list[list[int]]:
+    """The epochs of each part of a run, by the time of its start."""
+    return [
+        [row["item"]["epoch"] for row in records_of(directory, "history")] for directory in directories(info, trial)
+    ]
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -155,6 +172,8 @@ def test_a_search_can_be_read_back(tracker, info) -> None:
     assert [row["loss/total"] for row in rows] == [1.5, 1, pytest.approx(1 / 3 + 0.5)]
     assert [row["val/dice_mean"] for row in rows] == [0.5, 0.75, 0.7]
     assert [row["val/objective"] for row in rows] == [0.5, 0.75, 0.7]
+    assert [row["best/value"] for row in rows] == [0.5, 0.75, 0.75]
+    assert [row["use/memory_mib"] for row in rows] == [512, 512, 512]
     assert not any("decision_ap" in name or "two_pixel" in name for row in rows for name in row)
 
     ended = summary_of(info, 1)
@@ -208,7 +227,7 @@ def test_runs_open_when_the_search_stops_keep_their_data(tracker, info) -> None:
     tracker.search_ended("stopped")
     for trial in range(3):
         ended = summary_of(info, trial)
-        assert (ended["exit_code"], ended["tags"]) == (wandb_process.INTERRUPTED, ["interrupted"])
+        assert (ended["exit_code"], ended["tags"]) == (INTERRUPTED, ["interrupted"])
         assert ended["summary"]["status"] == "interrupted"
         assert (ended["summary"]["best/value"], ended["summary"]["best/epoch"]) == (0.5, 1)
         assert ended["summary"]["epoch"] == 2
@@ -219,7 +238,7 @@ def test_a_held_trial_goes_on_in_its_run_or_ends_there(tracker, info) -> None:
         start(tracker, trial)
         epoch(tracker, trial, 1, 0.5 - trial / 10)
         tracker.trial_held(record(trial, "stopped_early"))
-    start(tracker, 0, resumed_epoch=1)
+    start(tracker, 0, history_of(0.5))
     epoch(tracker, 0, 2, 0.6)
     tracker.trial_ended(record(0))
     tracker.trial_ended(record(1, "stopped_early", reason="not among the best at epoch 1"))
@@ -230,34 +249,55 @@ def test_a_held_trial_goes_on_in_its_run_or_ends_there(tracker, info) -> None:
         assert summary_of(info, trial)["tags"] == [tag]
 
 
-def test_what_an_earlier_session_logged_of_a_held_trial_is_not_logged_again(tracker, info) -> None:
-    history = [{"epoch": n, "loss_total": 1 / n, "dice_mean": 0.1 * n} for n in (1, 2)]
-    tracker.trial_ended(record(3, "stopped_early", history=history, epochs=2))
-    tracker.search_ended("finished")
-    (directory,) = directories(info, 3)
-    assert records_of(directory, "history") == []
-    assert summary_of(info, 3)["summary"]["status"] == "stopped_early"
+def test_a_held_trial_that_an_earlier_session_logged_only_gets_its_end(tracker, info) -> None:
+    history = history_of(0.1, 0.2)
+    start(tracker, 3, history)
+    tracker.search_ended("stopped")
+    later = WandbTracker("offline", wait_s=DEADLINE_S)
+    later.search_started(info)
+    later.trial_ended(record(3, "stopped_early", history=history, epochs=2))
+    later.search_ended("finished")
+    assert rows_of(info, 3) == [[1, 2], []]
+    assert json.loads(inspect(directories(info, 3)[1], "--summary"))["summary"]["status"] == "stopped_early"
+
+
+@pytest.mark.parametrize("logged", [0, 2, 3])
+def test_epochs_that_were_never_logged_come_when_their_trial_goes_on(tracker, info, logged) -> None:
+    """The driver was killed between a checkpoint and the line that told of it, or the file was cut off."""
+    start(tracker, 0)
+    for number in range(1, logged + 1):
+        epoch(tracker, 0, number, 0.1 * number)
+    tracker.search_ended("stopped")
+    later = WandbTracker("offline", wait_s=DEADLINE_S)
+    later.search_started(info)
+    start(later, 0, history_of(0.9, 0.2, 0.3))
+    epoch(later, 0, 4, 0.4)
+    later.trial_ended(record(0, epochs=5, value=None, best_epoch=None, history=history_of(0.9, 0.2, 0.3, 0.4, 0.5)))
+    later.search_ended("finished")
+    first, second = rows_of(info, 0)
+    assert first + second == [1, 2, 3, 4, 5]
+    ended = json.loads(inspect(directories(info, 0)[1], "--summary"))["summary"]
+    assert (ended["best/value"], ended["best/epoch"]) == (0.9, 1)  # known from rows that another file holds
 
 
 @pytest.mark.slow
 def test_a_resumed_trial_goes_on_under_its_id(tracker, info) -> None:
     start(tracker, 0)
     epoch(tracker, 0, 1, 0.9)
-    start(tracker, 0, resumed_epoch=1)  # its node died; the run is still open
+    start(tracker, 0, history_of(0.9))  # its node died; the run is still open
     epoch(tracker, 0, 2, 0.5)
     tracker.search_ended("stopped")
 
     resumed = WandbTracker("offline")
     resumed.search_started(info)
-    start(resumed, 0, resumed_epoch=2)
+    start(resumed, 0, history_of(0.9, 0.5))
     epoch(resumed, 0, 3, 0.6)
     resumed.search_ended("stopped")
     first, second = sorted(directories(info, 0), key=lambda path: path.stat().st_mtime)
     assert {records_of(path, "run")[-1]["run_id"] for path in (first, second)} == {"3fa91c-0000"}
     assert [row["item"]["epoch"] for row in records_of(first, "history")] == [1, 2]
     assert [row["item"]["epoch"] for row in records_of(second, "history")] == [3]
-    # The best may lie before the resumption, so the second part leaves it to the record.
-    assert "best/value" not in json.loads(inspect(second, "--summary"))["summary"]
+    assert json.loads(inspect(second, "--summary"))["summary"]["best/value"] == 0.9
 
 
 def test_two_objectives_and_numpy_scalars_and_the_project(info, monkeypatch) -> None:
@@ -345,35 +385,53 @@ def test_an_error_in_the_process_is_named_and_the_other_runs_are_kept(tracker, i
     assert summary_of(info, 0)["tags"] == ["interrupted"]
 
 
-def test_a_process_that_hangs_blocks_nothing_and_is_ended(info, caplog) -> None:
-    tracker = WandbTracker("offline", finish_wait_s=0.3)
+def test_a_process_that_hangs_blocks_nothing_and_loses_nothing(info, caplog) -> None:
+    tracker = WandbTracker("offline", wait_s=0.3)
     tracker.search_started(info)
     start(tracker, 0)
     until(lambda: directories(info, 0), "the run")
     core = children(tracker.pid)
     os.kill(tracker.pid, signal.SIGSTOP)
-    picture = bytes(1 << 16)
-    before = time.monotonic()
-    for number in range(1, 1001):
-        epoch(tracker, 0, number, 0.5, a=picture)
-    assert time.monotonic() - before < 10
-    assert tracker._queue.qsize() >= 900
-    # A picture that waits takes some 87 kB: those beyond the backlog were left out.
-    assert 600 <= tracker._previews_left_out <= 1000 - wandb_runs.PREVIEW_BACKLOG
-    trackers = Trackers([tracker])
-    trackers.search_ended("stopped")
-    assert "did not finish within 0.3 s after the search had stopped and was ended" in caplog.text
-    assert gone(tracker.pid)
-    until(lambda: all(map(gone, core)), "the end of wandb-core")
+    for number in range(1, 301):
+        epoch(tracker, 0, number, 0.5)
+    tracker.search_ended("stopped")
+    assert "still writing after 0.3 s, and goes on in the background" in caplog.text
+    assert f"`tuner sync {info.directory}` then makes whole what is missing" in caplog.text
+    os.kill(tracker.pid, signal.SIGCONT)
+    until(lambda: all(map(gone, [tracker.pid, *core])), "the end of the process")
+    (rows,) = rows_of(info, 0)
+    # The pipe took what it holds; a driver that is gone hands over no more, and its records have the rest.
+    assert rows == list(range(1, len(rows) + 1))
+    assert rows
 
 
-def test_previews_left_out_are_reported(tracker, info, caplog, monkeypatch) -> None:
+def test_what_a_server_holds_up_is_worked_off_when_the_driver_has_gone(info, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    tracker = WandbTracker("online", wait_s=0.3)
+    tracker.search_started(info)
     start(tracker, 0)
-    monkeypatch.setattr(wandb_runs, "PREVIEW_BACKLOG", 0)
-    epoch(tracker, 0, 1, 0.5, a=png(), b=png())
-    tracker.search_ended("finished")
-    assert "2 previews were left out" in caplog.text
-    assert summary_of(info, 0)["summary"]["epoch"] == 1
+    for number in range(1, 301):
+        epoch(tracker, 0, number, 0.5)
+    tracker.search_ended("stopped")
+    assert "still writing after 0.3 s" in caplog.text
+    until(lambda: gone(tracker.pid), "the end of the process")
+    assert rows_of(info, 0)[-1] == list(range(1, 301))
+
+
+def test_previews_are_left_out_while_too_much_waits(capfd, monkeypatch) -> None:
+    monkeypatch.setattr(wandb_process, "PREVIEW_BACKLOG", 2)
+    sent = [{"event": "epoch_ended", "previews": {"a": "", "b": ""}} for _ in range(5)]
+    gate = threading.Event()
+
+    def held_up() -> Iterator[dict[str, Any]]:
+        yield from sent
+        gate.set()
+
+    inbox = wandb_process.Inbox(held_up())
+    gate.wait(DEADLINE_S)
+    assert [len(event["previews"]) for event in inbox] == [2, 2, 0, 0, 0]
+    assert inbox.previews_left_out == 6
 
 
 def test_events_before_the_search_are_refused() -> None:
@@ -391,10 +449,10 @@ DRIVER = """
     run = RunInfo("cracks", "3fa91c", pathlib.Path(sys.argv[1]), {}, None, 10, None, "dice_mean", "max")
     tracker = WandbTracker("offline")
     tracker.search_started(run)
-    tracker.trial_started("3fa91c-0000", {"dilate": 3}, {"dilate": 3}, 0)
+    tracker.trial_started("3fa91c-0000", {"dilate": 3}, {"dilate": 3}, [])
     for epoch in (1, 2, 3):
         tracker.epoch_ended("3fa91c-0000", {"epoch": epoch, "value": 0.1 * epoch}, {}, {})
-    tracker.trial_started("3fa91c-0001", {"dilate": 5}, {"dilate": 5}, 0)
+    tracker.trial_started("3fa91c-0001", {"dilate": 5}, {"dilate": 5}, [])
     holder = 0
     if "fork" in sys.argv:  # a child that holds the pipe open
         holder = os.fork()
@@ -446,14 +504,14 @@ def test_the_end_of_the_driver_leaves_readable_runs_and_no_process(tmp_path, inf
 def test_online_without_a_server_goes_on_offline_and_loses_nothing(info, monkeypatch, caplog) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
-    tracker = WandbTracker("online", finish_wait_s=DEADLINE_S)
+    tracker = WandbTracker("online", wait_s=DEADLINE_S)
     tracker.search_started(info)
     for trial in range(2):
         start(tracker, trial)
         epoch(tracker, trial, 1, 0.5)
         tracker.trial_ended(record(trial))
     tracker.search_ended("finished")
-    assert f"no way online, further trials are kept for `tuner sync {info.directory}`" in caplog.text
+    assert f"no way online, so from here on W&B is kept for `tuner sync {info.directory}`" in caplog.text
     for trial in range(2):
         ended = summary_of(info, trial)
         assert (ended["name"], ended["tags"]) == (f"3fa91c-{trial:04d}", ["completed"])
@@ -492,7 +550,7 @@ def test_online_with_a_key_is_accepted(monkeypatch, tmp_path, place) -> None:
      ("value", float("inf"), {})],
 )  # fmt: skip
 def test_only_finite_numbers_reach_a_chart(name, value, row) -> None:
-    assert wandb_process.numbers(name, value) == row
+    assert numbers(name, value) == row
 
 
 def test_a_line_cut_off_is_dropped() -> None:
