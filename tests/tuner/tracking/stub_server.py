@@ -24,6 +24,17 @@ class StubRun:
     exit_code: int | None = None
 
 
+@dataclass
+class StubArtifact:
+    """What has arrived of an artifact."""
+
+    name: str
+    kind: str
+    run: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    committed: bool = False
+
+
 class StubServer(ThreadingHTTPServer):
     """`status` says what a request is answered with, by its path and body; 0 hangs up."""
 
@@ -35,6 +46,7 @@ class StubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.keys: set[str] = set()
         self.runs: dict[str, StubRun] = {}
+        self.artifacts: list[StubArtifact] = []
         self.status: Callable[[str, bytes], int] = lambda path, body: 200
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -44,6 +56,10 @@ class StubServer(ThreadingHTTPServer):
         if path == "/graphql":
             asked = json.loads(body)
             return {"data": getattr(self, asked["operationName"])(asked["variables"])}
+        if path.startswith("/artifact/"):
+            _, number, name = path.strip("/").split("/", 2)
+            self.artifacts[int(number)].files[name] = body
+            return {}
         kind, _, _, run, *rest = path.strip("/").split("/")
         if kind == "files":
             self._stream(self.runs[run], json.loads(body))
@@ -63,6 +79,46 @@ class StubServer(ThreadingHTTPServer):
         where = f"{self.url}/storage/me/{asked['project']}/{asked['run']}"
         files = [{"name": name, "uploadUrl": f"{where}/{name}"} for name in asked["files"]]
         return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": files}}
+
+    def ServerFeaturesQuery(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"serverInfo": {"features": []}}
+
+    def CreateArtifact(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        asked = asked["input"]
+        self.artifacts.append(
+            StubArtifact(asked["artifactCollectionName"], asked["artifactTypeName"], asked["runName"])
+        )
+        artifact = {
+            "id": str(len(self.artifacts) - 1),
+            "state": "PENDING",
+            "artifactSequence": {"latestArtifact": None},
+        }
+        return {"createArtifact": {"artifact": artifact}}
+
+    def CreateArtifactManifest(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        where = f"{self.url}/artifact/{asked['artifactID']}/manifest"
+        file = {"id": "f", "name": "wandb_manifest.json", "displayName": "m", "uploadUrl": where, "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": asked["artifactID"], "file": file}}}
+
+    def CreateArtifactFiles(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        edges = (
+            [
+                {"node": self._artifact_file(spec["artifactID"], spec["name"])}
+                for spec in asked["input"]["artifactFiles"]
+            ]
+            if "input" in asked
+            else [{"node": self._artifact_file(s["artifactID"], s["name"])} for s in asked["artifactFiles"]]
+        )
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def _artifact_file(self, artifact: str, name: str) -> dict[str, Any]:
+        url = f"{self.url}/artifact/{artifact}/{name}"
+        return {"id": "f", "name": name, "displayName": name, "storagePath": f"p/{name}", "uploadUrl": url,
+                "uploadHeaders": [], "uploadMultipartUrls": None, "artifact": {"id": artifact}}  # fmt: skip
+
+    def CommitArtifact(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self.artifacts[int(asked["artifactID"])].committed = True
+        return {"commitArtifact": {"artifact": {"id": asked["artifactID"], "digest": "d"}}}
 
     def _stream(self, run: StubRun, sent: dict[str, Any]) -> None:
         for name, chunk in (sent.get("files") or {}).items():
@@ -87,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         self.server.requests.append(self.path)
-        if not self.path.startswith("/storage/"):  # whose addresses are signed
+        if not self.path.startswith(("/storage/", "/artifact/")):  # whose addresses are signed
             self.server.keys.add(self.headers["Authorization"])
         status = self.server.status(self.path, body)
         if status == 0:
