@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from tests.tuner.tracking.stub_server import StubServer
-
-_OPERATION = re.compile(r"(?:query|mutation)\s+(\w+)|\{\s*(\w+)")
 
 
 class PagesServer(StubServer):
@@ -16,22 +13,12 @@ class PagesServer(StubServer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[str] = []
-        """the GraphQL operations"""
         self.projects: set[str] = set()
         self.sweeps: dict[str, dict[str, Any]] = {}
         self.views: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.drawn: list[dict[str, Any]] = []
         """parameters that an agent is still to try; it is told to exit when it has"""
-
-    def answer(self, path: str, body: bytes) -> dict[str, Any]:
-        if path != "/graphql":
-            return {}
-        asked = json.loads(body)
-        operation = asked.get("operationName") or next(filter(None, _OPERATION.search(asked["query"]).groups()))
-        self.asked.append(operation)
-        return {"data": getattr(self, operation)(asked.get("variables") or {})}
 
     def Viewer(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802 - as W&B calls it
         viewer = {"id": "u", "entity": "me", "username": "me", "email": None, "flags": "{}", "teams": {"edges": []}}
@@ -56,6 +43,7 @@ class PagesServer(StubServer):
             return {"project": {"sweep": None}}
         filters = [mutation["priorRunsFilters"] for mutation in found["mutations"]]
         runs = {run["name"] for one in filters if one for run in json.loads(one)["$or"]}
+        runs |= {name for name, run in self.runs.items() if run.described.get("sweep") == asked["sweep"]}
         described = {"id": f"node-{asked['sweep']}", "name": asked["sweep"], "config": found["config"]}
         edges = [{"node": {"name": run}} for run in sorted(runs)]
         return {"project": {"sweep": described | {"runs": {"edges": edges}}}}

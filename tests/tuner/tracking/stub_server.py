@@ -1,4 +1,4 @@
-"""A W&B server on loopback, as much of one as `wandb sync` of 0.31 asks for; made from what it was seen to send.
+"""A W&B server on loopback, as much of one as the runs of wandb 0.31 ask for; made from what it was seen to send.
 
 Rows are kept as the file stream's protocol says: by line, so that an upload at an offset replaces what lies there.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+_OPERATION = re.compile(r"(?:query|mutation)\s+(\w+)|\{\s*(\w+)")
 
 
 @dataclass
@@ -44,6 +47,8 @@ class StubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[str] = []
+        self.asked: list[str] = []
+        """the GraphQL operations"""
         self.keys: set[str] = set()
         self.runs: dict[str, StubRun] = {}
         self.artifacts: list[StubArtifact] = []
@@ -55,7 +60,9 @@ class StubServer(ThreadingHTTPServer):
     def answer(self, path: str, body: bytes) -> dict[str, Any]:
         if path == "/graphql":
             asked = json.loads(body)
-            return {"data": getattr(self, asked["operationName"])(asked["variables"])}
+            operation = asked.get("operationName") or next(filter(None, _OPERATION.search(asked["query"]).groups()))
+            self.asked.append(operation)
+            return {"data": getattr(self, operation)(asked.get("variables") or {})}
         if path.startswith("/artifact/"):
             _, number, name = path.strip("/").split("/", 2)
             self.artifacts[int(number)].files[name] = body

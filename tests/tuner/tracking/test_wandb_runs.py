@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process
-from tuner.tracking.wandb_files import written
 from tuner.tracking.wandb_log import INTERRUPTED, numbers
 
 ROOT = Path(__file__).parents[3]
