@@ -42,13 +42,16 @@ def written(file: Path) -> Written:
     assert spec is not None
     assert spec.origin is not None
     core = Path(spec.origin).parent / "bin" / "wandb-core"
-    command = [str(core), "leet", "inspect", "-no-observability", "--json", "--summary", "--run-file", str(file)]
+    command = [str(core), "leet", "inspect", "-no-observability", "--json", "--run-file", str(file)]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout  # noqa: S603
-    try:
-        found = json.loads(said)
-    except ValueError:  # nothing in it
-        return Written(0, None)
-    return Written(int(found["summary"].get("epoch") or 0), found.get("exit_code"))
+    epoch, exit_code = 0, None
+    for line in said.splitlines():
+        entry = json.loads(line)
+        if entry["type"] == "history":  # not the summary, which is written before its row
+            epoch = int(entry["history"]["item"].get("epoch") or 0)
+        elif entry["type"] == "exit":
+            exit_code = entry["exit"].get("exit_code", 0)
+    return Written(epoch, exit_code)
 
 
 def lost_parts(log: Path) -> list[str]:
