@@ -6,19 +6,32 @@ import base64
 import io
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any, Literal
 
-from tuner.tracking.wandb_files import OFFLINE, PROJECT, files_of, is_uploaded, lost_parts, mark, report_run, written
+from tuner.tracking.wandb_files import (
+    OFFLINE,
+    PROJECT,
+    Written,
+    files_of,
+    is_uploaded,
+    lost_parts,
+    mark,
+    report_run,
+    written,
+)
 from tuner.tracking.wandb_report import log_report
 from tuner.tracking.wandb_sweep import make_pages, sweep_of
 
 INIT_TIMEOUT_S = 20.0
 """Online: how long opening a run may take, unless WANDB_INIT_TIMEOUT says; the other trials' events wait meanwhile."""
 FINISH_TIMEOUT_S = 30.0
-"""Online: how long finishing a run may upload; what is left lies on disk for `tuner sync`."""
+"""Online: how long finishing a run may upload, unless WANDB_FINISH_TIMEOUT says; what is left lies on disk."""
 MOST_OPEN = 64
 """So many runs may be open before those of trials that are held are put aside."""
+
+_LOOKS, _SECONDS_BETWEEN_LOOKS = 20, 0.1
 
 EXIT_CODES = {"completed": 0, "stopped_early": 0, "diverged": 1, "failed": 1}
 INTERRUPTED = 255
@@ -134,7 +147,7 @@ class Runs:
             disable_code=True,
             disable_job_creation=True,
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_TIMEOUT_S),
-            finish_timeout=FINISH_TIMEOUT_S if online else 0.0,
+            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_TIMEOUT_S) if online else 0.0,
             sweep_id=self._sweep if job_type == "trial" else None,
             x_disable_stats=True,
             x_disable_machine_info=True,
@@ -209,7 +222,7 @@ class Runs:
         file = Path(run.dir).parent / f"run-{run.id}.wandb"
         online = not run.offline
         run.finish(exit_code=exit_code)
-        found = written(file)
+        found = _settled(file)
         if found.exit_code is None or 0 < found.epoch < epoch:
             self._torn.append(name)
         elif online and lost_parts(file.parent / "logs" / "debug-internal.log"):
@@ -242,6 +255,16 @@ class Runs:
     @property
     def _way_to_upload(self) -> str:
         return f"tuner sync {self._directory}"
+
+
+def _settled(file: Path) -> Written:
+    """What a file holds whose run was finished: online, wandb comes back before it has written the end."""
+    for _ in range(_LOOKS):
+        found = written(file)
+        if found.exit_code is not None:
+            break
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return found
 
 
 def is_better(figures: dict[str, Any], than: dict[str, Any] | None, mode: str) -> bool:

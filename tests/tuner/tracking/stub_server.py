@@ -82,6 +82,26 @@ class StubServer(ThreadingHTTPServer):
         bucket = {"id": "b", "name": asked["name"], "project": project, "historyLineCount": len(run.rows)}
         return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
 
+    def RunResumeStatus(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        run = self.runs.get(asked["name"])
+        if run is None:
+            return {"model": {"bucket": None}}
+        described = {
+            "id": "b",
+            "name": asked["name"],
+            "summaryMetrics": json.dumps(run.summary),
+            "displayName": run.described.get("displayName"),
+            "logLineCount": 0,
+            "historyLineCount": len(run.rows),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in run.rows[-1:]]),
+            "eventsTail": "[]",
+            "config": run.described.get("config"),
+            "tags": run.described.get("tags"),
+            "wandbConfig": '{"t": 1}',
+        }
+        return {"model": {"bucket": described}}
+
     def CreateRunFiles(self, asked: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         where = f"{self.url}/storage/me/{asked['project']}/{asked['run']}"
         files = [{"name": name, "uploadUrl": f"{where}/{name}"} for name in asked["files"]]
