@@ -107,7 +107,12 @@ def test_continuous_ranges_are_whole(param) -> None:
         }
 
 
-@given(st.one_of(floats, log_floats, countable))
+def as_written(param: FloatParam) -> FloatParam:
+    """With bounds as a file has them; Optuna takes 0.14100000000000001 for no multiple of 0.001."""
+    return replace(param, low=round(param.low, 9), high=round(param.high, 9))
+
+
+@given(st.one_of(floats, log_floats, ints(), log_ints, choices, stepped_floats().map(as_written)))
 def test_wandbs_own_reading_is_the_same_range(param) -> None:
     """wandb turns a sweep into Optuna's distributions for its local scheduler."""
     from wandb.sdk.sweeps.scheduler.optuna import sweep_parameter_to_distribution

@@ -127,10 +127,12 @@ def test_a_sweep_may_be_named_by_its_id_alone_and_may_be_all_that_is_wanted(serv
 
 @pytest.mark.slow
 def test_a_sweep_that_is_gone_is_a_problem_and_is_not_made_again(server) -> None:
-    known = {"id": "gone", "url": "http://there/gone", "entity": "me", "project": "segdec-tuner"}
+    known = {"id": "gone" * 200, "url": "http://there/gone", "entity": "me", "project": "segdec-tuner"}
     answer = wandb_pages.register(request(sweep=known, pages=False))
     assert answer["sweep"] == known
-    assert answer["problems"] == ["sweep: Sweep me/segdec-tuner/gone not found"]
+    (problem,) = answer["problems"]
+    assert problem.startswith("sweep: Sweep me/segdec-tuner/gonegone")
+    assert len(problem) == 500
     assert server.sweeps == {}
 
 
