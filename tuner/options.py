@@ -49,6 +49,7 @@ _RULES = {
     "gpus_per_trial": NOT_NEGATIVE,
     "address": ADDRESS,
     "wandb": WANDB,
+    "tensorboard": YES_OR_NO,
     "seed": SEED,
     "no_report": YES_OR_NO,
 }
@@ -68,6 +69,7 @@ class Options:
     gpus_per_trial: float | None = None
     address: str | None = None
     wandb: Literal["off", "offline", "online"] = "offline"
+    tensorboard: bool = False
     seed: int | None = None
     warm_start: str | None = None
     """the folder of another run, whose completed trials the sampler knows from the start"""

@@ -125,7 +125,7 @@ def _search(run: Run, console: Console | None) -> str:
     study = SearchStudy(space, info["id"], run.study, begun=bool(sessions))
     if options.warm_start:
         _warm_start(study, options.warm_start, console)
-    trackers = tracking.build(options.wandb, terminal=console is not None, console=console)
+    trackers = tracking.build(options.wandb, options.tensorboard, terminal=console is not None, console=console)
     trackers.search_started(_watched(run))
     session = {"started": time.time(), "ended": None}
     run.note(state="running", sessions=[*sessions, session])

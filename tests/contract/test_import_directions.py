@@ -37,6 +37,7 @@ def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert optuna_users == {"tuner/draw.py", "tuner/sampler.py", "tuner/storage.py"}
     assert users_of("sqlalchemy") == {"tuner/storage.py"}
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
+    assert users_of("tensorboardX") == {"tuner/tracking/tensorboard.py"}
 
 
 def test_the_model_knows_nothing_of_the_tuner() -> None:
@@ -54,6 +55,7 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/storage.py", ("torch", "wandb", "ray", "tuner.space", "tuner.sampler")),
         ("tuner/search.py", ("wandb", "model.network", "model.losses")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
+        ("tuner/use.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.trial")),
         ("tuner/records.py", ("ray", "optuna", "torch")),
         ("tuner/finals.py", ("optuna", "wandb")),
         ("tuner/plan.py", ("ray", "optuna", "wandb", "torch", "tuner.search", "tuner.sampler", "tuner.pipeline")),
