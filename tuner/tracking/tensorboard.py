@@ -30,7 +30,8 @@ _START = "_hparams_/session_start_info"
 _END = "_hparams_/session_end_info"
 _EXPERIMENT = "_hparams_/experiment"
 _STATUSES = {"completed": "STATUS_SUCCESS", "stopped_early": "STATUS_SUCCESS"}
-"""Of TensorBoard; failure for all others, running for trials without an end."""
+"""TensorBoard's; all others are failures. It keeps the first end that it reads, and calls a trial without one unknown,
+so one that is held or was interrupted has none."""
 
 _LONG = 2**15
 """Bytes of a record with pictures, whose checksum takes a tenth of a second a MiB in Python."""
@@ -225,10 +226,10 @@ def _compared_tags(space: Mapping[str, Any]) -> list[str]:
     """Scalars whose last values the HPARAMS tab shows: final figures, and where a running trial stands."""
     objectives = 2 if isinstance(space["objective"], list) else 1
     return [
-        "best/value",
+        *("best/value", "val/objective"),
         *([f"best/values_{n}" for n in (1, 2)] if objectives == 2 else []),
         *(f"violation/{bound['metric']}" for bound in space.get("constraints", [])),
-        *("best/epoch", "best/threshold", "epochs", "seconds", "device_seconds", "val/objective"),
+        *("best/epoch", "best/threshold", "total/epochs", "total/seconds", "total/device_seconds"),
     ]
 
 
@@ -245,9 +246,9 @@ def _end(record: Mapping[str, Any]) -> Any:
         **{f"violation/{name}": by for name, by in (record.get("violations") or {}).items()},
         "best/epoch": record.get("best_epoch"),
         "best/threshold": (record.get("thresholds") or {}).get("segmentation_probability"),
-        "epochs": record.get("epochs"),
-        "seconds": record.get("seconds"),
-        "device_seconds": record.get("device_seconds"),
+        "total/epochs": record.get("epochs"),
+        "total/seconds": record.get("seconds"),
+        "total/device_seconds": record.get("device_seconds"),
     }
     words = [f"**{status.replace('_', ' ')}**", *([record["reason"]] if record.get("reason") else [])]
     if record.get("baseline"):
