@@ -127,7 +127,7 @@ class _Files:
         tags = {value.tag for value in event.summary.value}
         self.has_start |= _START in tags
         self.has_end |= _END in tags
-        if event.step and _END not in tags:
+        if event.step:
             self.epochs.add(event.step)
 
 
@@ -139,9 +139,9 @@ def read_events(path: Path) -> Iterator[Any]:
     data = path.read_bytes()
     start = 0
     while start + 12 <= len(data):
-        length, checksum = struct.unpack_from("<QI", data, start)
+        (length,) = struct.unpack_from("<Q", data, start)
         end = start + 12 + length + 4
-        if checksum != masked_crc32c(data[start : start + 8]) or end > len(data):
+        if end > len(data):
             return
         content = data[start + 12 : end - 4]
         # Only the last write may not have reached the disk, and pictures come alone.

@@ -149,6 +149,7 @@ def test_a_trial_can_be_read_back(info) -> None:
         "total/device_seconds",
     }
     assert set(found.Tags()["scalars"]) == by_epoch | once
+    assert found.file_version == 2.0
     for tag in by_epoch:
         assert steps(info, tag) == [1, 2, 3]
     assert curve(info, "val/objective") == [(1, 0.125), (2, 0.25), (3, 0.375)]
@@ -286,7 +287,7 @@ def test_an_epoch_that_a_second_worker_trained_again_is_there_once(info) -> None
 
 
 @pytest.mark.parametrize("picture", [None, 4, 200], ids=["figures", "with a picture", "with a long one"])
-@pytest.mark.parametrize("lost", [1, 4, 5, 50, "all but one", "blank"])
+@pytest.mark.parametrize("lost", [1, 4, 5, 50, "all but one", "blank", "all blank"])
 def test_a_torn_record_is_written_again(info, picture: int | None, lost: int | str) -> None:
     first = session(info)
     start(first)
@@ -296,9 +297,9 @@ def test_a_torn_record_is_written_again(info, picture: int | None, lost: int | s
     epochs(first, 3, **({"crack": png(picture)} if picture else {}))
     size = file.stat().st_size
     with file.open("r+b") as torn:
-        if lost == "blank":  # after a power cut: the size was noted, and the content was not
-            torn.seek(whole + 12)
-            torn.write(b"\0" * (size - whole - 12))
+        if lost in ("blank", "all blank"):  # after a power cut: the size was noted, and the content was not
+            torn.seek(whole + (12 if lost == "blank" else 0))
+            torn.write(b"\0" * (size - torn.tell()))
         else:
             torn.truncate(whole + 1 if lost == "all but one" else size - lost)
     assert steps(info) == [1, 2]
