@@ -77,7 +77,7 @@ def search(options: argparse.Namespace) -> int:
     from tuner.pipeline import run_search
 
     names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
-             "address", "wandb", "wandb_wait", "seed", "warm_start", "study")  # fmt: skip
+             "address", "wandb", "wandb_wait", "tensorboard", "seed", "warm_start", "study")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
     return _ended(run_search(options.space, _data(options), console=options.console, **chosen))
 
@@ -297,6 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         "--wandb-wait", metavar="S", type=_not_negative, default=5.0,
         help="seconds that the end waits for uploads; the rest goes on in the background",
     )  # fmt: skip
+    made.add_argument("--tensorboard", action="store_true", help="write event files to RUN/tensorboard too")
     made.add_argument("--seed", metavar="S", type=_seed, help="instead of the space's")
     made.add_argument("--warm-start", metavar="RUN", help="a run whose completed trials the sampler is to know")
     made.add_argument(

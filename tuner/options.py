@@ -50,6 +50,7 @@ _RULES = {
     "address": ADDRESS,
     "wandb": WANDB,
     "wandb_wait": NOT_NEGATIVE,
+    "tensorboard": YES_OR_NO,
     "seed": SEED,
     "no_report": YES_OR_NO,
 }
@@ -71,6 +72,7 @@ class Options:
     wandb: Literal["off", "offline", "online"] = "offline"
     wandb_wait: float = 5.0
     """seconds that the end of the search waits for uploads to W&B; what is left goes on in the background"""
+    tensorboard: bool = False
     seed: int | None = None
     warm_start: str | None = None
     """the folder of another run, whose completed trials the sampler knows from the start"""

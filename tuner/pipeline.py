@@ -126,7 +126,8 @@ def _search(run: Run, console: Console | None) -> str:
     study = SearchStudy(space, info["id"], run.study, begun=bool(sessions))
     if options.warm_start:
         _warm_start(study, options.warm_start, console)
-    trackers = tracking.build(options.wandb, console is not None, console, options.wandb_wait)
+    terminal = console is not None
+    trackers = tracking.build(options.wandb, options.tensorboard, terminal, console, options.wandb_wait)
     trackers.search_started(watched(run))
     session = {"started": time.time(), "ended": None}
     run.note(state="running", sessions=[*sessions, session])

@@ -36,6 +36,7 @@ from tuner.sampler import Proposal, SearchStudy
 from tuner.space import Budget
 from tuner.tracking import Trackers
 from tuner.trial import TrialTask, nothing_yet, take_device
+from tuner.use import Meter
 
 _FAILURES_IN_A_ROW = 3
 """So many trials that failed one after another for the same reason are a bug or a broken machine, not bad luck."""
@@ -350,8 +351,8 @@ class _Session:
         self.started[key] = self._wall
         self.study.first_started(self.live[key].number, self._wall)
 
-    def reported(self, key: str, progress: dict[str, Any], node: str) -> bool:
-        """Takes in a trial's progress on a node; False when it is to stop."""
+    def reported(self, key: str, progress: dict[str, Any], node: str, use: dict[str, float]) -> bool:
+        """Takes in a trial's progress on a node, and what it used there since the last; False when it is to stop."""
         proposal = self.live[key]
         self.nodes[key] = {node}
         if progress["status"] == Status.FAILED:  # what it had reached stays known
@@ -364,7 +365,7 @@ class _Session:
         _prune(self.trials, proposal.trial, keep=2)  # the newest may have been cut short
         is_best = row["epoch"] == progress["best_epoch"]
         previews = _previews(self.trials, proposal.trial) if is_best else {}
-        self.trackers.epoch_ended(proposal.trial, row, {}, previews)
+        self.trackers.epoch_ended(proposal.trial, row, use, previews)
         used_up = self.used_up()
         if progress["status"] == Status.COMPLETED or proposal.is_baseline:
             return True
@@ -541,7 +542,8 @@ class _StudyScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         with _errors_end(self._session):
-            if not self._session.reported(trial.trial_id, json.loads(result["progress"]), result["node"]):
+            progress, use = (json.loads(result[name]) for name in ("progress", "use"))  # Ray flattens what is nested
+            if not self._session.reported(trial.trial_id, progress, result["node"], use):
                 return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
 
@@ -587,16 +589,19 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resourc
 
     def report(progress: dict[str, Any], folder: Path | None) -> None:
         kept = Checkpoint.from_directory(str(folder)) if folder else None
-        tune.report({"progress": json.dumps(progress), "node": node}, checkpoint=kept)
+        use = meter.read()  # not part of the progress: records of equal searches are equal
+        told = {"progress": json.dumps(progress), "use": json.dumps(use), "node": node}
+        tune.report(told, checkpoint=kept)
 
     node = ray.get_runtime_context().get_node_id()
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     resume = Path(config["checkpoint"]) if config["checkpoint"] else None
-    try:
-        task.run(RunConfig.from_dict(config["config"]), device, resume, report)
-    except Exception as error:  # a trial that crashes is a result, with its reason
-        reason = f"{type(error).__name__}: {error}"
-        report(nothing_yet() | {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}, None)
+    with Meter(device) as meter:
+        try:
+            task.run(RunConfig.from_dict(config["config"]), device, resume, report)
+        except Exception as error:  # a trial that crashes is a result, with its reason
+            reason = f"{type(error).__name__}: {error}"
+            report(nothing_yet() | {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}, None)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert users_of("sqlalchemy") == {"tuner/storage.py"}
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
     assert users_of("wandb_workspaces") == {"tuner/tracking/wandb_views.py"}
+    assert users_of("tensorboardX") == {"tuner/tracking/tensorboard.py"}
 
 
 def test_the_model_knows_nothing_of_the_tuner() -> None:
@@ -55,6 +56,7 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/storage.py", ("torch", "wandb", "ray", "tuner.space", "tuner.sampler")),
         ("tuner/search.py", ("wandb", "model.network", "model.losses")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
+        ("tuner/use.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.trial")),
         ("tuner/records.py", ("ray", "optuna", "torch")),
         ("tuner/finals.py", ("optuna", "wandb")),
         ("tuner/plan.py", ("ray", "optuna", "wandb", "torch", "tuner.search", "tuner.sampler", "tuner.pipeline")),

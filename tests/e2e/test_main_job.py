@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model import layouts, splits, synthetic
 from model.inspection import decode_image
@@ -315,6 +316,29 @@ def test_kill_9_loses_nothing_that_was_finished(place: Path) -> None:
     assert code == 0, err
     check_whole(place)
     assert records(place)[: len(before)] == before
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_event_files_are_whole_after_a_kill(place: Path, epochs: int) -> None:
+    """Of the second trial so many epochs are stored when the driver dies."""
+    process = start(place, "search", "small.yaml", "--data", "set", "--concurrent", "1", "--no-report", "--wandb", "off",
+                    "--tensorboard")  # fmt: skip
+    wait_until(lambda: any((folder.parent / f"best/{epochs}").exists() for folder in checkpoints(place, "0001")) or
+               len(records(place)) > 1, process)  # fmt: skip
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    code, _, err = call(place, "resume", "runs/small")
+    assert code == 0, err
+    for record in records(place):
+        folder = place / "runs/small/tensorboard" / record["trial"]
+        found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+        for tag, key in (("val/objective", "value"), ("loss/total", "loss_total"), ("val/dice_mean", "dice_mean")):
+            curve = [(event.step, pytest.approx(event.value)) for event in found.Scalars(tag)]
+            assert curve == [(row["epoch"], row[key]) for row in record["history"]]
+        if record["baseline"]:  # the driver may have died over the only pictures of the second
+            assert found.Images("preview/0")
+        (best,) = found.Scalars("best/value")
+        assert best.value == pytest.approx(record["value"])
 
 
 FULL = """

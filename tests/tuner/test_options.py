@@ -29,6 +29,7 @@ from tuner.plan import plan
             "address must be host:port of a Ray cluster, or auto, found 'ray://head:10001'",
         ),
         ({"no_report": "yes"}, "no_report must be True or False, found 'yes'"),
+        ({"tensorboard": 1}, "tensorboard must be True or False, found 1"),
     ],
     ids=str,
 )

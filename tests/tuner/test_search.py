@@ -598,3 +598,29 @@ def test_watching_changes_nothing(ray_cluster, tmp_path: Path) -> None:
         assert run(space, tmp_path / name, tracker=tracker) == "finished"
         found.append([record | {"started": 0, "ended": 0} for record in records.read(tmp_path / name)])
     assert found[0] == found[1] == found[2]
+
+
+class Uses(Tracker):
+    """Remembers what was used in each epoch."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[str, int], dict[str, float]] = {}
+
+    def epoch_ended(self, trial, figures, use, previews) -> None:
+        self.seen[trial, figures["epoch"]] = use
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_trackers_are_told_what_a_worker_used_and_records_are_not(ray_cluster, tmp_path: Path) -> None:
+    uses = Uses()
+    assert run(scripted_space([1.0]), tmp_path, tracker=uses) == "finished"
+    assert [*uses.seen] == [(f"abc123-{number:04d}", epoch) for number in range(2) for epoch in range(1, 5)]
+    for use in uses.seen.values():
+        assert set(use) == {"cpu_percent", "memory_mib"}
+        assert 0 < use["cpu_percent"] < 100 * ((os.cpu_count() or 1) + 1)
+        assert 20 < use["memory_mib"] < 4096  # a Python that has imported torch and Ray
+    assert len({use["cpu_percent"] for use in uses.seen.values()}) > 4  # each epoch has a reading of its own
+    kept = [tmp_path / "records.jsonl", tmp_path / "study.journal", *tmp_path.glob("trials/**/progress.json")]
+    assert len(kept) > 3
+    assert not [path for path in kept if b"cpu_percent" in path.read_bytes()]

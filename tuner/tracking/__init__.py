@@ -1,4 +1,5 @@
-"""What watches a search: W&B and the terminal. Off is a no-op, and a tracker that fails never stops a search."""
+"""What watches a search: W&B, TensorBoard and the terminal. Off is a no-op; a tracker that fails never stops a
+search."""
 
 from __future__ import annotations
 
@@ -8,14 +9,19 @@ from typing import Literal
 from rich.console import Console
 
 from tuner.tracking.base import RunInfo, Tracker, Trackers
+from tuner.tracking.tensorboard import TensorBoardTracker
 from tuner.tracking.terminal import TerminalTracker
 from tuner.tracking.wandb_runs import WAIT_S, WandbTracker, check_online, report_is_logged
 
-__all__ = ["RunInfo", "TerminalTracker", "Tracker", "Trackers", "WandbTracker", "build", "check_online", "log_report"]
+__all__ = [
+    "RunInfo", "TensorBoardTracker", "TerminalTracker", "Tracker", "Trackers", "WandbTracker", "build", "check_online",
+    "log_report",
+]  # fmt: skip
 
 
 def build(
     wandb: Literal["off", "offline", "online"],
+    tensorboard: bool,
     terminal: bool,
     console: Console | None = None,
     wait_s: float = WAIT_S,
@@ -25,6 +31,8 @@ def build(
     trackers: list[Tracker] = []
     if wandb != "off":
         trackers.append(WandbTracker(wandb, wait_s))
+    if tensorboard:
+        trackers.append(TensorBoardTracker())
     if terminal:
         trackers.append(TerminalTracker(console))
     return Trackers(trackers)

@@ -4,6 +4,9 @@ optuna-dashboard can delete studies, end trials and edit notes, and keeps its no
 not given the study but a view of it, which no method can write through, and the server answers GET and HEAD alone. The
 view reads the journal, or the database, anew at each request, and adds what only the dashboard shows: the objectives'
 names, a note on the run and on each trial, and the previews of a trial's newest checkpoint.
+
+A page from elsewhere may have its own name resolve to the loopback address and then read this server as if it were its
+own; so the server answers only those who asked for it by a name of this machine.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -31,8 +35,11 @@ from tuner.storage import explained, open_to_read
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+_HERE = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", re.ASCII | re.IGNORECASE)
+"""Host headers of those who asked for this machine, also through a forwarded port."""
 
 _READ_ONLY = "this page only shows the run; nothing in it can be changed here"
+_ELSEWHERE = "this page must be opened as 127.0.0.1 or localhost"
 _SHOWN_OF_A_RECORD = ("status", "reason", "value", "best_epoch", "epochs", "seconds", "replayed_from")
 _INTERNAL = ("record", "held", "judged")
 
@@ -221,7 +228,7 @@ def server(run: Run, study_name: str, port: int) -> tuple[WSGIServer, str]:
             f"the package optuna-dashboard must be installed, found: {error}; pip install 'segdec-tuner[dashboard]'"
         ) from None
     view = View(run, study_name)
-    app = _read_only(wsgi(view, artifact_store=_Previews(view)))
+    app = _guarded(wsgi(view, artifact_store=_Previews(view)))
     try:
         made = make_server(HOST, port, app, server_class=_Server, handler_class=_Handler)
     except OSError as error:
@@ -328,10 +335,13 @@ def _artifact(name: str, path: Path) -> str:
     )
 
 
-def _read_only(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-    """The application for requests that only read; 405 for all others."""
+def _guarded(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """The application for requests that only read; 405 for all others, 403 for those to another host."""
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if not _HERE.fullmatch(environ.get("HTTP_HOST", "")):
+            start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+            return [_ELSEWHERE.encode()]
         if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
             return app(environ, start_response)
         start_response("405 Method Not Allowed", [("Content-Type", "application/json"), ("Allow", "GET, HEAD")])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import os
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+from tuner.tracking.names import history_row, numbers
 from tuner.tracking.wandb_files import (
     OFFLINE,
     PROJECT,
@@ -36,32 +36,6 @@ _LOOKS, _SECONDS_BETWEEN_LOOKS = 20, 0.1
 EXIT_CODES = {"completed": 0, "stopped_early": 0, "diverged": 1, "failed": 1}
 INTERRUPTED = 255
 """wandb's own exit code for a run cut off by Ctrl-C."""
-
-
-def numbers(name: str, value: Any) -> dict[str, float]:
-    """The finite numbers in a figure. None and NaN are left out: W&B would store a NaN as a string, and a chart
-    cannot show either. The figures of two objectives get _1 and _2."""
-    if isinstance(value, list):
-        return {k: v for i, item in enumerate(value, 1) for k, v in numbers(f"{name}_{i}", item).items()}
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return {}
-    return {name: value}
-
-
-def wandb_name(figure: str) -> str:
-    """W&B's name of a figure of the history; the part before the slash becomes the chart's section."""
-    if figure == "epoch":
-        return figure
-    if figure.startswith("loss_"):
-        return "loss/" + figure.removeprefix("loss_")
-    if figure == "seconds":
-        return "time/seconds"
-    return "val/" + ("objective" if figure == "value" else figure)
-
-
-def history_row(figures: dict[str, Any]) -> dict[str, Any]:
-    """A row of the history as W&B gets it."""
-    return {k: v for name, value in figures.items() for k, v in numbers(wandb_name(name), value).items()}
 
 
 class Runs:

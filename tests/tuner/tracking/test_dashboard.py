@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -277,6 +278,50 @@ def test_nothing_can_be_changed(small: Run, show) -> None:
     get(url)
     get(url.replace("/dashboard/studies/", "/csv/"))
     assert files(small.directory) == before
+
+
+@pytest.mark.parametrize(
+    ("hosts", "status"),
+    [
+        (["127.0.0.1:{port}"], 200),
+        (["127.0.0.1"], 200),
+        (["localhost:{port}"], 200),
+        (["LocalHost"], 200),
+        (["localhost:1234"], 200),  # as with a port that ssh forwards
+        (["[::1]:{port}"], 200),
+        (["[::1]"], 200),
+        (["evil.example:{port}"], 403),
+        (["127.0.0.1.evil.example:{port}"], 403),
+        (["localhost.evil.example"], 403),
+        (["evil.example/localhost"], 403),
+        (["127x0.0.1"], 403),
+        (["127.0.0.1:"], 403),
+        (["127.0.0.1:{port}@evil.example"], 403),
+        (["::1"], 403),
+        (["0.0.0.0:{port}"], 403),
+        (["localhost", "evil.example"], 403),
+        ([""], 403),
+        ([], 403),
+    ],
+    ids=str,
+)
+def test_only_who_asks_for_this_machine_is_answered(small: Run, show, hosts: list[str], status: int) -> None:
+    """What a browser sends that another page has led here, by a name of its own for 127.0.0.1."""
+    begin(small).ask()
+    port = int(show(small).split(":")[2].split("/")[0])
+    for method, path in (("GET", "/api/studies"), ("GET", "/dashboard"), ("DELETE", "/api/studies/0")):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.putrequest(method, path, skip_host=True)
+        connection.putheader("Accept-Encoding", "identity")
+        for host in hosts:
+            connection.putheader("Host", host.format(port=port))
+        connection.endheaders()
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        assert answer.status == (405 if status == 200 and method == "DELETE" else status)
+        if status == 403:
+            assert body == b"this page must be opened as 127.0.0.1 or localhost"
 
 
 def test_the_view_itself_cannot_be_written_through(small: Run) -> None:

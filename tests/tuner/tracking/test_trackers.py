@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tuner import tracking
-from tuner.tracking import RunInfo, TerminalTracker, Tracker, Trackers, WandbTracker
+from tuner.tracking import RunInfo, TensorBoardTracker, TerminalTracker, Tracker, Trackers, WandbTracker
 
 RUN = RunInfo("cracks", "3fa91c", Path("nowhere"), {}, {"dilate": 1}, 10, None, "dice_mean", "max")
 EVENTS = ["search_started", "trial_started", "epoch_ended", "trial_ended", "search_ended"]
@@ -84,9 +84,10 @@ def test_build_makes_what_was_asked_for() -> None:
     def kinds(trackers: Trackers) -> list[type]:
         return [type(tracker) for tracker in trackers._live]
 
-    assert kinds(tracking.build("off", terminal=False)) == []
-    assert kinds(tracking.build("off", terminal=True)) == [TerminalTracker]
-    assert kinds(tracking.build("offline", terminal=True)) == [WandbTracker, TerminalTracker]
+    assert kinds(tracking.build("off", tensorboard=False, terminal=False)) == []
+    assert kinds(tracking.build("off", tensorboard=False, terminal=True)) == [TerminalTracker]
+    assert kinds(tracking.build("offline", tensorboard=False, terminal=True)) == [WandbTracker, TerminalTracker]
+    assert kinds(tracking.build("off", tensorboard=True, terminal=True)) == [TensorBoardTracker, TerminalTracker]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,6 @@ def test_the_baseline_is_recognised_by_its_fields(config, expected) -> None:
 
 
 def test_the_driver_imports_none_of_the_heavy_packages() -> None:
-    code = "import sys, tuner.tracking; print(*({'wandb', 'ray', 'torch', 'optuna', 'numpy'} & set(sys.modules)))"
+    code = "import sys, tuner.tracking; print(*({'wandb', 'ray', 'torch', 'optuna', 'numpy', 'tensorboardX'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process
-from tuner.tracking.wandb_log import INTERRUPTED, numbers
+from tuner.tracking.names import numbers
+from tuner.tracking.wandb_log import INTERRUPTED
 
 ROOT = Path(__file__).parents[3]
 WANDB = Path(sys.executable).parent / "wandb"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tuner import space_file, trial
 from tuner.space import Budget, ChoiceParam, Constraint, FloatParam, IntParam, Objective, Space
-from tuner.tracking import wandb_log, wandb_views
+from tuner.tracking import names, wandb_views
 
 DEMO = space_file.load("demo")
 TWO_OBJECTIVES = replace(
@@ -90,7 +90,7 @@ def test_curves_stand_over_the_epoch() -> None:
 
 
 def test_what_is_drawn_is_what_is_logged() -> None:
-    row = wandb_log.history_row(
+    row = names.history_row(
         dict.fromkeys(("loss_segmentation", "loss_decision", "loss_total", "value", "dice_mean", "iou_mean"), 1.0)
     )
     assert set(wandb_views.CURVES) == {*row, "best/value"}
