@@ -30,6 +30,10 @@ class RunInfo:
     hours: float | None
     metric: str
     mode: Literal["max", "min"]
+    sweep: str | None = None
+    """id of the W&B sweep that every run carries"""
+    wandb_run: str | None = None
+    """the id of the one run, where an agent has chosen it"""
 
     def is_baseline(self, config: dict[str, Any]) -> bool:
         """Whether a trial with this configuration is the baseline (only a hint: its record says so for certain)."""
