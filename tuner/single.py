@@ -101,7 +101,7 @@ def run_trial(
     task = TrialTask.of(run.space, found.train, found.validation)
     baseline = run.space.baseline_config(space.seed if seed is None else seed)
     config = run.space.config(chosen.params, baseline.seed)
-    with collection.reserved(run) as (number, folder):
+    with _signals(_interrupt), collection.reserved(run) as (number, folder):
         trial = records.trial_id(run.info["id"], number)
         proposal = Proposal(trial, number, chosen.params, config, config == baseline)
         lines = [LinesTracker(console)] if console else []
@@ -132,18 +132,17 @@ def _run(
     SIGTERM comes before that."""
     record = None
     try:
-        with _signals(_interrupt):
-            started = time.monotonic()
-            progress = _train(proposal, task, device, folder, trackers)
-            clock = {"started": 0.0, "ended": time.monotonic() - started}
-            clock["device_seconds"] = progress["seconds"] * devices
-            with _signals(signal.SIG_IGN):
-                if progress["status"] != Status.COMPLETED:
-                    _remove_checkpoints(folder)
-                judged = records.judged(run.space, {**proposal.identity(), **clock, **progress})
-                collection.add(run, judged)
-                record = judged
-                trackers.trial_ended(record)
+        started = time.monotonic()
+        progress = _train(proposal, task, device, folder, trackers)
+        clock = {"started": 0.0, "ended": time.monotonic() - started}
+        clock["device_seconds"] = progress["seconds"] * devices
+        with _signals(signal.SIG_IGN):
+            if progress["status"] != Status.COMPLETED:
+                _remove_checkpoints(folder)
+            judged = records.judged(run.space, {**proposal.identity(), **clock, **progress})
+            collection.add(run, judged)
+            record = judged
+            trackers.trial_ended(record)
     except KeyboardInterrupt:
         if record is None:
             _remove_checkpoints(folder)
@@ -199,7 +198,7 @@ def _share(options: Options) -> tuple[float, float]:
     if gpus is None:
         gpus = float(torch.cuda.is_available())
     if cpus is None:
-        cpus = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if gpus >= 1 else 1
+        cpus = max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())) if gpus >= 1 else 1
     return cpus, gpus
 
 
