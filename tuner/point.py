@@ -1,4 +1,4 @@
-"""A point of a search space from words NAME=VALUE, as somebody types them or as `wandb agent` passes them on."""
+"""A point of a search space from words KEY=VALUE, as somebody types them or as `wandb agent` passes them on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _texts(space: Space, words: Iterable[str], problems: list[str]) -> dict[str,
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            problems.append(f"must be words NAME=VALUE, found {word!r}; write it as learning_rate=0.1")
+            problems.append(f"must be words KEY=VALUE, found {word!r}; write it as learning_rate=0.1")
         elif name not in space.search:
             problems.append(f"{name}: is not a searched parameter; {_instead(space, name)}")
         elif name in texts:

@@ -80,7 +80,7 @@ def run_trial(
 ) -> Outcome:
     """Trains and judges one point of a space, and adds its record to the collection RUNS/NAME.
 
-    `params` are values by name, or words NAME=VALUE; one that is left out is as in the baseline. Options as in
+    `params` are values by name, or words KEY=VALUE; one that is left out is as in the baseline. Options as in
     `tuner trial`; `seed` is that of the training, for the splits are the space's. ValueError for anything that cannot
     work; a trial that crashes or diverges is an outcome.
     """

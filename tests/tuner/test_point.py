@@ -143,7 +143,7 @@ def test_every_problem_comes_in_one_error() -> None:
         "  dilat: is not a searched parameter; did you mean 'dilate'?",
         f"  width: is not a searched parameter; those are {', '.join(SEARCH)}; what is fixed is edited in the space, under train",
         "  seed: is not a searched parameter; say --seed",
-        "  must be words NAME=VALUE, found 'x'; write it as learning_rate=0.1",
+        "  must be words KEY=VALUE, found 'x'; write it as learning_rate=0.1",
         "  learning_rate: must be a number from 1e-05 to 2, found '5'",
         "  dilate: must be a whole number from 3 to 15 in steps of 2, found '4'",
         "  blacken: must be one of False, True, found 'maybe'",

@@ -189,7 +189,7 @@ def test_under_an_agent_the_run_is_the_one_that_it_has_asked_for(place: Path, wa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "learning_rate=9", "x"], "tuner trial: --set: 2 problems:\n  must be words NAME=VALUE, found 'x'"),
+        (["--set", "learning_rate=9", "x"], "tuner trial: --set: 2 problems:\n  must be words KEY=VALUE, found 'x'"),
         (["--cpus-per-trial", "0"], "--cpus-per-trial: must be a whole number of at least 1, found '0'"),
         (["--seed", "-1"], "from 0 to 2147483647, found '-1'"),
         (["--data", "nowhere"], "there is no such folder; name the one that holds"),
@@ -281,6 +281,41 @@ def test_a_trial_that_diverges_is_a_record_and_a_failure(place: Path, capsys, mo
     assert (record["status"], record["value"], record.get("traceback")) == ("diverged", None, None)
     message = f"tuner trial: {record['trial']} diverged: the loss of epoch 1 is not a finite number\n"
     assert capsys.readouterr().err.endswith(message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "code", "kept"), [(OSError("full"), 1, 1), (KeyboardInterrupt(), 130, 0)], ids=str)
+def test_a_checkpoint_that_was_copied_in_part_is_removed(
+    place: Path, monkeypatch, error: BaseException, code: int, kept: int
+) -> None:
+    def copy(source: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "progress.json").write_bytes((source / "progress.json").read_bytes())
+        raise error
+
+    monkeypatch.setattr(single.shutil, "copytree", copy)
+    assert trial() == code
+    assert [record["status"] for record in collected().records] == ["failed"] * kept
+    assert not list(collected().directory.glob("trials/*/*/checkpoint_*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_what_is_being_kept_is_kept(place: Path, monkeypatch, number: signal.Signals) -> None:
+    """A signal between the last epoch and the record comes too late."""
+    add = single.collection.add
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), number)
+        add(*arguments)
+
+    monkeypatch.setattr(single.collection, "add", interrupted)
+    before = signal.getsignal(number)
+    outcome = run_trial("small.yaml", "set", POINT, wandb="off", cpus_per_trial=1)
+    assert collected().records == [outcome.record]
+    assert outcome.completed
+    assert checkpoint.is_whole(outcome.model.parents[1])
+    assert signal.getsignal(number) == before
 
 
 # As commands of their own
