@@ -98,7 +98,7 @@ def _value(param: Param, text: str) -> Any:
     if number is None:
         return None
     if isinstance(param, FloatParam):
-        return _on_range(param, float(number))
+        return _on_range(param, number)
     value = int(number)
     return value if value == number and param.contains(value) else None
 
@@ -110,17 +110,12 @@ def _is_written(choice: Any, text: str) -> bool:
     return text == choice if isinstance(choice, str) else _number(text) == choice
 
 
-def _number(text: str) -> int | float | None:
+def _number(text: str) -> float | None:
     try:
         number = float(text)
     except ValueError:
         return None
-    if not math.isfinite(number):
-        return None
-    try:
-        return int(text)  # exactly
-    except ValueError:
-        return number
+    return number if math.isfinite(number) else None
 
 
 def _on_range(param: FloatParam, value: float) -> float | None:

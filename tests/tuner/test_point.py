@@ -14,7 +14,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from tests.tuner.conftest import small_space
 from tuner import space_file
 from tuner.point import parse
-from tuner.space import ChoiceParam, FloatParam, IntParam, Param, Space
+from tuner.space import FloatParam, IntParam, Param, Space
 
 SEARCH = {
     "learning_rate": {"type": "float", "low": 1e-5, "high": 2.0, "log": True},
@@ -102,12 +102,28 @@ def test_whatever_is_written_is_a_value_of_the_space_or_refused(value: object) -
         ("blacken", "False", False),
         ("num_segmented", "10.0", 10),
         ("num_segmented", "all", "all"),
+        ("weight_power", "1", 1),
+        ("weight_power", "1.0", 1.0),
     ],
 )
 def test_how_a_value_may_be_written(name: str, text: str, value: Any) -> None:
     found = parse(SPACE, [f"{key}={v}" for key, v in (ALL_SET | {name: text}).items()]).params[name]
     assert found == value
-    assert isinstance(SPACE.search[name], ChoiceParam) or SPACE.search[name].contains(found)
+    assert name == "lower_threshold" or type(found) is type(value)
+    assert SPACE.search[name].contains(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("dilate", "3.5"), ("dilate", "true"), ("dilate", ""), ("dilate", "9" * 5000), ("learning_rate", "1e400"),
+        ("learning_rate", "2.0001"), ("learning_rate", "0,5"), ("lower_threshold", "0.35"), ("blacken", "1"),
+        ("num_segmented", "All"), ("num_segmented", "7"), ("threshold_rule", "None"),
+    ],
+)  # fmt: skip
+def test_what_no_value_is_written_as(name: str, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"\A--set: 1 problem:\n  {name}: must be .*, found '{text}'\Z"):
+        parse(SPACE, [f"{key}={v}" for key, v in (ALL_SET | {name: text}).items()])
 
 
 def test_a_step_of_a_float_is_the_one_that_the_sampler_knows() -> None:
@@ -128,6 +144,8 @@ def test_what_is_not_said_is_as_in_the_baseline_where_that_applies() -> None:
     point = parse(space, ["threshold_rule=grid", "threshold_factor=3"])
     assert (point.left_out, "threshold_factor" in point.params) == (("threshold_factor",), False)
     assert "threshold_factor" not in point.from_baseline
+    point = parse(space, ["threshold_rule=grid"])
+    assert (point.left_out, "threshold_factor" in point.params) == ((), False)
 
 
 def test_every_problem_comes_in_one_error() -> None:

@@ -158,16 +158,16 @@ def test_trackers_are_told_of_a_trial_as_of_one_in_a_search(place: Path, watched
     assert began == (name, POINT, outcome.record["config"], [])
     epochs = [values for event, values in recording.events if event == "epoch_ended"]
     assert [figures for _, figures, _, _ in epochs] == outcome.record["history"]
+    highest = -1.0
     for _, figures, _, pictures in epochs:
-        assert bool(pictures) == (figures["epoch"] == outcome.record["best_epoch"]) or figures["epoch"] < 3
-    assert any(pictures for *_, pictures in epochs)
+        assert bool(pictures) == (figures["value"] > highest)
+        highest = max(highest, figures["value"])
     assert recording.events[-2][1] == (outcome.record,)
     assert recording.events[-1][1] == ("finished",)
     info = recording.info
     assert (info.name, info.id, info.metric) == ("small-trials", collected().info["id"], "dice_mean")
     assert (info.sweep, info.wandb_run, info.trials_asked) == (None, None, None)
     assert info.baseline["seed"] == outcome.record["seed"] == 7
-    assert collected().splits() == collected().splits()
 
     monkeypatch.setenv("WANDB_RUN_ID", "stray")  # of the user's own
     run_trial("small.yaml", "set", POINT, cpus_per_trial=1)
@@ -286,7 +286,7 @@ def test_a_trial_that_diverges_is_a_record_and_a_failure(place: Path, capsys, mo
 @pytest.mark.slow
 @pytest.mark.parametrize(("error", "code", "kept"), [(OSError("full"), 1, 1), (KeyboardInterrupt(), 130, 0)], ids=str)
 def test_a_checkpoint_that_was_copied_in_part_is_removed(
-    place: Path, monkeypatch, error: BaseException, code: int, kept: int
+    place: Path, watched, monkeypatch, error: BaseException, code: int, kept: int
 ) -> None:
     def copy(source: Path, target: Path) -> None:
         target.mkdir()
@@ -296,6 +296,8 @@ def test_a_checkpoint_that_was_copied_in_part_is_removed(
     monkeypatch.setattr(single.shutil, "copytree", copy)
     assert trial() == code
     assert [record["status"] for record in collected().records] == ["failed"] * kept
+    recording, _ = watched
+    assert recording.events[-1] == ("search_ended", ("finished" if kept else "stopped",))
     assert not list(collected().directory.glob("trials/*/*/checkpoint_*"))
 
 
@@ -311,7 +313,10 @@ def test_what_is_being_kept_is_kept(place: Path, monkeypatch, number: signal.Sig
 
     monkeypatch.setattr(single.collection, "add", interrupted)
     before = signal.getsignal(number)
-    outcome = run_trial("small.yaml", "set", POINT, wandb="off", cpus_per_trial=1)
+    try:
+        outcome = run_trial("small.yaml", "set", POINT, wandb="off", cpus_per_trial=1)
+    except KeyboardInterrupt:
+        pytest.fail("it was not waited for")
     assert collected().records == [outcome.record]
     assert outcome.completed
     assert checkpoint.is_whole(outcome.model.parents[1])
