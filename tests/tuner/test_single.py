@@ -284,7 +284,9 @@ def test_a_trial_that_diverges_is_a_record_and_a_failure(place: Path, capsys, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("error", "code", "kept"), [(OSError("full"), 1, 1), (KeyboardInterrupt(), 130, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("error", "code", "kept"), [(OSError("full"), 1, 1), (KeyboardInterrupt(), 130, 0)], ids=["error", "Ctrl-C"]
+)
 def test_a_checkpoint_that_was_copied_in_part_is_removed(
     place: Path, watched, monkeypatch, error: BaseException, code: int, kept: int
 ) -> None:
