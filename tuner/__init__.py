@@ -1,6 +1,6 @@
 """Distributed hyperparameter search for surface-defect segmentation.
 
-`run_search` does what `tuner search` does; `load_run` opens the directory of a run.
+`run_search` and `run_trial` do what `tuner search` and `tuner trial` do; `load_run` opens the directory of a run.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tuner.pipeline import run_search
     from tuner.run import load as load_run
+    from tuner.single import run_trial
 
-__all__ = ["load_run", "run_search"]
+__all__ = ["load_run", "run_search", "run_trial"]
 
-_WHERE = {"run_search": ("tuner.pipeline", "run_search"), "load_run": ("tuner.run", "load")}
+_WHERE = {
+    "run_search": ("tuner.pipeline", "run_search"),
+    "run_trial": ("tuner.single", "run_trial"),
+    "load_run": ("tuner.run", "load"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -51,12 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kind = "" if isinstance(error, ValueError | SearchFailed) else f"{type(error).__name__}: "
         print(f"tuner {_verb(options)}: {kind}{error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         kept = "; what a run has finished is kept: `tuner resume RUN` goes on"
         if options.verb == "sync":
             kept = "; what is uploaded is marked: the same command goes on with the rest"
-        of_a_run = options.verb in ("search", "resume", "finals", "sync")
-        print(f"tuner {_verb(options)}: stopped at once{kept if of_a_run else ''}", file=sys.stderr)
+        if options.verb not in ("search", "resume", "finals", "sync"):
+            kept = f"; {stop}" if str(stop) else ""
+        print(f"tuner {_verb(options)}: stopped at once{kept}", file=sys.stderr)
         return 130
 
 
@@ -84,9 +85,9 @@ def search(options: argparse.Namespace) -> int:
 
 def resume(options: argparse.Namespace) -> int:
     from tuner.pipeline import go_on
-    from tuner.run import load
+    from tuner.run import load_search
 
-    return _ended(go_on(load(options.run, options.data), console=options.console))
+    return _ended(go_on(load_search(options.run, options.data), console=options.console))
 
 
 def _ended(run: Any) -> int:
@@ -108,11 +109,11 @@ def status(options: argparse.Namespace) -> int:
 
 
 def dashboard(options: argparse.Namespace) -> int:
-    from tuner.run import load
+    from tuner.run import load_search
     from tuner.sampler import study_name
     from tuner.tracking import dashboard
 
-    run = load(options.run)
+    run = load_search(options.run)
     dashboard.serve(run, study_name(run.space, run.info["id"], run.study), options.port)
     return 0
 
@@ -121,10 +122,10 @@ def finals(options: argparse.Namespace) -> int:
     from tuner.finals import check_test_is_sealed
     from tuner.pipeline import evaluate, full_disk_explained
     from tuner.records import OPEN_TEST
-    from tuner.run import load
+    from tuner.run import load_search
     from tuner.search import cluster
 
-    run = load(options.run, options.data)
+    run = load_search(options.run, options.data)
     check_test_is_sealed(run.directory, options.open_test)
     with run.locked(), full_disk_explained(run), cluster(run.options.address):
         evaluate(run, options.open_test)
@@ -134,12 +135,24 @@ def finals(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     from tuner import report
-    from tuner.run import load
+    from tuner.run import load_search
 
-    run = load(options.run)
+    run = load_search(options.run)
     out = Path(options.out) if options.out else run.directory / "report"
     report.write(run.directory, out)
     print(out / "index.html")
+    return 0
+
+
+def trial(options: argparse.Namespace) -> int:
+    from tuner.single import run_trial
+
+    names = ("name", "runs", "seed", "cpus_per_trial", "gpus_per_trial", "wandb")
+    chosen = {name: getattr(options, name) for name in names}
+    outcome = run_trial(options.space, _data(options), options.set or (), console=options.console, **chosen)
+    if not outcome.completed:
+        raise SearchFailed(str(outcome))
+    print(outcome)
     return 0
 
 
@@ -307,6 +320,34 @@ def _parser() -> argparse.ArgumentParser:
         f"the run's folder; env takes the URL from ${STUDY_VARIABLE}, where it may hold a password",
     )
     made.add_argument("--no-report", action="store_true", help="search alone; the test split stays sealed")
+
+    made = verb(trial, "trial", "train and judge one point of a space, outside any search; the program of a W&B sweep",
+                "tuner trial demo --data synthetic --set learning_rate=0.7 threshold_rule=grid")  # fmt: skip
+    made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
+    made.add_argument(
+        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+    )
+    made.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        help="searched parameters; one that is not given is as in the baseline, one that does not apply is left out",
+    )
+    made.add_argument("--name", help="the collection that the trial is added to; SPACE-trials if not given")
+    made.add_argument("--runs", metavar="DIR", default="runs", help="where runs lie")
+    made.add_argument("--seed", metavar="S", type=_seed, help="of the training; the space's if not given")
+    made.add_argument(
+        "--cpus-per-trial", metavar="N", type=_count, help="CPU cores that it uses; one, or a GPU's share, if not given"
+    )
+    made.add_argument(
+        "--gpus-per-trial", metavar="F", type=_not_negative, help="0 leaves a GPU alone; one if there is any"
+    )
+    made.add_argument(
+        "--wandb",
+        choices=("off", "offline", "online"),
+        help="log to Weights & Biases; if not given, online where `wandb agent` runs this, else offline",
+    )
 
     made = verb(resume, "resume", "go on with a run after any kind of stop", "tuner resume runs/demo")
     made.add_argument("run", metavar="RUN", help="the folder of a run")

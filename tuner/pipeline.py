@@ -110,15 +110,7 @@ def _search(run: Run, console: Console | None) -> str:
     space, options, info = run.space, run.options, run.info
     found = run.splits()
     run.verify(found.train + found.validation)
-    task = TrialTask(
-        found.train,
-        found.validation,
-        space.objective.metric,
-        space.scheduler.compare,
-        space.replayed_values(),
-        space.cost.metric if space.cost else None,
-        tuple(bound.metric for bound in space.constraints),
-    )
+    task = TrialTask.of(space, found.train, found.validation)
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     if not info["sessions"]:
         _check_budget(run, found, resources, console)

@@ -8,10 +8,13 @@ import enum
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.config import DEFAULTS, Judgement, RunConfig
 from model.files import write_atomically
+from tuner.space import Space
 
 FILE = "records.jsonl"
 
@@ -30,6 +33,30 @@ class Status(enum.StrEnum):
 
 class SearchFailed(RuntimeError):
     """A search that cannot go on, or that has nothing to show; the message says why."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial that is to run, or to go on."""
+
+    trial: str
+    number: int | None
+    """in the study, or in the collection; None for a baseline outside the space"""
+    params: dict[str, Any]
+    config: RunConfig
+    is_baseline: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What a record of it says before anything has been trained."""
+        return {
+            "trial": self.trial,
+            "number": self.number,
+            "baseline": self.is_baseline,
+            "seed": self.config.seed,
+            "params": self.params,
+            "config": self.config.to_dict(),
+            "replayed_from": None,
+        }
 
 
 class RecordsFile:
@@ -143,6 +170,43 @@ def cost(metric: str, record: dict[str, Any]) -> float | None:
         return seconds
     kept = record["config"]["num_segmented"]
     return record.get("num_segmented", None if kept == "all" else kept)
+
+
+def judged(space: Space, record: dict[str, Any], trained: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A record with what its space asks for: `values` where there are two objectives, `violations` where there are
+    constraints. `trained` is the record whose network a replay was read off."""
+    if space.cost:
+        record = record | {"values": values(space, record, trained or record)}
+    if space.constraints:
+        beyond_by = {metric: max(0.0, excess) for metric, excess in excesses(space, record).items()}
+        record = record | {"violations": beyond_by or None}
+    return record
+
+
+def values(space: Space, record: dict[str, Any], trained: dict[str, Any] | None) -> list[float] | None:
+    """What a trial came to, one an objective; None where the record does not say all. `trained` is the record whose
+    training it is."""
+    found = [record["value"]]
+    if space.cost:
+        found.append(trained and cost(space.cost.metric, trained))
+    return None if None in found else found
+
+
+def excesses(space: Space, record: dict[str, Any]) -> dict[str, float]:
+    """How far a trial lies beyond each constraint, by figure; nothing for one that has no epoch to judge."""
+    if record["value"] is None or record["status"] in (Status.DIVERGED, Status.FAILED):
+        return {}
+    found = figures(record)
+    return {bound.metric: bound.excess(found.get(bound.metric)) for bound in space.constraints}
+
+
+def figures(record: dict[str, Any]) -> dict[str, float | None]:
+    """What a record knows of the epoch whose weights it keeps, judged in its own way."""
+    wanted = Judgement.of(DEFAULTS | record["config"])
+    replay: dict[str, Any] = next((one for one in record["replays"] if Judgement.of(one) == wanted), {})
+    own = [] if record["replayed_from"] else record["history"]  # a replay has the history of the other trial
+    rows = [row for row in own if row["epoch"] == record["best_epoch"]]
+    return {**(rows[0] if rows else {}), **replay.get("figures", {})}
 
 
 def cannot_win(records: Iterable[dict[str, Any]], kept: int = 3) -> set[str]:

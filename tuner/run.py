@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -29,9 +30,12 @@ from tuner import records, space_file
 from tuner.options import Options, study_url
 from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, NAME_RULE, Space, fingerprint_of, is_name
 
+SEARCH, TRIALS = "search", "trials"
+"""What a run is: a search, or a collection of trials that are in none (tuner/collection.py)."""
 SYNTHETIC = "synthetic"
 JOURNAL = "study.journal"
 _SPLITS = "splits.json"
+_LOCKS = {SEARCH: "run.lock", TRIALS: "trials/*/*/trial.lock"}
 _SECONDS_FOR_A_LOOK = 1.0
 """so long a writer waits for the lock: whoever asks for a run's status shares it for a moment, a writer keeps it"""
 _PACKAGES = ("segdec-tuner", "torch", "ray", "optuna", "wandb", "numpy", "opencv-python-headless", "albumentations")
@@ -39,7 +43,8 @@ _PACKAGES = ("segdec-tuner", "torch", "ray", "optuna", "wandb", "numpy", "opencv
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A search, wherever it stands. Files are read when asked for, so that it is never out of date."""
+    """A search, wherever it stands, or a collection of trials. Files are read when asked for, so that it is never out
+    of date."""
 
     directory: Path
     space: Space
@@ -51,6 +56,12 @@ class Run:
     def info(self) -> dict[str, Any]:
         """run.json"""
         found: dict[str, Any] = json.loads((self.directory / "run.json").read_text())
+        return found
+
+    @property
+    def kind(self) -> str:
+        """SEARCH or TRIALS."""
+        found: str = self.info.get("kind", SEARCH)
         return found
 
     @property
@@ -98,13 +109,18 @@ class Run:
 
         ValueError that names those that are missing or changed. Where the data have moved, run.json says so from now.
         """
-        way_out = "restore the files, say with --data where the same data lie now, or start a new run"
-        if self.data == SYNTHETIC:
-            _make_synthetic(self.space, self.data_folder)
-            way_out = f"remove {self.data_folder}, which is then made again, or start a new run"
-        splits_file.check_files(samples, self.data_folder, way_out)
+        self.check_files(samples)
         if self.info["data_path"] != self.data:
             self.note(data_path=self.data)
+
+    def check_files(self, samples: list[Sample]) -> None:
+        """The same without a lock, and without a note."""
+        way_out = "restore the files, say with --data where the same data lie now"
+        if self.data == SYNTHETIC:
+            _make_synthetic(self.space, self.data_folder)
+            way_out = f"remove {self.data_folder}, which is then made again"
+        another = "start a new run" if self.kind == SEARCH else "name another collection with --name"
+        splits_file.check_files(samples, self.data_folder, f"{way_out}, or {another}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -123,13 +139,12 @@ class Run:
             yield
 
     def is_running(self) -> bool:
-        """Whether some process holds the lock."""
-        with (self.directory / "run.lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
+        """Whether some process holds a lock."""
+        return self.count_writers() > 0
+
+    def count_writers(self) -> int:
+        """How many processes hold a lock: that of a search, or of a collection each trial its own."""
+        return sum(_is_held(lock) for lock in self.directory.glob(_LOCKS[self.kind]))
 
     def last_written(self) -> float:
         """When a session that was killed ended, as near as files tell, seconds since the epoch; 0 if none has begun.
@@ -157,7 +172,18 @@ class Run:
         write_json(self.directory / "run.json", self.info | values)
 
 
-def create(space: Space, data: str | Path, runs: Path, name: str | None = None, options: Options | None = None) -> Run:
+class NameTaken(ValueError):
+    """There is a run of this name."""
+
+
+def create(
+    space: Space,
+    data: str | Path,
+    runs: Path,
+    name: str | None = None,
+    options: Options | None = None,
+    kind: str = SEARCH,
+) -> Run:
     """Looks at all the data, and makes the directory of a new run. ValueError for anything that cannot work."""
     options = options or Options()
     data = data_path(data)
@@ -169,27 +195,25 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
         raise ValueError(f"--runs must be a folder, found the file {runs}")
     directory = runs / name
     if directory.exists():
-        raise ValueError(
-            f"a run's name must be new, found {directory}; choose another with --name, "
-            f"or go on with `tuner resume {directory}`"
-        )
+        raise _taken(directory)
     found = checked_splits(space, data)
     folder = _data_folder(space, data)
     building = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
     info = {
         "schema": 1,
+        "kind": kind,
         "name": directory.name,
         "id": secrets.token_hex(3),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(),
+        "command": _command(kind),
         "space": space.to_dict(),
         "space_fingerprint": space.fingerprint(),
         "data_path": data,
-        "options": asdict(options),
+        "options": asdict(options) if kind == SEARCH else {},  # each trial of a collection has its own
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(),
         "data": _data_facts(space, found, folder),
-        "state": "stopped",
+        "state": "stopped" if kind == SEARCH else "finished",  # nothing that is asked for is left to do
         "sessions": [],
     }
     building.mkdir(parents=True)
@@ -197,10 +221,19 @@ def create(space: Space, data: str | Path, runs: Path, name: str | None = None, 
         splits_file.write(building / _SPLITS, found, folder)
         write_json(building / "run.json", info)
         building.rename(directory)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # made meanwhile
+            raise _taken(directory) from None
         raise
     return Run(directory=directory, space=space, data=data, options=options)
+
+
+def _taken(directory: Path) -> NameTaken:
+    return NameTaken(
+        f"a run's name must be new, found {directory}; choose another with --name, "
+        f"or go on with `tuner resume {directory}`"
+    )
 
 
 def checked_splits(space: Space, data: str | Path) -> Splits:
@@ -238,6 +271,26 @@ def load(directory: str | Path, data: str | Path | None = None) -> Run:
             f"{found}; restore it; to search another space, start a new run with `--warm-start {path}`"
         )
     return Run(directory=path, space=space, data=where if data is None else data_path(data), options=options)
+
+
+def load_search(directory: str | Path, data: str | Path | None = None) -> Run:
+    """The same for what only a search can do. ValueError for a collection of trials."""
+    run = load(directory, data)
+    if run.kind == TRIALS:
+        raise ValueError(
+            f"{run.directory} must be the folder of a search, found a collection of trials, which has no study, no end "
+            f"and no winner; `tuner search SPACE --warm-start {run.directory}` lets a search know them"
+        )
+    return run
+
+
+def _is_held(lock: Path) -> bool:
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def _with_options(space: Space, options: Options) -> Space:
@@ -308,11 +361,12 @@ def _data_facts(space: Space, found: Splits, folder: Path) -> dict[str, Any]:
     }
 
 
-def _command() -> str:
+def _command(kind: str) -> str:
     """The command line, where this process is one."""
     name = Path(sys.argv[0])
     is_ours = name.name == "tuner" or name.parts[-2:] == ("tuner", "__main__.py")
-    return shlex.join(["tuner", *sys.argv[1:]]) if is_ours else "tuner.run_search"
+    called = "tuner.run_search" if kind == SEARCH else "tuner.run_trial"
+    return shlex.join(["tuner", *sys.argv[1:]]) if is_ours else called
 
 
 def _versions() -> dict[str, str]:

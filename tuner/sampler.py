@@ -24,8 +24,7 @@ import itertools
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from optuna.trial import TrialState
 
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
 from tuner import draw, records, schedulers
+from tuner.records import Proposal
 from tuner.space import Space
 from tuner.storage import holds_long_text, open_storage, open_to_read
 
@@ -50,30 +50,6 @@ _STATES = {
     "diverged": TrialState.FAIL,
     "failed": TrialState.FAIL,
 }
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A trial that is to run, or to go on."""
-
-    trial: str
-    number: int | None
-    """in the study; None for a baseline outside the space"""
-    params: dict[str, Any]
-    config: RunConfig
-    is_baseline: bool
-
-    def identity(self) -> dict[str, Any]:
-        """What a record of it says before anything has been trained."""
-        return {
-            "trial": self.trial,
-            "number": self.number,
-            "baseline": self.is_baseline,
-            "seed": self.config.seed,
-            "params": self.params,
-            "config": self.config.to_dict(),
-            "replayed_from": None,
-        }
 
 
 class SearchStudy:
@@ -146,7 +122,7 @@ class SearchStudy:
         self._study.set_user_attr("baseline_in_space", baseline is not None)
         self._study.set_user_attr("queued", True)
 
-    def warm_start(self, records: Iterable[dict[str, Any]]) -> tuple[int, int]:
+    def warm_start(self, others: Sequence[dict[str, Any]]) -> tuple[int, int]:
         """Lets the sampler know what another search found, once: how many of its completed trials lie in this space,
         and how many do not, or do not say what it cost or what the constraints ask for, and are dropped.
 
@@ -155,17 +131,16 @@ class SearchStudy:
         if (before := self.warm_started()) is not None:
             return before
         taken = dropped = 0
-        records = list(records)
         known = {trial.user_attrs.get("warm_start") for trial in self._study.get_trials(deepcopy=False)}
-        by_trial = {record["trial"]: record for record in records}
-        for record in records:
+        by_trial = {record["trial"]: record for record in others}
+        for record in others:
             if record["status"] != "completed" or record["value"] is None:
                 continue
             config = record["config"]
             params = {name: config[name] for name in self.space.search if name in config}
             params = {name: params[name] for name in self.space.active(params)}
-            values = self._values(record, by_trial.get(record["replayed_from"] or record["trial"]))
-            figures = _figures(record)
+            values = records.values(self.space, record, by_trial.get(record["replayed_from"] or record["trial"]))
+            figures = records.figures(record)
             is_whole = values is not None and all(bound.metric in figures for bound in self.space.constraints)
             if not (is_whole and self.space.contains(params)):
                 dropped += 1
@@ -178,7 +153,7 @@ class SearchStudy:
                     params=params,
                     distributions={name: draw.distribution(self.space.search[name]) for name in params},
                     values=values,
-                    constraints=self._excesses(record),
+                    constraints=records.excesses(self.space, record),
                     user_attrs={"warm_start": record["trial"]},
                 )
             )
@@ -416,7 +391,7 @@ class SearchStudy:
         kept = self._keep(proposal, record, trained)
         if proposal.number is not None:
             state = _STATES[record["status"]]
-            values = self._values(record, trained or record) if state is TrialState.COMPLETE else None
+            values = records.values(self.space, record, trained or record) if state is TrialState.COMPLETE else None
             self._study.tell(proposal.number, values, state=state)
         return kept
 
@@ -448,11 +423,8 @@ class SearchStudy:
         """Writes a record, with what is judged of it."""
         self._waits = False
         self._running.pop(proposal.number, None)
-        excesses = self._excesses(record)
-        if self.space.cost:
-            record = record | {"values": self._values(record, trained or record)}
-        if self.space.constraints:
-            record = record | {"violations": {metric: max(0.0, excess) for metric, excess in excesses.items()} or None}
+        excesses = records.excesses(self.space, record)
+        record = records.judged(self.space, record, trained)
         self._remember(record)
         if proposal.number is None:
             for name, part in _parts("baseline", record, self._longest):
@@ -465,21 +437,6 @@ class SearchStudy:
         for metric, excess in excesses.items():  # as Trial.set_constraint does, which ignores what is told again
             self._storage.set_trial_system_attr(storage_id, f"constraints:{metric}", excess)
         return record
-
-    def _values(self, record: dict[str, Any], trained: dict[str, Any] | None) -> list[float] | None:
-        """What a trial is told by, one an objective; None where the record does not say all. `trained` is the record
-        whose training it is."""
-        values = [record["value"]]
-        if self.space.cost:
-            values.append(trained and records.cost(self.space.cost.metric, trained))
-        return None if None in values else values
-
-    def _excesses(self, record: dict[str, Any]) -> dict[str, float]:
-        """How far a trial lies beyond each constraint, by figure; nothing for one that has no epoch to judge."""
-        if record["value"] is None or _STATES[record["status"]] is TrialState.FAIL:
-            return {}
-        figures = _figures(record)
-        return {bound.metric: bound.excess(figures.get(bound.metric)) for bound in self.space.constraints}
 
     def _remember(self, record: dict[str, Any]) -> None:
         if not record["replayed_from"]:
@@ -616,15 +573,6 @@ def _replay(record: dict[str, Any], config: RunConfig) -> dict[str, Any] | None:
     """What a trained network gave when it was judged as a configuration wants it."""
     wanted = config.judgement()
     return next((replay for replay in record["replays"] if Judgement.of(replay) == wanted), None)
-
-
-def _figures(record: dict[str, Any]) -> dict[str, float | None]:
-    """What a record knows of the epoch whose weights it keeps, judged in its own way."""
-    wanted = Judgement.of(DEFAULTS | record["config"])
-    replay: dict[str, Any] = next((one for one in record["replays"] if Judgement.of(one) == wanted), {})
-    own = [] if record["replayed_from"] else record["history"]  # a replay has the history of the other trial
-    rows = [row for row in own if row["epoch"] == record["best_epoch"]]
-    return {**(rows[0] if rows else {}), **replay.get("figures", {})}
 
 
 def count_running(where: Path | str, study: str | None = None) -> int:

@@ -14,7 +14,6 @@ import signal
 import socket
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,11 +30,11 @@ from ray.tune.search import Searcher
 
 from model import checkpoint
 from tuner import records, schedulers
-from tuner.records import SearchFailed, Status
-from tuner.sampler import Proposal, SearchStudy
+from tuner.records import Proposal, SearchFailed, Status
+from tuner.sampler import SearchStudy
 from tuner.space import Budget
 from tuner.tracking import Trackers
-from tuner.trial import TrialTask, nothing_yet, take_device
+from tuner.trial import TrialTask, failure, nothing_yet, previews, take_device
 from tuner.use import Meter
 
 _FAILURES_IN_A_ROW = 3
@@ -245,7 +244,7 @@ def _prune(trials: Path, trial: str, keep: int) -> None:
 def _previews(trials: Path, trial: str) -> dict[str, bytes]:
     """Pictures of the newest checkpoint, if it lies on a disk that the driver sees."""
     folders = sorted(_folders(trials, trial, "checkpoint_*/previews"), key=lambda f: f.stat().st_mtime)
-    return {file.stem: file.read_bytes() for file in sorted(folders[-1].glob("*.png"))} if folders else {}
+    return previews(folders[-1].parent) if folders else {}
 
 
 class _Session:
@@ -364,8 +363,8 @@ class _Session:
         self.study.report(proposal.number, row["epoch"], row["compared"])
         _prune(self.trials, proposal.trial, keep=2)  # the newest may have been cut short
         is_best = row["epoch"] == progress["best_epoch"]
-        previews = _previews(self.trials, proposal.trial) if is_best else {}
-        self.trackers.epoch_ended(proposal.trial, row, use, previews)
+        pictures = _previews(self.trials, proposal.trial) if is_best else {}
+        self.trackers.epoch_ended(proposal.trial, row, use, pictures)
         used_up = self.used_up()
         if progress["status"] == Status.COMPLETED or proposal.is_baseline:
             return True
@@ -600,8 +599,7 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resourc
         try:
             task.run(RunConfig.from_dict(config["config"]), device, resume, report)
         except Exception as error:  # a trial that crashes is a result, with its reason
-            reason = f"{type(error).__name__}: {error}"
-            report(nothing_yet() | {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}, None)
+            report(nothing_yet() | failure(error), None)
 
 
 @contextmanager

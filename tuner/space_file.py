@@ -519,7 +519,7 @@ class _Reader:
                 )
             elif not param.contains(point[name]):
                 kind = {FloatParam: float, IntParam: int}.get(type(param), object)
-                self.problem(f"{key}.{name}", _range(param), point[name], _number_hint(point[name], kind))
+                self.problem(f"{key}.{name}", range_in_words(param), point[name], _number_hint(point[name], kind))
         for name in point:
             if name in space.search and name not in active:
                 when = ", ".join(
@@ -651,7 +651,7 @@ def _field_schema(name: str) -> dict[str, Any]:
     return described | {"description": rule.doc, "default": DEFAULTS[name]}
 
 
-def _range(param: Param) -> str:
+def range_in_words(param: Param) -> str:
     """The rule of a value, in words."""
     if isinstance(param, ChoiceParam):
         return f"must be one of {', '.join(map(str, param.choices))}"

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from tuner import records
-from tuner.run import Run
+from tuner.run import TRIALS, Run
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -60,7 +60,9 @@ def _params(trial: dict[str, Any]) -> str:
 
 
 def _elapsed(run: Run, running: bool) -> float:
-    """Seconds of all sessions."""
+    """Seconds of all sessions; of a collection's trials, which have none."""
+    if run.kind == TRIALS:
+        return sum(float(record["seconds"]) for record in run.records)
     total = 0.0
     sessions = run.info["sessions"]
     for n, session in enumerate(sessions):
@@ -74,6 +76,8 @@ def _elapsed(run: Run, running: bool) -> float:
 
 
 def _running(run: Run) -> int:
+    if run.kind == TRIALS:
+        return run.count_writers()
     from tuner.sampler import count_running, study_name
 
     return count_running(run.study, study_name(run.space, run.info["id"], run.study))

@@ -10,6 +10,7 @@ import itertools
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from model.files import write_atomically, write_json
 from model.sample import Sample
 from model.splits import counts, keep_masks
 from model.thresholds import Thresholds, sigmoid
-from tuner.space import DECISION_METRICS
+from tuner.space import DECISION_METRICS, Space
 
 Report = Callable[[dict[str, Any], Path | None], None]
 """Takes the progress (keys: `TrialTask.run`) and a sealed checkpoint folder, which it must copy."""
@@ -52,6 +53,19 @@ class TrialTask:
     """one of `tuner.space.COSTS`"""
     constrained: tuple[str, ...] = ()
     """figures that constraints ask for: each replay carries those of its epoch"""
+
+    @classmethod
+    def of(cls, space: Space, train: list[Sample], validation: list[Sample]) -> TrialTask:
+        """What a space asks of its trials."""
+        return cls(
+            train,
+            validation,
+            space.objective.metric,
+            space.scheduler.compare,
+            space.replayed_values(),
+            space.cost.metric if space.cost else None,
+            tuple(bound.metric for bound in space.constraints),
+        )
 
     def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
         """Trains to the end, from the checkpoint folder `resume` if there is one, reporting every epoch.
@@ -275,6 +289,12 @@ def nothing_yet() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def failure(error: Exception) -> dict[str, Any]:
+    """What an exception makes of the progress of a trial: a result, with its reason."""
+    trace = "".join(traceback.format_exception(error))
+    return {"status": "failed", "reason": f"{type(error).__name__}: {error}", "traceback": trace}
+
+
 def _entry(replays: list[dict[str, Any]], judgement: Judgement) -> dict[str, Any]:
     return next(replay for replay in replays if Judgement.of(replay) == judgement)
 
@@ -292,6 +312,11 @@ def is_best(row: Mapping[str, Any], highest: Mapping[str, Any], best_by: str) ->
         return all(row[key] >= highest.get(key, -np.inf) for key in ("decision_f1", "dice_mean"))
     key = {"objective": "value", "decision": "decision_f1", "segmentation": "dice_mean"}[best_by]
     return bool(row[key] > highest.get(key, -np.inf))
+
+
+def previews(folder: Path) -> dict[str, bytes]:
+    """The pictures in a checkpoint folder, PNG by name."""
+    return {file.stem: file.read_bytes() for file in sorted(folder.glob("previews/*.png"))}
 
 
 def preview(image_HW3: Array, truth_HW: Array, logits_HW: Array, mask_HW: Array) -> Array:

@@ -50,6 +50,9 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
     [
         ("tuner/space.py", ("ray", "optuna", "torch")),
         ("tuner/space_file.py", ("ray", "optuna", "torch")),
+        ("tuner/single.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.sampler", "tuner.pipeline")),
+        ("tuner/collection.py", ("ray", "optuna", "torch", "wandb", "tuner.search", "tuner.sampler", "tuner.trial")),
+        ("tuner/point.py", ("ray", "optuna", "torch", "wandb", "tuner.run", "tuner.trial")),
         ("tuner/options.py", ("ray", "optuna", "sqlalchemy", "torch")),
         ("tuner/run.py", ("ray", "optuna", "wandb", "tuner.sampler", "tuner.storage")),
         ("tuner/sampler.py", ("torch", "wandb", "ray")),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tuner.run import Run
+from tuner.run import SEARCH, Run
 from tuner.tracking.base import RunInfo
 from tuner.tracking.wandb_files import (
     LOG,
@@ -117,7 +117,9 @@ def upload(run: Run, info: RunInfo, dry_run: bool = False) -> Iterator[Outcome]:
                 f"{directory} must hold what was logged to W&B, found a search with `--wandb off`; "
                 "search with `--wandb offline`, which is the default"
             )
-        lacking = _lacking(directory, run.records)
+        # A trial of an agent has a run of the agent's name, in the agent's sweep.
+        is_search = run.kind == SEARCH
+        lacking = _lacking(directory, run.records) if is_search else []
         if not dry_run and (lacking or any(not part.mark.exists() for part in parts)):
             check_login("tuner sync", "run `wandb login` or set WANDB_API_KEY; nothing was uploaded")
     for record in lacking:
@@ -131,7 +133,7 @@ def upload(run: Run, info: RunInfo, dry_run: bool = False) -> Iterator[Outcome]:
         for outcome in _each(_parts(directory), directory, dry_run):
             went_well = went_well and outcome.state not in ("failed", "left out")
             yield outcome
-    if went_well:
+    if went_well and is_search:
         yield from _attached(run, info, dry_run)
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tuner import space_file, trial
 from tuner.space import Budget, ChoiceParam, Constraint, FloatParam, IntParam, Objective, Space
-from tuner.tracking import names, wandb_views
+from tuner.tracking import wandb_views
+from tuner.tracking.names import history_row
 
 DEMO = space_file.load("demo")
 TWO_OBJECTIVES = replace(
@@ -90,7 +91,7 @@ def test_curves_stand_over_the_epoch() -> None:
 
 
 def test_what_is_drawn_is_what_is_logged() -> None:
-    row = names.history_row(
+    row = history_row(
         dict.fromkeys(("loss_segmentation", "loss_decision", "loss_total", "value", "dice_mean", "iou_mean"), 1.0)
     )
     assert set(wandb_views.CURVES) == {*row, "best/value"}
