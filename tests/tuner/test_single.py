@@ -81,7 +81,7 @@ def watched(monkeypatch) -> tuple[Recording, list[str]]:
     """What the trackers of a trial are told, and in which W&B modes they were asked for."""
     recording, modes = Recording(), []
 
-    def build(*_: Any, **__: Any) -> Trackers:
+    def build(wandb: str, **_: Any) -> Trackers:
         modes.append(wandb)
         return Trackers([recording])
 
