@@ -85,12 +85,12 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def one_run(place: Path, kills: int, study: str | None = None) -> tuple[list[str], list[str]]:
+def one_run(place: Path, kills: int, study: str | None = None, wandb: str = "off") -> tuple[list[str], list[str]]:
     """Whom the kills hit, and what was wrong in the end. The study lies in a journal, or where a URL says."""
     synthetic.write(place / "set", count=24, height=64, width=128)
     (place / "small.yaml").write_text(_SPACE)
     run = place / "runs/small"
-    command = ("search", "small.yaml", "--data", "set", "--wandb", "off", "--no-report")
+    command = ("search", "small.yaml", "--data", "set", "--wandb", wandb, "--no-report")
     command += ("--study", study) if study else ()
     hit: list[str] = []
     ended_before: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from model import checkpoint
 from model.config import RunConfig
 from model.files import write_json
 from tests.tuner.conftest import small_space
-from tuner import records, search
+from tuner import records, search, tracking
 from tuner.records import SearchFailed
 from tuner.sampler import SearchStudy
 from tuner.search import Resources, newest_checkpoint
@@ -193,6 +193,50 @@ def test_every_end_is_told_as_what_it_was(ray_cluster, tmp_path: Path) -> None:
     assert found[4]["value"] == pytest.approx(0.404)
     assert [status for what, status in events.seen if what == "ended"] == [status for _, status in ends(tmp_path)]
     assert len([1 for what, _ in events.seen if what == "started"]) == 4 + 3  # the worker of one died three times
+
+
+class FailsAt(Tracker):
+    """Raises at one event."""
+
+    def __init__(self, event: str) -> None:
+        def fail(*_: Any) -> None:
+            self.told += 1
+            raise OSError(f"no {event}")
+
+        self.told = 0
+        setattr(self, event, fail)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_records_are_the_same_whoever_watches(ray_cluster, tmp_path: Path) -> None:
+    """Nobody; W&B and TensorBoard; trackers that fail, one at each event."""
+    space = scripted_space([1.0, 2.0, 3.0, 4.0, 2.5, 5.0], {"name": "asha", "min_epochs": 1, "reduction": 2})
+    behaviour = {"_2": "crash", "_3": "die once", "_4": "late", "_5": "diverge"}
+    found = {}
+    failing = [FailsAt(event) for event in ("trial_started", "epoch_ended", "trial_held", "trial_ended", "close")]
+    for name, trackers in (
+        ("nobody", Trackers()),
+        ("wandb and tensorboard", tracking.build("offline", tensorboard=True, terminal=False, wait_s=60)),
+        ("failing", Trackers([*failing, FailsAt("search_started")])),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        info = tracking.RunInfo(
+            name, "abc123", folder, space.to_dict(), {"delta_cls_loss": 0.01}, 7, None, "dice_mean", "max"
+        )
+        trackers.search_started(info)
+        state = run(space, folder, tracker=trackers, **behaviour)
+        trackers.search_ended(state)
+        kept = records.read(folder)
+        for record in kept:
+            for time_of in ("started", "ended", "seconds", "device_seconds", "traceback"):
+                record.pop(time_of, None)
+        found[name] = state, kept
+    assert found["nobody"] == found["wandb and tensorboard"] == found["failing"]
+    assert {record["status"] for record in found["nobody"][1]} == {"completed", "diverged", "failed", "stopped_early"}
+    assert [tracker.told for tracker in failing] == [1, 1, 1, 1, 0]  # switched off at their first
+    assert len(list((tmp_path / "wandb and tensorboard/wandb").glob("offline-run-*"))) == 7
 
 
 @pytest.mark.slow

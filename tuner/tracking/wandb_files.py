@@ -16,6 +16,8 @@ PROJECT = "segdec-tuner"
 """Where runs and sweeps lie, unless WANDB_PROJECT says."""
 LOG = Path("wandb") / "tracker.log"
 """In a run's directory: what the logger process says. It holds a shared lock on it as long as it lives."""
+LOCK = Path("wandb") / "tracker.lock"
+"""In a run's directory: the logger process holds it, so that that of the next session waits for its end."""
 SWEEP = Path("wandb") / "sweep.json"
 """In a run's directory: the sweep and the pages that a server has made for it."""
 

@@ -8,6 +8,7 @@ SIGTERM reaches the driver too, whose last events must still be written.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import queue
@@ -16,8 +17,10 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from tuner.tracking.wandb_files import LOCK
 from tuner.tracking.wandb_log import Runs
 from tuner.tracking.wandb_runs import LOGIN_MISSING
 
@@ -84,14 +87,17 @@ def serve(parent: int) -> None:
     search = next(events, None)
     if search is None:
         return
-    runs = Runs(search)
-    try:
-        for event in events:
-            getattr(runs, event.pop("event"))(**event)
-    finally:
-        runs.close()
-        if inbox.previews_left_out:
-            print(f"could not keep up: {inbox.previews_left_out} previews were left out", flush=True)
+    with (Path(search["directory"]) / LOCK).open("w") as lock:
+        # The process of an earlier session may still have work: what it will have written must not come twice.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runs = Runs(search)
+        try:
+            for event in events:
+                getattr(runs, event.pop("event"))(**event)
+        finally:
+            runs.close()
+            if inbox.previews_left_out:
+                print(f"could not keep up: {inbox.previews_left_out} previews were left out", flush=True)
 
 
 def check_login() -> int:

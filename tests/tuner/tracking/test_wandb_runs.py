@@ -419,6 +419,27 @@ def test_what_a_server_holds_up_is_worked_off_when_the_driver_has_gone(info, mon
     assert rows_of(info, 0)[-1] == list(range(1, 301))
 
 
+def test_the_next_session_waits_for_what_an_earlier_one_has_to_write(info, monkeypatch) -> None:
+    """As after a kill: what the first process has not written yet, the second would write as well."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    first = WandbTracker("online", wait_s=0.0)
+    first.search_started(info)
+    start(first, 0)
+    for value in (0.1, 0.2):
+        epoch(first, 0, round(10 * value), value)
+    first.search_ended("stopped")
+    assert not gone(first.pid)
+    second = WandbTracker("offline", wait_s=DEADLINE_S)
+    second.search_started(info)
+    start(second, 0, history_of(0.1, 0.2, 0.3))
+    epoch(second, 0, 4, 0.4)
+    second.trial_ended(record(0, history=history_of(0.1, 0.2, 0.3, 0.4)))
+    second.search_ended("finished")
+    assert gone(first.pid)
+    assert [rows for rows in rows_of(info, 0) if rows] == [[1, 2], [3, 4]]
+
+
 def test_previews_are_left_out_while_too_much_waits(capfd, monkeypatch) -> None:
     monkeypatch.setattr(wandb_process, "PREVIEW_BACKLOG", 2)
     sent = [{"event": "epoch_ended", "previews": {"a": "", "b": ""}} for _ in range(5)]
