@@ -22,8 +22,6 @@ def chart_name(figure: str) -> str:
         return figure
     if figure.startswith("loss_"):
         return "loss/" + figure.removeprefix("loss_")
-    if figure == "seconds":
-        return "time/seconds"
     return "val/" + ("objective" if figure == "value" else figure)
 
 

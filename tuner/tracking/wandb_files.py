@@ -20,6 +20,8 @@ LOCK = Path("wandb") / "tracker.lock"
 """In a run's directory: the logger process holds it, so that that of the next session waits for its end."""
 SWEEP = Path("wandb") / "sweep.json"
 """In a run's directory: the sweep and the pages that a server has made for it."""
+SPACE = Path("wandb") / "space.yaml"
+"""In a run's directory: the space as it was searched, for agents of the sweep."""
 
 OFFLINE = "-offline"
 """Ends the id of a run that could not be opened online; `tuner sync` gives it its own one back."""

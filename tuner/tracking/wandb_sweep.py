@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tuner.tracking.wandb_files import SWEEP
+import yaml
+
+from tuner.tracking.wandb_files import SPACE, SWEEP
 from tuner.tracking.wandb_pages import register
 
 
@@ -26,7 +28,12 @@ def make_pages(
     What fails is among the answer's `problems`, and comes with the next call.
     """
     known = {key: value for key, value in sweep_of(directory).items() if value}
-    request = {"space": space, "data": data, "search": name, "prior_runs": list(prior_runs), "pages": True}
+    source = directory.resolve() / SPACE
+    if not source.exists():
+        source.parent.mkdir(exist_ok=True)
+        source.write_text(yaml.safe_dump(space, sort_keys=False))
+    request: dict[str, Any] = {"space": space, "source": str(source), "data": data, "search": name}
+    request |= {"prior_runs": list(prior_runs), "pages": True}
     answer = register(known | request)
     kept = {key: value for key, value in answer.items() if key != "problems"}
     if any(kept.values()):

@@ -3,6 +3,7 @@
 import base64
 import fcntl
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from tests.tuner.tracking import test_wandb_runs as offline
 from tests.tuner.tracking.pages_server import PagesServer
 from tuner import cli, pipeline
 from tuner import run as runs
-from tuner.tracking import WandbTracker
+from tuner.tracking import Trackers, WandbTracker
 from tuner.tracking import sync as sync_module
 
 KEY = offline.KEY
@@ -282,6 +283,33 @@ def test_what_was_never_logged_comes_from_the_records(logged, server, capsys) ->
     assert server.runs["3fa91c-0003"].summary["status"] == "stopped_early"
     assert sync(logged) == 0
     assert "completed from" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_made_good_from_the_records(empty, server, capsys, caplog) -> None:
+    """As a limit on what the logger process and wandb's own may write; the driver's disk is another one."""
+    tracker = WandbTracker("offline", wait_s=offline.DEADLINE_S)
+    trackers = Trackers([tracker])
+    trackers.search_started(pipeline.watched(runs.load(empty)))
+    assert tracker.pid
+    resource.prlimit(tracker.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
+    for trial, epochs in ((0, 2), (1, 200)):
+        offline.start(trackers, trial)
+        for number in range(1, epochs + 1):
+            offline.epoch(trackers, trial, number, 0.1 * number)
+        found = record(trial, epochs)
+        trackers.trial_ended(found)
+        keep(empty, found)
+    trackers.search_ended("finished")
+    (said,) = [entry.getMessage() for entry in caplog.records]
+    assert "3fa91c-0001; nothing is lost for good: `tuner sync" in said
+    assert "3fa91c-0000" not in said
+    assert sync(empty) == 0
+    assert "3fa91c-0001: completed from the records" in capsys.readouterr().out
+    for trial, epochs in ((0, 2), (1, 200)):
+        run = server.runs[f"3fa91c-000{trial}"]
+        assert [row["epoch"] for row in run.rows] == list(range(1, epochs + 1))
+        assert (run.exit_code, run.summary["status"]) == (0, "completed")
 
 
 @pytest.mark.slow

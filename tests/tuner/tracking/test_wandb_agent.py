@@ -139,3 +139,26 @@ def test_an_agent_runs_trials_and_their_records_arrive_in_the_collection(server:
     assert done.stderr.count("left out, for their conditions are not met: threshold_factor") == 1
     assert all(f"{record['trial']} completed: dice_mean" in done.stdout for record in run.records)
     assert not any(KEY.encode() in path.read_bytes() for path in run.directory.rglob("*") if path.is_file())
+
+
+def test_a_trial_of_an_agent_is_the_run_that_the_agent_knows(server: SweepServer, place: Path) -> None:
+    """Online, which is the default there: under the agent's id and in its sweep, beside trials of its own search."""
+    server.config = {
+        "command": [
+            sys.executable, "-m", "tuner", "trial", "small.yaml", "--data", "set", "--set", "${args_no_hyphens}",
+        ]
+    }  # fmt: skip
+    point = {"learning_rate": 1, "augment_flips": False, "threshold_rule": "grid"}
+    server.waiting = [handed_out("first1", **point), handed_out("second1", **point | {"learning_rate": 0.5})]
+    done = run_agent(server, place)
+    assert done.returncode == 0, done.stderr
+    assert list(server.runs) == ["first1", "second1"]
+    records = runs.load(place / "runs/small-trials").records
+    for name, record in zip(server.runs, records, strict=True):
+        run = server.runs[name]
+        described = run.described
+        assert (described["sweep"], described["displayName"]) == ("sweep123", record["trial"])
+        assert (described["groupName"], described["jobType"]) == ("small-trials", "trial")
+        assert json.loads(described["config"])["learning_rate"]["value"] == record["params"]["learning_rate"]
+        assert [row["val/objective"] for row in run.rows] == [row["value"] for row in record["history"]]
+        assert (run.exit_code, run.summary["best/value"]) == (0, record["value"])

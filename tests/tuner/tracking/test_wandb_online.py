@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.tuner.report.conftest import write_run
 from tests.tuner.tracking import test_sync as syncing
 from tests.tuner.tracking import test_wandb_runs as offline
 from tests.tuner.tracking.pages_server import PagesServer
-from tuner import pipeline, report
+from tuner import pipeline, report, space_file
 from tuner import run as runs
 from tuner.tracking import Trackers, WandbTracker, log_report
 
@@ -93,6 +94,8 @@ def test_runs_arrive_with_group_sweep_and_pictures(empty, server, caplog, capsys
         assert any(file.startswith("media/images/preview/crack") for file in run.files)
     (made,) = server.sweeps["sweep0"]["mutations"]
     assert made["priorRunsFilters"] is None
+    command = yaml.safe_load(made["config"])["command"]
+    assert space_file.load(command[2]) == runs.load(empty).space
     assert [view["displayName"] for view in server.views] == ["empty", "Search empty"]
 
     assert server.keys == {"Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()}

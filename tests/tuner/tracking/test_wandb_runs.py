@@ -70,7 +70,7 @@ def start(tracker: Tracker, trial: int, history: list[dict[str, Any]] | None = N
 def figures_of(number: int, value: float | None) -> dict[str, Any]:
     return {
         "epoch": number, "loss_segmentation": 1 / number, "loss_decision": 0.5, "loss_total": 1 / number + 0.5,
-        "seconds": 2.5, "dice_mean": value, "decision_ap": None, "two_pixel_f1": float("nan"),
+        "dice_mean": value, "decision_ap": None, "two_pixel_f1": float("nan"),
         "threshold": 0.1 * number, "value": value,
     }  # fmt: skip
 
