@@ -427,17 +427,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the first part")
     parser.add_argument("--rounds", type=int, default=5, help="of the second part")
     parser.add_argument("--search-epochs", type=int, default=12, help="of each trial of the second part")
+    parser.add_argument("--sleeping", action="store_true", help="trials that sleep alone")
     options = parser.parse_args()
     with offline(), tempfile.TemporaryDirectory() as place:
-        if options.repeats:
+        if options.repeats and not options.sleeping:
             compare_loggers(options.runs, options.peers, options.epochs, options.repeats)
         if options.rounds:
             epochs = options.search_epochs
             space = space_of(epochs, trials=8)
-            os.environ["SEGDEC_TUNER_CACHE"] = str(Path(place) / "cache")
-            real = trained(Path(place), space)
-            what = f"8 trainings of {epochs} epochs on {os.cpu_count()} cores"
-            compare_searches(what, real, space, Resources(), options.rounds)
+            if not options.sleeping:
+                os.environ["SEGDEC_TUNER_CACHE"] = str(Path(place) / "cache")
+                real = trained(Path(place), space)
+                what = f"8 trainings of {epochs} epochs on {os.cpu_count()} cores"
+                compare_searches(what, real, space, Resources(), options.rounds)
             sleeping, resources = DrawingTask(0.2 * epochs, pictures()), Resources(cpus_per_trial=0.1, concurrent=8)
             compare_searches(f"8 trials at once, {epochs} epochs of 0.2 s", sleeping, space, resources, options.rounds)
 
