@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
+import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,18 +144,17 @@ class Runs:
         row = history_row(figures)
         for name, value in use.items():
             row |= numbers(f"use/{name}", value)
-        for name, png in previews.items():
-            row[f"preview/{name}"] = self._image(base64.b64decode(png), f"epoch {epoch}")
         # Scalars of our own: W&B's `summary="max"` would store an object, by which no table sorts.
         for name in ("value", "epoch", "threshold"):
             row |= numbers(f"best/{name}", best.get(name) if best else None)
-        self._open[trial].log(row, step=epoch, commit=True)
+        # wandb copies files as they are; what it is given as a picture it would encode anew.
+        with tempfile.TemporaryDirectory(prefix="segdec-previews-") if previews else nullcontext("") as folder:
+            for n, (name, png) in enumerate(previews.items()):
+                file = Path(folder) / f"{n}.png"
+                file.write_bytes(base64.b64decode(png))
+                row[f"preview/{name}"] = self._wandb.Image(str(file), caption=f"epoch {epoch}")
+            self._open[trial].log(row, step=epoch, commit=True)
         self._logged[trial] = epoch
-
-    def _image(self, png: bytes, caption: str) -> Any:
-        from PIL import Image
-
-        return self._wandb.Image(Image.open(io.BytesIO(png)), caption=caption)
 
     def trial_ended(self, record: dict[str, Any]) -> None:
         trial = record["trial"]
