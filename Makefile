@@ -11,7 +11,7 @@ demo: .venv/.installed
 	$(BIN)/tuner search demo --data synthetic
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv/.installed
 	$(BIN)/ruff format --check $(CHECKED)

@@ -9,7 +9,7 @@ from bench import kills
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("seed", "study"), [(1, None), (2, "sqlite:///study.db"), (3, None)])
 def test_a_search_that_is_killed_at_random_loses_nothing(tmp_path: Path, seed: int, study: str | None) -> None:
     random.seed(seed)

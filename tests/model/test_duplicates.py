@@ -51,7 +51,7 @@ def test_an_empty_split_has_none(tmp_path: Path) -> None:
     assert near_duplicates(Splits([save(tmp_path, "a.png", picture(0))], [], [])) == []
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_real_cracks_do_not_look_alike_but_for_crops(crackseg448: Path) -> None:
     files = [sample(path) for path in sorted((crackseg448 / "images").iterdir())]
     assert near_duplicates(Splits(files[::2], files[1::2], [])) == []

@@ -128,7 +128,7 @@ print(run.info["id"])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_processes_that_begin_at_once_make_one_collection_and_lose_no_record(data: Path, tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(

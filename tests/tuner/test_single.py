@@ -27,7 +27,7 @@ from tuner.single import run_trial
 from tuner.space_file import load as load_space
 from tuner.tracking import RunInfo, Tracker, Trackers
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 POINT = {"learning_rate": 0.5, "threshold_rule": "grid"}
 

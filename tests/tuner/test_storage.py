@@ -194,7 +194,7 @@ while True:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_process_that_is_killed_leaves_a_study_to_go_on_with(url: str) -> None:
     space = small_space(search={"learning_rate": {"type": "float", "low": 0.1, "high": 2.0}})
     known: list[dict] = []

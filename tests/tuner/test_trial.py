@@ -56,7 +56,7 @@ class Reports:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_trial_reports_each_epoch_and_leaves_its_best_model(task: TrialTask, tmp_path: Path) -> None:
     reports = Reports(tmp_path)
     task.run(CONFIG, CPU, None, reports)
@@ -90,7 +90,7 @@ def test_a_trial_reports_each_epoch_and_leaves_its_best_model(task: TrialTask, t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_trial_that_goes_on_ends_as_if_it_had_not_stopped(task: TrialTask, tmp_path: Path) -> None:
     (tmp_path / "straight").mkdir()
     (tmp_path / "resumed").mkdir()
@@ -158,7 +158,7 @@ def test_which_epochs_are_kept(best_by: str, kept: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("metric", ["decision_ap", "dice_positive_mean"])
 def test_what_rungs_compare_does_not_depend_on_the_decision(task: TrialTask, tmp_path: Path, metric: str) -> None:
     """With dynamic balance the decision has hardly begun to learn; blackened by it, all masks may be empty."""
@@ -185,7 +185,7 @@ def test_a_network_is_judged_in_every_way_that_the_search_may_propose(task: Tria
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_replay_is_what_training_in_that_way_gives(task: TrialTask, tmp_path: Path) -> None:
     """Every judgement of one training against trainings of its own, best epoch and constraints' figures included."""
     task = replace(task, constrained=BOUNDED)
@@ -207,7 +207,7 @@ def test_a_replay_is_what_training_in_that_way_gives(task: TrialTask, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_trial_knows_what_its_masks_and_its_constraints_come_to(task: TrialTask, tmp_path: Path) -> None:
     positives = sum(sample.positive for sample in task.train)
     for kept, count in (("all", positives), (3, 3)):
@@ -234,7 +234,7 @@ def test_a_trial_knows_what_its_masks_and_its_constraints_come_to(task: TrialTas
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_blackening_in_a_trial_is_what_its_figures_say(task: TrialTask, tmp_path: Path) -> None:
     reports = Reports(tmp_path)
     config = RunConfig(**CONFIG.to_dict() | {"epochs": 1, "blacken": True, "lower_threshold": 0.9})
@@ -255,7 +255,7 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
 def test_where_memory_runs_out_a_trial_goes_on_in_smaller_parts(task, tmp_path: Path, monkeypatch, error) -> None:
     config = RunConfig(**CONFIG.to_dict() | {"batch_size": 4, "learning_rate": 0.05})  # large steps magnify rounding
@@ -280,7 +280,7 @@ def test_where_memory_runs_out_a_trial_goes_on_in_smaller_parts(task, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("owner", "name"), [(_Keeper, "_draw"), (checkpoint, "save_training")])
 def test_memory_that_runs_out_while_an_epoch_is_kept_doubles_nothing(
     task: TrialTask, tmp_path: Path, monkeypatch, owner: Any, name: str

@@ -385,7 +385,7 @@ def test_a_port_that_is_none(small: Run, capsys) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_the_command_serves_until_ctrl_c(small: Run) -> None:
     begin(small).ask()
     process = subprocess.Popen(
@@ -405,7 +405,7 @@ def test_the_command_serves_until_ctrl_c(small: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 def test_a_browser_shows_the_page(small: Run, show, tmp_path: Path) -> None:
     study = begin(small)

@@ -28,7 +28,7 @@ from tuner.tracking import sync as sync_module
 KEY = offline.KEY
 DIRECTORY = "cracks"
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(180)
 
 no_network_and_no_home = offline.no_network_and_no_home
 

@@ -389,7 +389,7 @@ trackers.search_ended("finished")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_file_that_cannot_grow_is_one_warning(info) -> None:
     """A limit that the kernel enforces, as it does the size of a disk."""
     done = subprocess.run([sys.executable, "-c", FULL, str(info.directory)], capture_output=True, text=True, check=True)
@@ -437,7 +437,7 @@ with search.cluster(None):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_search_goes_on_where_its_event_files_cannot(info) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SEARCH_ON_A_FULL_DISK, str(info.directory)], capture_output=True, text=True
@@ -464,7 +464,7 @@ def asked(url: str, body: dict[str, Any] | None = None) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_tensorboard_serves_them(info) -> None:
     """With its own loader, which is another one than the class that these tests read with."""
     tracker = session(info)

@@ -20,7 +20,7 @@ from tests.tuner.conftest import small_space
 from tests.tuner.tracking.stub_server import StubServer
 from tuner import run as runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 SEARCH = {

@@ -20,7 +20,7 @@ from tuner.tracking import Trackers, WandbTracker, log_report
 
 KEY = offline.KEY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 no_network_and_no_home = offline.no_network_and_no_home
 server = syncing.server

@@ -26,7 +26,7 @@ DEMO = space_file.load("demo")
 PROGRAM = [sys.executable, "-P", "-m", "tuner.tracking.wandb_pages"]
 NOTHING: dict[str, Any] = {"sweep": None, "workspace": None, "report": None}
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(180)
 
 no_network_and_no_home = offline.no_network_and_no_home
 

@@ -26,7 +26,7 @@ WANDB = Path(sys.executable).parent / "wandb"
 KEY = "0123456789abcdef" * 3
 DEADLINE_S = 30.0
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(autouse=True)
