@@ -214,50 +214,6 @@ def test_every_end_is_told_as_what_it_was(ray_cluster, tmp_path: Path) -> None:
     assert len([1 for what, _ in events.seen if what == "started"]) == 4 + 3  # the worker of one died three times
 
 
-class FailsAt(Tracker):
-    """Raises at one event."""
-
-    def __init__(self, event: str) -> None:
-        def fail(*_: Any) -> None:
-            self.told += 1
-            raise OSError(f"no {event}")
-
-        self.told = 0
-        setattr(self, event, fail)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(180)
-def test_records_are_the_same_whoever_watches(ray_cluster, tmp_path: Path) -> None:
-    """Nobody; W&B and TensorBoard; trackers that fail, one at each event."""
-    space = scripted_space([1.0, 2.0, 3.0, 4.0, 2.5, 5.0], {"name": "asha", "min_epochs": 1, "reduction": 2})
-    behaviour = {"_2": "crash", "_3": "die once", "_4": "late", "_5": "diverge"}
-    found = {}
-    failing = [FailsAt(event) for event in ("trial_started", "epoch_ended", "trial_held", "trial_ended", "close")]
-    for name, trackers in (
-        ("nobody", Trackers()),
-        ("wandb and tensorboard", tracking.build("offline", tensorboard=True, terminal=False, wait_s=60)),
-        ("failing", Trackers([*failing, FailsAt("search_started")])),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        info = tracking.RunInfo(
-            name, "abc123", folder, space.to_dict(), {"delta_cls_loss": 0.01}, 7, None, "dice_mean", "max"
-        )
-        trackers.search_started(info)
-        state = run(space, folder, tracker=trackers, **behaviour)
-        trackers.search_ended(state)
-        kept = records.read(folder)
-        for record in kept:
-            for time_of in ("started", "ended", "seconds", "device_seconds", "traceback"):
-                record.pop(time_of, None)
-        found[name] = state, kept
-    assert found["nobody"] == found["wandb and tensorboard"] == found["failing"]
-    assert {record["status"] for record in found["nobody"][1]} == {"completed", "diverged", "failed", "stopped_early"}
-    assert [tracker.told for tracker in failing] == [1, 1, 1, 1, 0]  # switched off at their first
-    assert len(list((tmp_path / "wandb and tensorboard/wandb").glob("offline-run-*"))) == 7
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_asha_stops_the_worse_and_never_the_baseline(ray_cluster, tmp_path: Path) -> None:
@@ -653,25 +609,48 @@ nodes.shutdown()
     )
 
 
-class Raising(Tracker):
-    """Fails at every event."""
+class FailsAt(Tracker):
+    """Raises at one event."""
 
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith(("search_", "trial_", "epoch_", "close")):
-            raise OSError("the disk is full")
-        return super().__getattribute__(name)
+    def __init__(self, event: str) -> None:
+        def fail(*_: Any) -> None:
+            self.told += 1
+            raise OSError(f"no {event}")
+
+        self.told = 0
+        setattr(self, event, fail)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_watching_changes_nothing(ray_cluster, tmp_path: Path) -> None:
-    space = scripted_space([2.0, 1.0], {"name": "asha", "min_epochs": 1, "reduction": 2}, trials=4)
-    found = []
-    for name, tracker in (("off", None), ("on", Events()), ("raising", Raising())):
-        (tmp_path / name).mkdir()
-        assert run(space, tmp_path / name, tracker=tracker) == "finished"
-        found.append([record | {"started": 0, "ended": 0} for record in records.read(tmp_path / name)])
-    assert found[0] == found[1] == found[2]
+    """By nobody, by W&B and TensorBoard, by trackers that fail, one at each event."""
+    space = scripted_space([1.0, 2.0, 3.0, 4.0, 2.5, 5.0], {"name": "asha", "min_epochs": 1, "reduction": 2})
+    behaviour = {"_2": "crash", "_3": "die once", "_4": "late", "_5": "diverge"}
+    found = {}
+    failing = [FailsAt(event) for event in ("trial_started", "epoch_ended", "trial_held", "trial_ended", "close")]
+    for name, trackers in (
+        ("nobody", Trackers()),
+        ("wandb and tensorboard", tracking.build("offline", tensorboard=True, terminal=False, wait_s=60)),
+        ("failing", Trackers([*failing, FailsAt("search_started")])),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        info = tracking.RunInfo(
+            name, "abc123", folder, space.to_dict(), {"delta_cls_loss": 0.01}, 7, None, "dice_mean", "max"
+        )
+        trackers.search_started(info)
+        state = run(space, folder, tracker=trackers, **behaviour)
+        trackers.search_ended(state)
+        kept = records.read(folder)
+        for record in kept:
+            for time_of in ("started", "ended", "seconds", "device_seconds", "traceback"):
+                record.pop(time_of, None)
+        found[name] = state, kept
+    assert found["nobody"] == found["wandb and tensorboard"] == found["failing"]
+    assert {record["status"] for record in found["nobody"][1]} == {"completed", "diverged", "failed", "stopped_early"}
+    assert [tracker.told for tracker in failing] == [1, 1, 1, 1, 0]  # switched off at their first
+    assert len(list((tmp_path / "wandb and tensorboard/wandb").glob("offline-run-*"))) == 7
 
 
 class Uses(Tracker):
