@@ -218,6 +218,7 @@ def _watched(run: Run, baseline: dict[str, Any]) -> RunInfo:
         mode="max",
         data=run.data,
         sweep=sweep,
+        shared=True,
         wandb_run=(os.environ.get("WANDB_RUN_ID") or None) if sweep else None,
     )
 

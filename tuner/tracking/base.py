@@ -34,6 +34,8 @@ class RunInfo:
     """path of the data set"""
     sweep: str | None = None
     """id of the W&B sweep that every run carries"""
+    shared: bool = False
+    """whether others write to W&B from the same directory at the same time, each a trial of its own"""
     wandb_run: str | None = None
     """the id of the one run, where an agent has chosen it"""
 

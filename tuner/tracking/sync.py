@@ -6,13 +6,15 @@ cannot read, and marks a run as uploaded whose rows or files a server has refuse
 here, and the mark is taken back unless everything arrived.
 
 What W&B's files lack, because a disk was full or the logger process died, is first logged again from the records; only
-previews and the use of devices are not in them.
+previews and the use of devices are not in them. The report's run is logged anew as long as a server has not all of it:
+its files name what they hold by absolute paths, which a directory that was moved has no more.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,9 +30,10 @@ from tuner.tracking.wandb_files import (
     LOG,
     OFFLINE,
     files_of,
-    is_uploaded,
+    logged,
     lost_parts,
     mark,
+    note_uploaded,
     report_run,
     started,
     uploaded,
@@ -120,16 +123,19 @@ def upload(run: Run, info: RunInfo, dry_run: bool = False) -> Iterator[Outcome]:
         # A trial of an agent has a run of the agent's name, in the agent's sweep.
         is_search = run.kind == SEARCH
         lacking = _lacking(directory, run.records) if is_search else []
-        if not dry_run and (lacking or any(not part.mark.exists() for part in parts)):
+        report = report_run(info.id)
+        report_is_lacking = (directory / "report" / "metrics.json").exists() and report not in uploaded(directory)
+        if not dry_run and (lacking or report_is_lacking or any(not part.mark.exists() for part in parts)):
             check_login("tuner sync", "run `wandb login` or set WANDB_API_KEY; nothing was uploaded")
-    for record in lacking:
-        yield Outcome(
-            record["trial"], "would be completed from the records" if dry_run else "completed from the records"
-        )
-    if lacking and not dry_run:
-        _complete(info, lacking)
-    went_well = True
-    with _not_written(log):
+        for record in lacking:
+            yield Outcome(
+                record["trial"], "would be completed from the records" if dry_run else "completed from the records"
+            )
+        if report_is_lacking and not files_of(directory, report):
+            yield Outcome(report, "would be completed from the records" if dry_run else "completed from the records")
+        if (lacking or report_is_lacking) and not dry_run:
+            _complete(info, lacking, report_is_lacking)
+        went_well = True
         for outcome in _each(_parts(directory), directory, dry_run):
             went_well = went_well and outcome.state not in ("failed", "left out")
             yield outcome
@@ -139,24 +145,29 @@ def upload(run: Run, info: RunInfo, dry_run: bool = False) -> Iterator[Outcome]:
 
 def _lacking(directory: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of trials that W&B's files do not hold to their end."""
-    gone = uploaded(directory)
 
     def lacks(record: dict[str, Any]) -> bool:
-        files = files_of(directory, record["trial"])
-        if not files:
-            return record["trial"] not in gone  # `wandb clean` removes what is uploaded
-        found = [written(file) for file in files]
-        return found[-1].exit_code in (None, INTERRUPTED) or max(one.epoch for one in found) < len(record["history"])
+        found = logged(directory, record["trial"])
+        return (
+            not found
+            or found[-1].exit_code in (None, INTERRUPTED)
+            or max(one.epoch for one in found) < len(record["history"])
+        )
 
     with ThreadPoolExecutor(4) as pool:
         return [record for record, is_lacking in zip(records, pool.map(lacks, records), strict=True) if is_lacking]
 
 
-def _complete(info: RunInfo, records: list[dict[str, Any]]) -> None:
+def _complete(info: RunInfo, records: list[dict[str, Any]], report: bool) -> None:
     tracker = WandbTracker("offline", wait_s=COMPLETION_LIMIT_S)
+    if report:
+        for file in files_of(info.directory, report_run(info.id)):
+            shutil.rmtree(file.parent)
     tracker.search_started(info)
     for record in records:
         tracker.trial_ended(record)
+    if report:
+        tracker.report_written()
     tracker.search_ended("completed")
 
 
@@ -165,7 +176,8 @@ def _attached(run: Run, info: RunInfo, dry_run: bool) -> Iterator[Outcome]:
     if dry_run:
         yield Outcome("sweep, workspace and report", "would be made", "where they are not there yet")
         return
-    trials = dict.fromkeys(part.run for part in _parts(run.directory) if part.run != report_run(info.id))
+    runs = [*uploaded(run.directory), *(part.run for part in _parts(run.directory))]
+    trials = dict.fromkeys(name for name in runs if name != report_run(info.id))
     answer = make_pages(run.directory, info.space, info.data, info.name, trials)
     for what, url in (
         ("sweep", (answer["sweep"] or {}).get("url")),
@@ -198,7 +210,7 @@ def _each(parts: list[_Part], directory: Path, dry_run: bool) -> Iterator[Outcom
             if outcome.state == "failed":
                 incomplete.add(part.run)
             if outcome.state == "uploaded":
-                is_uploaded(directory, part.run)
+                note_uploaded(directory, part.run, written(part.file))
         yield outcome
 
 
@@ -219,7 +231,8 @@ def _not_written(log: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{log.parent} is being written, or uploaded by another `tuner sync`; wait until it has ended"
+                f"{log.parent} is being written, or uploaded by another `tuner sync`; wait until it has ended, which "
+                "is at most ten minutes after the search"
             ) from None
         yield
 

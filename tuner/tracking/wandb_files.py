@@ -26,8 +26,9 @@ SPACE = Path("wandb") / "space.yaml"
 OFFLINE = "-offline"
 """Ends the id of a run that could not be opened online; `tuner sync` gives it its own one back."""
 _UPLOADED = Path("wandb") / "uploaded.txt"
+_READ_LIMIT_S = 60.0
 
-_LOST = ("file transfer: ", "filestream: ", "runfiles: ", "runupserter: failed")
+_LOST = ("file transfer: ", "filestream: ", "runfiles: ", "runupserter: failed", "sender: failed to log artifact")
 """Errors in wandb's log that it does not say aloud: parts of a run that were not taken."""
 
 
@@ -47,8 +48,11 @@ def written(file: Path) -> Written:
     assert spec.origin is not None
     core = Path(spec.origin).parent / "bin" / "wandb-core"
     command = [str(core), "leet", "inspect", "-no-observability", "--json", "--run-file", str(file)]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout  # noqa: S603
     epoch, exit_code = 0, None
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_READ_LIMIT_S).stdout  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return Written(epoch, exit_code)
     for line in said.splitlines():
         entry = json.loads(line)
         if entry["type"] == "history":  # not the summary, which is written before its row
@@ -93,14 +97,21 @@ def mark(file: Path) -> Path:
     return file.with_suffix(".wandb.synced")
 
 
-def uploaded(directory: Path) -> set[str]:
-    """The ids of runs of which something was uploaded: their folders may be gone since, by `wandb clean`."""
+def uploaded(directory: Path) -> dict[str, Written]:
+    """What a server has of each run: their folders may be gone since, by `wandb clean`."""
     file = directory / _UPLOADED
-    return set(file.read_text().split()) if file.exists() else set()
+    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    return {name: Written(int(epoch), None if code == "-" else int(code)) for name, epoch, code in lines}
 
 
-def is_uploaded(directory: Path, run_id: str) -> None:
-    """Keeps in mind that a run is on a server."""
-    if run_id not in uploaded(directory):
-        with (directory / _UPLOADED).open("a") as file:
-            file.write(run_id + "\n")
+def note_uploaded(directory: Path, run_id: str, found: Written) -> None:
+    """Keeps in mind what a server has of a run."""
+    code = "-" if found.exit_code is None else found.exit_code
+    with (directory / _UPLOADED).open("a") as file:
+        file.write(f"{run_id} {found.epoch} {code}\n")
+
+
+def logged(directory: Path, run_id: str) -> list[Written]:
+    """What there is of a run, oldest first: on a server, and in each of its files."""
+    there = uploaded(directory).get(run_id)
+    return ([there] if there else []) + [written(file) for file in files_of(directory, run_id)]

@@ -16,10 +16,12 @@ from tuner.tracking.wandb_files import (
     PROJECT,
     Written,
     files_of,
-    is_uploaded,
+    logged,
     lost_parts,
     mark,
+    note_uploaded,
     report_run,
+    uploaded,
     written,
 )
 from tuner.tracking.wandb_report import log_report
@@ -37,6 +39,8 @@ _LOOKS, _SECONDS_BETWEEN_LOOKS = 20, 0.1
 EXIT_CODES = {"completed": 0, "stopped_early": 0, "diverged": 1, "failed": 1}
 INTERRUPTED = 255
 """wandb's own exit code for a run cut off by Ctrl-C."""
+_STATES = {*EXIT_CODES, "held", "interrupted"}
+"""what a run is tagged with, one at a time"""
 
 
 class Runs:
@@ -71,19 +75,23 @@ class Runs:
     def trial_started(self, trial: str, config: dict[str, Any], baseline: bool, history: list[dict[str, Any]]) -> None:
         if trial not in self._open:  # else issued again after a node died; W&B refuses a second open run of one id
             run_id = self._search["wandb_run"] or trial
-            before = [written(file).epoch for file in files_of(self._directory, run_id)]
-            run = self._begin("trial", trial, run_id, config, baseline, bool(before))
+            before = [part.epoch for part in logged(self._directory, run_id)]
+            run = self._begin("trial", trial, run_id, config, baseline)
             run.define_metric("*", step_metric="epoch")
             self._open[trial] = run
             self._logged[trial] = max(before, default=0)
         for figures in history:
             self._log(trial, figures, {}, {})
 
-    def _begin(
-        self, job_type: str, name: str, run_id: str, config: dict[str, Any], baseline: bool, goes_on: bool
-    ) -> Any:
+    def _begin(self, job_type: str, name: str, run_id: str, config: dict[str, Any], baseline: bool) -> Any:
+        files = files_of(self._directory, run_id)
+        if not all(mark(file).exists() for file in files):
+            # Its rows and its end would come to the server after those of this part, and so would be its last word.
+            own_id = run_id + OFFLINE if self._search["mode"] == "online" else run_id
+            return self._init("offline", job_type, name, own_id, config, baseline)
+        goes_on = bool(files) or run_id in uploaded(self._directory)
         try:
-            return self._init(job_type, name, run_id, config, baseline, goes_on)
+            return self._init(self._mode, job_type, name, run_id, config, baseline, goes_on)
         except self._wandb.errors.Error as error:
             if self._mode == "offline":
                 raise
@@ -91,12 +99,19 @@ class Runs:
             self._mode = "offline"
             reason = " ".join(str(error).split())
             print(f"no way online, so from here on W&B is kept for `{self._way_to_upload}`: {reason}", flush=True)
-            return self._init(job_type, name, run_id + OFFLINE, config, baseline, goes_on)
+            return self._init("offline", job_type, name, run_id + OFFLINE, config, baseline)
 
     def _init(
-        self, job_type: str, name: str, run_id: str, config: dict[str, Any], baseline: bool, goes_on: bool
+        self,
+        mode: Literal["offline", "online"],
+        job_type: str,
+        name: str,
+        run_id: str,
+        config: dict[str, Any],
+        baseline: bool,
+        goes_on: bool = False,
     ) -> Any:
-        online = self._mode == "online"
+        online = mode == "online"
         return self._wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             group=self._search["name"],
@@ -106,7 +121,7 @@ class Runs:
             tags=["baseline"] if baseline else None,
             dir=self._search["directory"],
             config=config,
-            mode=self._mode,
+            mode=mode,
             # Offline, W&B cannot look for an earlier run of this id: `tuner sync` joins them later.
             resume="allow" if online and goes_on else None,
             reinit="create_new",
@@ -182,13 +197,13 @@ class Runs:
     def trial_held(self, trial: str) -> None:
         """A run may stay open until its trial goes on, but each holds a file."""
         if trial in self._open and len(self._open) > MOST_OPEN:
-            self._finish(trial, {"status": "held"}, 0)
+            self._finish(trial, {"status": "held"}, INTERRUPTED)
 
     def _finish(self, trial: str, summary: dict[str, Any], exit_code: int) -> None:
         run = self._open.pop(trial)
         self._best.pop(trial, None)
         run.summary.update(summary)
-        run.tags = (*(run.tags or ()), summary["status"])
+        run.tags = (*(tag for tag in run.tags or () if tag not in _STATES), summary["status"])
         self._end(run, trial, exit_code, self._logged.pop(trial))
 
     def _end(self, run: Any, name: str, exit_code: int, epoch: int) -> None:
@@ -203,13 +218,14 @@ class Runs:
             self._not_uploaded.append(name)
         elif online:
             mark(file).touch()  # which wandb itself only does where it uploads later
-            is_uploaded(self._directory, run.id)
+            note_uploaded(self._directory, run.id, found)
+        elif self._mode == "online":
+            self._not_uploaded.append(name)
 
     def report(self) -> None:
         """Logs the report that is written, as a run of its own."""
         run_id = report_run(self._search["id"])
-        goes_on = bool(files_of(self._directory, run_id))
-        run = self._begin("report", "report", run_id, {}, False, goes_on)
+        run = self._begin("report", "report", run_id, {}, False)
         log_report(self._wandb, run, self._search["name"], self._directory)
         self._end(run, "report", 0, 0)
 

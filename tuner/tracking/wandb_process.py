@@ -88,8 +88,9 @@ def serve(parent: int) -> None:
     if search is None:
         return
     with (Path(search["directory"]) / LOCK).open("w") as lock:
-        # The process of an earlier session may still have work: what it will have written must not come twice.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not search["shared"]:
+            # The process of an earlier session may still have work: what it will have written must not come twice.
+            fcntl.flock(lock, fcntl.LOCK_EX)
         runs = Runs(search)
         try:
             for event in events:

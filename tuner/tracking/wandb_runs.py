@@ -90,6 +90,7 @@ class WandbTracker(Tracker):
                 "data": run.data,
                 "sweep": run.sweep,
                 "wandb_run": run.wandb_run,
+                "shared": run.shared,
             }
         )
 

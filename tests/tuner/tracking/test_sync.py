@@ -269,7 +269,7 @@ def test_what_was_never_logged_comes_from_the_records(logged, server, capsys) ->
     cut.write_bytes(content[: content.rindex(b"val/dice_mean") - 200])
     for trial, status in ((2, "failed"), (3, "stopped_early"), (4, "completed")):
         keep(logged, record(trial, 2, status))
-    (logged / "wandb" / "uploaded.txt").write_text("3fa91c-0004\n")
+    (logged / "wandb" / "uploaded.txt").write_text("3fa91c-0004 2 0\n")
     assert sync(logged, "--dry-run") == 0
     said = capsys.readouterr().out
     assert "3fa91c-0001: would be completed from the records" in said
@@ -283,6 +283,27 @@ def test_what_was_never_logged_comes_from_the_records(logged, server, capsys) ->
     assert server.runs["3fa91c-0003"].summary["status"] == "stopped_early"
     assert sync(logged) == 0
     assert "completed from" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_what_is_uploaded_and_removed_is_still_known(empty, server, capsys) -> None:
+    """`wandb clean` removes folders that are marked; the trial goes on after that, and nobody logs it."""
+    log(empty, {0: [1]}, ended=False)
+    assert sync(empty) == 0
+    for folder in (empty / "wandb").glob("*run-*"):
+        shutil.rmtree(folder)
+    (empty / "wandb" / "sweep.json").unlink()
+    keep(empty, record(0, 3))
+    assert sync(empty) == 0
+    run = server.runs["3fa91c-0000"]
+    assert [row["epoch"] for row in run.rows] == [1, 2, 3]
+    assert (run.exit_code, run.summary["status"]) == (0, "completed")
+    for folder in (empty / "wandb").glob("*run-*"):
+        shutil.rmtree(folder)
+    (empty / "wandb" / "sweep.json").unlink()
+    assert sync(empty) == 0
+    made = server.sweeps[list(server.sweeps)[-1]]["mutations"][-1]
+    assert json.loads(made["priorRunsFilters"]) == {"$or": [{"name": "3fa91c-0000"}]}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -122,6 +123,7 @@ def test_a_search_that_goes_on_goes_on_in_its_runs_and_its_sweep(empty, server, 
     trackers.search_ended("finished")
     assert [row["epoch"] for row in server.runs["3fa91c-0000"].rows] == [1, 2, 3]
     assert server.runs["3fa91c-0000"].exit_code == 0
+    assert server.runs["3fa91c-0000"].described["tags"] == ["completed"]
     assert (len(server.sweeps), len(server.views)) == (1, 2)
     assert warnings(caplog) == []
 
@@ -197,10 +199,70 @@ def test_a_server_that_goes_away_half_way(empty, server, caplog, capsys, status)
     assert "completed from the records" not in capsys.readouterr().out
 
 
-def test_the_report_has_a_run_with_tables_figures_and_artifacts(empty, server, caplog, report_files) -> None:
+def test_what_a_server_missed_comes_before_what_it_would_take(empty, server, caplog) -> None:
+    """A session without a server, then one with: uploaded later, the first part would have the last word."""
+    good, server.status = server.status, lambda path, body: 500
+    trackers, _ = begin(empty)
+    offline.start(trackers, 0)
+    for number in (1, 2):
+        offline.epoch(trackers, 0, number, 0.1 * number)
+    trackers.search_ended("stopped")
+    server.status = good
+    caplog.clear()
+    trackers, _ = begin(empty)
+    offline.start(trackers, 0, offline.history_of(0.1, 0.2))
+    offline.epoch(trackers, 0, 3, 0.3)
+    record = syncing.record(0, 3)
+    trackers.trial_ended(record)
+    syncing.keep(empty, record)
+    offline.start(trackers, 1)
+    offline.epoch(trackers, 1, 1, 0.1)
+    record = syncing.record(1, 1)
+    trackers.trial_ended(record)
+    syncing.keep(empty, record)
+    trackers.search_ended("finished")
+    assert any("not wholly uploaded: 3fa91c-0000; nothing is lost" in line for line in warnings(caplog))
+    assert list(server.runs) == ["3fa91c-0001"]
+    assert syncing.sync(empty) == 0
+    run = server.runs["3fa91c-0000"]
+    assert [row["epoch"] for row in run.rows] == [1, 2, 3]
+    assert (run.exit_code, run.summary["status"], run.described["tags"]) == (0, "completed", ["completed"])
+
+
+def report_files_in(directory: Path, report_files: Path) -> None:
     for name in ("report", "best", "records.jsonl"):
         source = report_files / name
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, empty / name)
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, directory / name)
+
+
+@pytest.mark.parametrize("harm", ["moved", "torn", "refused", "files refused", "never begun"])
+def test_a_report_that_is_not_wholly_there_is_logged_anew(empty, server, capsys, report_files, harm) -> None:
+    report_files_in(empty, report_files)
+    (empty / "records.jsonl").unlink()  # of another run
+    (empty / "records.jsonl").touch()
+    good = server.status
+    if harm != "never begun":
+        log_report(pipeline.watched(runs.load(empty)), "offline", 60.0)
+        (file,) = empty.rglob("run-3fa91c-report.wandb")
+    if harm == "moved":
+        empty = empty.rename(empty.with_name("elsewhere"))
+    elif harm == "torn":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif harm.endswith("refused"):
+        refused = re.compile(rb"mutation CreateArtifact\b" if harm == "refused" else rb"^/artifact/")
+        server.status = lambda path, body: 403 if refused.search(path.encode() + body) else 200
+        assert syncing.sync(empty) == 1
+        assert re.search("failed to log artifact|file transfer", capsys.readouterr().out)
+        server.status = good
+    assert syncing.sync(empty) == 0
+    assert {artifact.kind for artifact in server.artifacts if artifact.committed} == {"run_table", "model", "report"}
+    count = len(server.artifacts)
+    assert syncing.sync(empty) == 0
+    assert len(server.artifacts) == count
+
+
+def test_the_report_has_a_run_with_tables_figures_and_artifacts(empty, server, caplog, report_files) -> None:
+    report_files_in(empty, report_files)
     watched = pipeline.watched(runs.load(empty))
     log_report(watched, "online", 60.0)
     assert warnings(caplog) == []

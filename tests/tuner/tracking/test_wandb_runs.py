@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +438,21 @@ def test_the_next_session_waits_for_what_an_earlier_one_has_to_write(info, monke
     second.search_ended("finished")
     assert gone(first.pid)
     assert [rows for rows in rows_of(info, 0) if rows] == [[1, 2], [3, 4]]
+
+
+def test_trials_outside_a_search_wait_for_nobody(info) -> None:
+    """Several share a directory, and each may last for hours."""
+    first, second = (WandbTracker("offline", wait_s=DEADLINE_S) for _ in range(2))
+    first.search_started(replace(info, shared=True))
+    start(first, 0)
+    until(lambda: directories(info, 0), "the first run")
+    second.search_started(replace(info, shared=True))
+    start(second, 1)
+    second.trial_ended(record(1))
+    second.search_ended("finished")
+    assert gone(second.pid)
+    assert not gone(first.pid)
+    first.search_ended("finished")
 
 
 def test_previews_are_left_out_while_too_much_waits(capfd, monkeypatch) -> None:
