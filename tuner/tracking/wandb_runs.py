@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -191,7 +192,7 @@ class WandbTracker(Tracker):
             log.seek(self._log_read)
             said = log.read().rpartition(b"\n")[0] + b"\n"  # the last line may be half written
         self._log_read += len(said) if said.strip() else 0
-        return [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+        return [line for line in without_password(said.decode(errors="replace")).splitlines() if line.strip()]
 
 
 def report_is_logged(run: RunInfo) -> bool:
@@ -246,6 +247,11 @@ def environment(mode: str, directory: Path | None = None) -> dict[str, str]:
         environment.pop("WANDB_API_KEY", None)
         environment["WANDB_ERROR_REPORTING"] = "false"
     return environment
+
+
+def without_password(text: str) -> str:
+    """A text whose URLs have lost user and password: WANDB_BASE_URL may hold them, and messages are handed around."""
+    return re.sub(r"://[^/\s?#]*@", "://", text)
 
 
 def _plain(value: object) -> object:
