@@ -79,6 +79,7 @@ def register(request: dict[str, Any], timeout_s: float = TIMEOUT_S) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="tuner-wandb-") as scratch:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tuner.tracking.wandb_pages"],
+            cwd=scratch,  # with no settings of wandb
             env=_RETRIES | environment("online") | {"WANDB_DIR": scratch},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

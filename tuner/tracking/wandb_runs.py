@@ -17,12 +17,15 @@ import logging
 import os
 import queue
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from tuner.tracking.base import RunInfo, Tracker
 from tuner.tracking.wandb_files import LOG, files_of, report_run, uploaded, written
@@ -31,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 WAIT_S = 5.0
 """How long the end of a search waits for the logger process, unless it is asked to wait longer."""
+
+LOGIN_LIMIT_S = 60.0
+"""How long the look for credentials may take: it asks no server, but has to import wandb."""
 
 LOGIN_MISSING = 3
 """Exit code of the process that looks for credentials and finds none."""
@@ -75,6 +81,7 @@ class WandbTracker(Tracker):
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
+                cwd=directory,  # wandb reads wandb/settings of the current folder, which may be of anything
                 env=environment(self._mode, directory),
                 start_new_session=True,  # a Ctrl-C at the terminal goes to the driver alone
             )
@@ -179,7 +186,7 @@ class WandbTracker(Tracker):
 
     @property
     def _way_to_upload(self) -> str:
-        return f"tuner sync {self._log.parents[1]}"
+        return f"tuner sync {shlex.quote(str(self._log.parents[1]))}"
 
     def _tell_log(self) -> None:
         """Warns of what the process has said since the last time; it says nothing when all is well."""
@@ -215,20 +222,46 @@ def check_login(wanted_by: str, way_out: str) -> None:
 
     Needs no network, so a key that the server would refuse passes.
     """
-    result = subprocess.run(  # noqa: S603
-        _command("--check-login"),
-        env=environment("online"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    _check_base_url()
+    try:
+        with tempfile.TemporaryDirectory(prefix="tuner-wandb-") as scratch:
+            result = subprocess.run(  # noqa: S603
+                _command("--check-login"),
+                cwd=scratch,
+                env=environment("online"),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=LOGIN_LIMIT_S,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(
+            f"wandb has not said within {LOGIN_LIMIT_S:g} s whether there is an API key; the machine, or the folder "
+            "that wandb is installed in, is very slow: try again, or search with --wandb offline"
+        ) from None
     if result.returncode == 0:
         return
     if result.returncode != LOGIN_MISSING:
-        raise RuntimeError(f"wandb could not look for an API key: {result.stderr.strip()[-500:]}")
+        why = [line for line in without_password(result.stderr).splitlines() if line.strip()][-1:]
+        raise RuntimeError(f"wandb could not look for an API key: {''.join(why) or 'it left no message'}")
     raise ValueError(f"{wanted_by} needs a W&B API key, found {result.stdout.strip() or 'none'}; {way_out}")
+
+
+def _check_base_url() -> None:
+    url = os.environ.get("WANDB_BASE_URL")
+    if not url:
+        return
+    try:
+        parts = urlsplit(url)
+        holds = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port >= 0)
+    except ValueError:  # of a port or an address in brackets
+        holds = False
+    if not holds:
+        raise ValueError(
+            "WANDB_BASE_URL must be the URL of a W&B server, http://HOST or https://HOST, found "
+            f"{without_password(url)!r}; set it right, or unset it for W&B's own server"
+        )
 
 
 def _command(argument: str) -> list[str]:
@@ -240,6 +273,8 @@ def environment(mode: str, directory: Path | None = None) -> dict[str, str]:
     """Variables of a process that runs wandb for us; what it keeps of artifacts lies with the run in `directory`."""
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
     environment["WANDB_SILENT"] = "true"
+    if path := environment.get("PYTHONPATH"):  # the process has another current folder than we
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
     if directory:
         environment["WANDB_DATA_DIR"] = environment["WANDB_CACHE_DIR"] = str(directory / "wandb" / "data")
     if mode == "offline":

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process
+from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process, wandb_runs
 from tuner.tracking.names import numbers
 from tuner.tracking.wandb_log import INTERRUPTED
 
@@ -379,9 +381,44 @@ def test_an_error_in_the_process_is_named_and_the_other_runs_are_kept(tracker, i
     start(tracker, 0)
     epoch(tracker, 0, 1, 0.5, broken=b"not a PNG")
     until(lambda: tracker._process.poll() is not None, "the end of the process")
-    with pytest.raises(RuntimeError, match=r"exit code 1: PIL\.UnidentifiedImageError: cannot identify"):
+    with pytest.raises(RuntimeError, match=r"exit code 1: UnidentifiedImageError: cannot identify"):
         start(tracker, 1)
     assert summary_of(info, 0)["tags"] == ["interrupted"]
+
+
+def test_a_message_of_many_lines_is_told_from_its_start(info, monkeypatch) -> None:
+    """The last line of a traceback of pydantic is the address of a page that explains errors."""
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense://someone:s3cret@")
+    tracker = WandbTracker("offline", wait_s=DEADLINE_S)
+    tracker.search_started(info)
+    start(tracker, 0)
+    with pytest.raises(RuntimeError, match=r"exit code 1: ValidationError: 1 validation error for .* base_url "):
+        tracker.search_ended("finished")
+    assert "s3cret" not in (info.directory / "wandb" / "tracker.log").read_text()
+
+
+def test_settings_of_the_current_folder_bend_nothing(info, monkeypatch, tmp_path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "wandb").mkdir(parents=True)
+    (elsewhere / "wandb" / "settings").write_text("[default]\nproject = theirs\nentity = them\nrun_group = theirs\n")
+    monkeypatch.setenv("PYTHONPATH", os.path.relpath(ROOT, elsewhere))
+    monkeypatch.chdir(elsewhere)
+    tracker = WandbTracker("offline", wait_s=DEADLINE_S)
+    tracker.search_started(info)
+    start(tracker, 0)
+    tracker.search_ended("stopped")
+    (directory,) = directories(info, 0)
+    described = records_of(directory, "run")[-1]
+    assert (described["project"], described["run_group"], described.get("entity")) == ("segdec-tuner", "cracks", None)
+
+
+def test_the_way_to_upload_can_be_pasted_into_a_shell(info, tmp_path) -> None:
+    directory = tmp_path / "w ö k"
+    directory.mkdir()
+    tracker = WandbTracker("offline", wait_s=DEADLINE_S)
+    tracker.search_started(replace(info, directory=directory))
+    tracker.search_ended("stopped")
+    assert shlex.split(tracker._way_to_upload) == ["tuner", "sync", str(directory)]
 
 
 def test_a_process_that_hangs_blocks_nothing_and_loses_nothing(info, caplog) -> None:
@@ -428,6 +465,7 @@ def test_the_next_session_waits_for_what_an_earlier_one_has_to_write(info, monke
     for value in (0.1, 0.2):
         epoch(first, 0, round(10 * value), value)
     first.search_ended("stopped")
+    until((info.directory / "wandb" / "tracker.lock").exists, "the first process, which else may come second")
     assert not gone(first.pid)
     second = WandbTracker("offline", wait_s=DEADLINE_S)
     second.search_started(info)
@@ -551,6 +589,20 @@ def test_online_without_a_key_is_refused(monkeypatch, variables, found) -> None:
         check_online()
     assert "run `wandb login`, set WANDB_API_KEY, or take --wandb offline" in str(refused.value)
     assert "not a key" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://host", "http://", "http://someone:s3cret@host:port"])
+def test_a_base_url_that_is_none_is_refused(monkeypatch, url) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    with pytest.raises(ValueError, match="WANDB_BASE_URL must be the URL of a W&B server, .*, found .*; set it right"):
+        check_online()
+
+
+def test_a_look_for_a_key_that_takes_too_long_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(wandb_runs, "LOGIN_LIMIT_S", 0.01)
+    with pytest.raises(RuntimeError, match=r"wandb has not said within 0\.01 s whether there is an API key"):
+        check_online()
 
 
 @pytest.mark.parametrize("place", ["variable", "netrc"])
