@@ -51,6 +51,8 @@ _NOT_PASSED_ON = (
 class WandbTracker(Tracker):
     """Logs trials to `RUN/wandb` (offline, needs no account) or to a W&B server (online)."""
 
+    name = "W&B"
+
     def __init__(self, mode: Literal["offline", "online"], wait_s: float = WAIT_S) -> None:
         self._mode = mode
         self._wait_s = wait_s
@@ -67,10 +69,16 @@ class WandbTracker(Tracker):
         """Of the logger process; None before the search has started."""
         return self._process.pid if self._process else None
 
+    @property
+    def way_back(self) -> str:
+        if self._run is None:
+            return ""
+        return f"nothing is lost for good: `{self._way_to_upload}` completes W&B from the records and uploads it"
+
     def search_started(self, run: RunInfo) -> None:
         directory = run.directory.resolve()
-        self._run = run
         self._log = directory / LOG
+        self._run = run
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._log_read = log.tell()
@@ -179,10 +187,7 @@ class WandbTracker(Tracker):
     def _death(self, code: int | None) -> str:
         lines = self._new_lines()
         why = lines[-1] if lines else "it left no message"
-        return (
-            f"the W&B logger process (pid {self.pid}) ended with exit code {code}: {why}; nothing is lost for good: "
-            f"`{self._way_to_upload}` completes W&B from the records and uploads it"
-        )
+        return f"the W&B logger process (pid {self.pid}) ended with exit code {code}: {why}"
 
     @property
     def _way_to_upload(self) -> str:
