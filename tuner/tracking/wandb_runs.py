@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 WAIT_S = 5.0
 """How long the end of a search waits for the logger process, unless it is asked to wait longer."""
 
+MOST_WAITING = 64
+"""While more lines than these wait in the driver, it leaves previews out: a process that does not read, and a megabyte
+an epoch, would fill the driver's memory. Figures are always kept."""
+
 LOGIN_LIMIT_S = 60.0
 """How long the look for credentials may take: it asks no server, but has to import wandb."""
 
@@ -46,6 +50,10 @@ _NOT_PASSED_ON = (
     "WANDB_SERVICE", "WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_DIR", "WANDB_TAGS", "WANDB_NOTES",
 )  # fmt: skip
 """Belong to a run or a service of the user's own process, and would bend all of ours."""
+
+
+_told_of: set[Path] = set()
+"""Logs of searches at whose end it was said that the process goes on: it need not be said of their reports again."""
 
 
 class WandbTracker(Tracker):
@@ -63,6 +71,10 @@ class WandbTracker(Tracker):
         self._log = Path()
         self._log_read = 0
         """bytes of the log that were told"""
+        self._has_warned = False
+        self._has_report = False
+        self._left_out = 0
+        """previews"""
 
     @property
     def pid(self) -> int | None:
@@ -126,6 +138,9 @@ class WandbTracker(Tracker):
     def epoch_ended(
         self, trial: str, figures: dict[str, float | None], use: dict[str, float], previews: dict[str, bytes]
     ) -> None:
+        if previews and self._queue.qsize() > MOST_WAITING:
+            self._left_out += len(previews)
+            previews = {}
         pictures = {name: base64.b64encode(png).decode("ascii") for name, png in previews.items()}
         self._send({"event": "epoch_ended", "trial": trial, "figures": figures, "use": use, "previews": pictures})
 
@@ -136,6 +151,7 @@ class WandbTracker(Tracker):
         self._send({"event": "trial_held", "trial": record["trial"]})
 
     def report_written(self) -> None:
+        self._has_report = True
         self._send({"event": "report"})
 
     def search_ended(self, state: str) -> None:
@@ -143,21 +159,39 @@ class WandbTracker(Tracker):
         it does alone."""
         if self._process is None or self._writer is None:
             return
+        if self._left_out:
+            logger.warning("W&B: the logger process could not keep up: %d previews were left out", self._left_out)
         deadline = time.monotonic() + self._wait_s
         self.close()
         self._writer.join(self._wait_s)
+        if not self._has_report:
+            _told_of.discard(self._log)  # of an earlier session in this process
         try:
             code = self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._tell_log()
-            logger.warning(
-                "W&B: the logger process is still writing after %g s, and goes on in the background for some minutes "
-                "at most; `%s` then makes whole what is missing", self._wait_s, self._way_to_upload,
-            )  # fmt: skip
+            self._tell_that_it_goes_on()
             return
         if code != 0:
             raise RuntimeError(self._death(code))
         self._tell_log()
+
+    def _tell_that_it_goes_on(self) -> None:
+        """Once a search: its report comes after it, and has to wait for the same uploads."""
+        if self._has_report and self._log in _told_of:
+            return
+        _told_of.add(self._log)
+        if self._mode == "online":  # the rule, for a report takes its time
+            logger.log(
+                logging.WARNING if self._has_warned else logging.INFO,
+                "W&B: still uploading; this goes on in the background for ten minutes at most, and `%s` after that "
+                "completes what is missing", self._way_to_upload,
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "W&B: the logger process is still writing after %g s, and goes on in the background for some minutes "
+                "at most; `%s` then makes whole what is missing", self._wait_s, self._way_to_upload,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Ends the pipe; the process finishes its runs and exits by itself."""
@@ -197,6 +231,7 @@ class WandbTracker(Tracker):
         """Warns of what the process has said since the last time; it says nothing when all is well."""
         if self._log.stat().st_size > self._log_read and (lines := self._new_lines()):
             more = f" ({len(lines)} lines in {self._log})" if len(lines) > 1 else ""
+            self._has_warned = True
             logger.warning("W&B: %s%s", lines[-1], more)
 
     def _new_lines(self) -> list[str]:

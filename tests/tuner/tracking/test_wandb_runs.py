@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -443,6 +444,24 @@ def test_a_process_that_hangs_blocks_nothing_and_loses_nothing(info, caplog) -> 
     assert rows
 
 
+def test_a_process_that_does_not_read_costs_previews_but_no_memory(info, caplog) -> None:
+    tracker = WandbTracker("offline", wait_s=0.0)
+    tracker.search_started(info)
+    start(tracker, 0)
+    until(lambda: directories(info, 0), "the run")
+    core = children(tracker.pid)
+    os.kill(tracker.pid, signal.SIGSTOP)
+    for number in range(1, 101):
+        epoch(tracker, 0, number, 0.5, crack=bytes(1_000_000))
+    waiting = tracker._queue.qsize()
+    tracker.search_ended("stopped")
+    assert waiting > 90  # of 100 figures the pipe takes some
+    (left_out,) = re.findall(r"could not keep up: (\d+) previews were left out", caplog.text)
+    assert 30 <= int(left_out) <= 36
+    os.kill(tracker.pid, signal.SIGKILL)
+    until(lambda: all(map(gone, [tracker.pid, *core])), "the end of the process")
+
+
 def test_what_a_server_holds_up_is_worked_off_when_the_driver_has_gone(info, monkeypatch, caplog) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
@@ -451,8 +470,22 @@ def test_what_a_server_holds_up_is_worked_off_when_the_driver_has_gone(info, mon
     start(tracker, 0)
     for number in range(1, 301):
         epoch(tracker, 0, number, 0.5)
-    tracker.search_ended("stopped")
-    assert "still writing after 0.3 s" in caplog.text
+    with caplog.at_level(logging.INFO):
+        tracker.search_ended("stopped")
+    (told,) = caplog.records
+    assert told.getMessage() == (
+        "W&B: still uploading; this goes on in the background for ten minutes at most, and "
+        f"`tuner sync {info.directory}` after that completes what is missing"
+    )
+    assert told.levelno == logging.INFO
+    caplog.clear()
+    report = WandbTracker("online", wait_s=0.0)
+    report.search_started(info)
+    report.report_written()
+    with caplog.at_level(logging.INFO):
+        report.search_ended("finished")
+    assert caplog.records == []  # once a search
+    os.kill(report.pid, signal.SIGKILL)
     until(lambda: gone(tracker.pid), "the end of the process")
     assert rows_of(info, 0)[-1] == list(range(1, 301))
 
@@ -597,7 +630,7 @@ def test_online_without_a_key_is_refused(monkeypatch, variables, found) -> None:
 def test_a_base_url_that_is_none_is_refused(monkeypatch, url) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", url)
-    with pytest.raises(ValueError, match="WANDB_BASE_URL must be the URL of a W&B server, .*, found .*; set it right"):
+    with pytest.raises(ValueError, match=r"WANDB_BASE_URL must be the URL of a W&B server, .*, found .*; set it right"):
         check_online()
 
 
