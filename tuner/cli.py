@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tuner.options import ADDRESS, COUNT, NOT_NEGATIVE, PORT, POSITIVE, SEED, STUDY_VARIABLE, Rule
+from tuner.options import ADDRESS, COUNT, NOT_NEGATIVE, PORT, POSITIVE, SEED, STUDY_VARIABLE, WAIT, Rule
 from tuner.records import SearchFailed
 
 _SHOWN_PAIRS = 20
@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
         "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
     )
     made.add_argument(
-        "--wandb-wait", metavar="S", type=_not_negative, default=5.0,
+        "--wandb-wait", metavar="S", type=_wait, default=5.0,
         help="seconds that the end waits for uploads; the rest goes on in the background",
     )  # fmt: skip
     made.add_argument("--tensorboard", action="store_true", help="write event files to RUN/tensorboard too")
@@ -419,8 +419,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--clear", action="store_true", help="remove them; they are made again when needed")
 
     made = verb(sync, "sync", "upload what was logged to Weights & Biases offline", "tuner sync runs/demo --dry-run")
+    made.description = (
+        "Upload what was logged to Weights & Biases and is not there yet. What its files lack is first completed from "
+        "the records of the trials; when all runs are there, they get a sweep, a workspace and a report, unless they "
+        "have them. To be repeated as often as you like."
+    )
     made.add_argument("run", metavar="RUN", help="the folder of a run")
-    made.add_argument("--dry-run", action="store_true", help="say what would be uploaded; contact nobody")
+    made.add_argument(
+        "--dry-run", action="store_true", help="say what would be uploaded, completed and made; contact nobody"
+    )
 
     made = verb(wandb_sweep, "wandb-sweep", "print a space as a sweep of Weights & Biases, in YAML for `wandb sweep`",
                 "tuner wandb-sweep demo > sweep.yaml")  # fmt: skip
@@ -453,6 +460,7 @@ def _value(rule: Rule, kind: type) -> Callable[[str], Any]:
 _count = _value(COUNT, int)
 _positive = _value(POSITIVE, float)
 _not_negative = _value(NOT_NEGATIVE, float)
+_wait = _value(WAIT, float)
 _seed = _value(SEED, int)
 _port = _value(PORT, int)
 _address = _value(ADDRESS, str)

@@ -28,6 +28,7 @@ class Rule:
 COUNT = Rule("a whole number of at least 1", lambda v: type(v) is int and v >= 1)
 POSITIVE = Rule("a number above 0", lambda v: is_number(v) and v > 0)
 NOT_NEGATIVE = Rule("a number of at least 0", lambda v: is_number(v) and v >= 0)
+WAIT = Rule("a number of seconds from 0 to 86400, a day", lambda v: is_number(v) and 0 <= v <= 86400)
 SEED = Rule(
     f"a whole number from 0 to {RULES['seed'].high}", lambda v: type(v) is int and RULES["seed"].problem(v) is None
 )
@@ -49,7 +50,7 @@ _RULES = {
     "gpus_per_trial": NOT_NEGATIVE,
     "address": ADDRESS,
     "wandb": WANDB,
-    "wandb_wait": NOT_NEGATIVE,
+    "wandb_wait": WAIT,
     "tensorboard": YES_OR_NO,
     "seed": SEED,
     "no_report": YES_OR_NO,

@@ -181,9 +181,10 @@ def _closed(run: Run, sessions: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def watched(run: Run) -> tracking.RunInfo:
     """The run as its trackers see it."""
     space = run.space
+    info = run.info
     return tracking.RunInfo(
-        name=run.name,
-        id=run.info["id"],
+        name=info["name"],  # not the folder's, which may be renamed: what W&B has is filed under the first one
+        id=info["id"],
         directory=run.directory,
         space=space.to_dict(),
         baseline=space.baseline_config(space.seed).to_dict(),

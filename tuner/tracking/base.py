@@ -49,6 +49,14 @@ class RunInfo:
 class Tracker:
     """Watches a search and does nothing; the others override what they need."""
 
+    name = ""
+    """what messages call it; empty for the class's name"""
+
+    @property
+    def way_back(self) -> str:
+        """How what it missed is got back, for the message that it failed; empty where nothing gets it back."""
+        return ""
+
     def search_started(self, run: RunInfo) -> None:
         """First event, also of a resumed search."""
 
@@ -123,14 +131,15 @@ class Trackers(Tracker):
                 self._switch_off(tracker, event, error)
 
     def _switch_off(self, tracker: Tracker, event: str, error: Exception) -> None:
-        name = type(tracker).__name__
+        name = tracker.name or type(tracker).__name__
+        way_back = f"; {tracker.way_back}" if tracker.way_back else ""
         try:
             tracker.close()
         except Exception:
             logger.debug("closing %s failed as well", name, exc_info=True)
         # After close, so that the message does not land in the middle of a live display.
         logger.warning(
-            "%s failed in %s and is switched off; the search goes on. %s: %s",
-            name, event, type(error).__name__, error,
+            "%s is switched off, for it failed (%s: %s); the search goes on%s",
+            name, type(error).__name__, error, way_back,
         )  # fmt: skip
         logger.debug("%s failed in %s", name, event, exc_info=error)

@@ -13,6 +13,8 @@ from tuner.tracking.progress import number, parameters
 class LinesTracker(Tracker):
     """Says what a trial is and how it comes along; what it has come to is for whoever runs it to say."""
 
+    name = "the terminal display"
+
     def __init__(self, console: Console) -> None:
         self._console = console
         self._metric = ""

@@ -37,6 +37,8 @@ so one that is held or was interrupted has none."""
 class TensorBoardTracker(Tracker):
     """Writes scalars and previews by epoch under W&B's names, and parameters and final figures for the HPARAMS tab."""
 
+    name = "TensorBoard"
+
     def __init__(self) -> None:
         self._run: RunInfo | None = None
         self._trials: dict[str, _Files] = {}

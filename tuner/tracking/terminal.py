@@ -39,6 +39,8 @@ _STYLES = {"completed": "green", "stopped_early": "cyan", "diverged": "yellow", 
 class TerminalTracker(Tracker):
     """Shows a search. Without `console` it goes to standard error: standard output is for results."""
 
+    name = "the terminal display"
+
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console or Console(stderr=True)
         self._clock = clock

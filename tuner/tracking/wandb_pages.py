@@ -38,7 +38,7 @@ from urllib.parse import quote
 from tuner import space_file
 from tuner.tracking.sweep import sweep_config
 from tuner.tracking.wandb_files import PROJECT
-from tuner.tracking.wandb_runs import check_login, environment
+from tuner.tracking.wandb_runs import check_login, environment, without_password
 
 TIMEOUT_S = 25.0
 """A few requests; with a server that does not answer, retries included."""
@@ -79,6 +79,7 @@ def register(request: dict[str, Any], timeout_s: float = TIMEOUT_S) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="tuner-wandb-") as scratch:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tuner.tracking.wandb_pages"],
+            cwd=scratch,  # with no settings of wandb
             env=_RETRIES | environment("online") | {"WANDB_DIR": scratch},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -103,7 +104,7 @@ def register(request: dict[str, Any], timeout_s: float = TIMEOUT_S) -> dict[str,
         last = [line for line in complained.splitlines() if line.strip()][-1:]
         problem = f"the process that asks W&B ended with exit code {process.returncode}: {''.join(last).strip()}"
     if problem:
-        answer["problems"].append(problem)
+        answer["problems"].append(without_password(problem))
     return answer
 
 
@@ -119,6 +120,11 @@ def _last_answer(said: str) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines else None
 
 
+def _address(url: str | None) -> str | None:
+    """As it may be kept and said; wandb makes it of a base URL that may hold a password."""
+    return without_password(url) if url else url
+
+
 class _Pages:
     """The steps of a request. What fails is a problem of the answer, and the next step is tried."""
 
@@ -130,13 +136,13 @@ class _Pages:
         self.entity: str | None = request.get("entity") or known.get("entity")
         self.answer: dict[str, Any] = {
             "sweep": self._sweep(known["id"], known["url"]) if known else None,
-            "workspace": request.get("workspace"),
-            "report": request.get("report"),
+            "workspace": _address(request.get("workspace")),
+            "report": _address(request.get("report")),
             "problems": [],
         }
 
     def _sweep(self, sweep: str, url: str | None) -> dict[str, Any]:
-        return {"id": sweep, "url": url, "entity": self.entity, "project": self.project}
+        return {"id": sweep, "url": _address(url), "entity": self.entity, "project": self.project}
 
     def make(self, say: Callable[[dict[str, Any]], None]) -> None:
         """Tells `say` the answer after each step."""
@@ -158,7 +164,7 @@ class _Pages:
                 say(self.answer)
 
     def _problem(self, text: str) -> None:
-        line = " ".join(text.split())[:_LONGEST_PROBLEM]
+        line = " ".join(without_password(text).split())[:_LONGEST_PROBLEM]
         if line not in self.answer["problems"]:
             self.answer["problems"].append(line)
 
@@ -219,7 +225,7 @@ class _Pages:
 
         space = space_file.parse(self.request["space"])
         made = getattr(wandb_views, page)(space, self.request["search"], self.entity, self.project)
-        self.answer[page] = made.save().url
+        self.answer[page] = _address(made.save().url)
 
 
 def main() -> int:

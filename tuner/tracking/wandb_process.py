@@ -16,19 +16,21 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tuner.tracking.wandb_files import LOCK
 from tuner.tracking.wandb_log import Runs
-from tuner.tracking.wandb_runs import LOGIN_MISSING
+from tuner.tracking.wandb_runs import LOGIN_MISSING, without_password
 
 LEFT_ALONE_S = 600.0
 """So long the process may go on after its input has ended."""
 PARENT_CHECK_S = 1.0
 PREVIEW_BACKLOG = 256
 """While so many events wait, previews are left out: figures are small and must not be lost, pictures are neither."""
+_LONGEST_REASON = 300
 
 
 def read_events(descriptor: int, parent: int) -> Iterator[dict[str, Any]]:
@@ -115,11 +117,18 @@ def check_login() -> int:
 
 def main(arguments: list[str]) -> int:
     """`PARENT_PID` serves a search; `--check-login` looks for credentials."""
-    if arguments == ["--check-login"]:
-        return check_login()
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
-    serve(int(arguments[0]))
+    try:
+        if arguments == ["--check-login"]:
+            return check_login()
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(name, signal.SIG_IGN)
+        serve(int(arguments[0]))
+    except Exception as error:
+        # The last line is what the driver tells, and that of a traceback may be the end of a long message.
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        said = f"{traceback.format_exc()}{type(error).__name__}: {reason}"
+        print(without_password(said), file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

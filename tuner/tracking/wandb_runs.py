@@ -16,12 +16,16 @@ import json
 import logging
 import os
 import queue
+import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from tuner.tracking.base import RunInfo, Tracker
 from tuner.tracking.wandb_files import LOG, files_of, report_run, uploaded, written
@@ -30,6 +34,13 @@ logger = logging.getLogger(__name__)
 
 WAIT_S = 5.0
 """How long the end of a search waits for the logger process, unless it is asked to wait longer."""
+
+MOST_WAITING = 64
+"""While more lines than these wait in the driver, it leaves previews out: a process that does not read, and a megabyte
+an epoch, would fill the driver's memory. Figures are always kept."""
+
+LOGIN_LIMIT_S = 60.0
+"""How long the look for credentials may take: it asks no server, but has to import wandb."""
 
 LOGIN_MISSING = 3
 """Exit code of the process that looks for credentials and finds none."""
@@ -41,8 +52,14 @@ _NOT_PASSED_ON = (
 """Belong to a run or a service of the user's own process, and would bend all of ours."""
 
 
+_told_of: set[Path] = set()
+"""Logs of searches at whose end it was said that the process goes on: it need not be said of their reports again."""
+
+
 class WandbTracker(Tracker):
     """Logs trials to `RUN/wandb` (offline, needs no account) or to a W&B server (online)."""
+
+    name = "W&B"
 
     def __init__(self, mode: Literal["offline", "online"], wait_s: float = WAIT_S) -> None:
         self._mode = mode
@@ -54,16 +71,26 @@ class WandbTracker(Tracker):
         self._log = Path()
         self._log_read = 0
         """bytes of the log that were told"""
+        self._has_warned = False
+        self._has_report = False
+        self._left_out = 0
+        """previews"""
 
     @property
     def pid(self) -> int | None:
         """Of the logger process; None before the search has started."""
         return self._process.pid if self._process else None
 
+    @property
+    def way_back(self) -> str:
+        if self._run is None:
+            return ""
+        return f"nothing is lost for good: `{self._way_to_upload}` completes W&B from the records and uploads it"
+
     def search_started(self, run: RunInfo) -> None:
         directory = run.directory.resolve()
-        self._run = run
         self._log = directory / LOG
+        self._run = run
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self._log_read = log.tell()
@@ -74,6 +101,7 @@ class WandbTracker(Tracker):
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
+                cwd=directory,  # wandb reads wandb/settings of the current folder, which may be of anything
                 env=environment(self._mode, directory),
                 start_new_session=True,  # a Ctrl-C at the terminal goes to the driver alone
             )
@@ -111,6 +139,9 @@ class WandbTracker(Tracker):
     def epoch_ended(
         self, trial: str, figures: dict[str, float | None], use: dict[str, float], previews: dict[str, bytes]
     ) -> None:
+        if previews and self._queue.qsize() > MOST_WAITING:
+            self._left_out += len(previews)
+            previews = {}
         pictures = {name: base64.b64encode(png).decode("ascii") for name, png in previews.items()}
         self._send({"event": "epoch_ended", "trial": trial, "figures": figures, "use": use, "previews": pictures})
 
@@ -121,6 +152,7 @@ class WandbTracker(Tracker):
         self._send({"event": "trial_held", "trial": record["trial"]})
 
     def report_written(self) -> None:
+        self._has_report = True
         self._send({"event": "report"})
 
     def search_ended(self, state: str) -> None:
@@ -128,21 +160,39 @@ class WandbTracker(Tracker):
         it does alone."""
         if self._process is None or self._writer is None:
             return
+        if self._left_out:
+            logger.warning("W&B: the logger process could not keep up: %d previews were left out", self._left_out)
         deadline = time.monotonic() + self._wait_s
         self.close()
         self._writer.join(self._wait_s)
+        if not self._has_report:
+            _told_of.discard(self._log)  # of an earlier session in this process
         try:
             code = self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._tell_log()
-            logger.warning(
-                "W&B: the logger process is still writing after %g s, and goes on in the background for some minutes "
-                "at most; `%s` then makes whole what is missing", self._wait_s, self._way_to_upload,
-            )  # fmt: skip
+            self._tell_that_it_goes_on()
             return
         if code != 0:
             raise RuntimeError(self._death(code))
         self._tell_log()
+
+    def _tell_that_it_goes_on(self) -> None:
+        """Once a search: its report comes after it, and has to wait for the same uploads."""
+        if self._has_report and self._log in _told_of:
+            return
+        _told_of.add(self._log)
+        if self._mode == "online":  # the rule, for a report takes its time
+            logger.log(
+                logging.WARNING if self._has_warned else logging.INFO,
+                "W&B: still uploading; this goes on in the background for ten minutes at most, and `%s` after that "
+                "completes what is missing", self._way_to_upload,
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "W&B: the logger process is still writing after %g s, and goes on in the background for some minutes "
+                "at most; `%s` then makes whole what is missing", self._wait_s, self._way_to_upload,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Ends the pipe; the process finishes its runs and exits by itself."""
@@ -172,19 +222,17 @@ class WandbTracker(Tracker):
     def _death(self, code: int | None) -> str:
         lines = self._new_lines()
         why = lines[-1] if lines else "it left no message"
-        return (
-            f"the W&B logger process (pid {self.pid}) ended with exit code {code}: {why}; nothing is lost for good: "
-            f"`{self._way_to_upload}` completes W&B from the records and uploads it"
-        )
+        return f"the W&B logger process (pid {self.pid}) ended with exit code {code}: {why}"
 
     @property
     def _way_to_upload(self) -> str:
-        return f"tuner sync {self._log.parents[1]}"
+        return f"tuner sync {shlex.quote(str(self._log.parents[1]))}"
 
     def _tell_log(self) -> None:
         """Warns of what the process has said since the last time; it says nothing when all is well."""
         if self._log.stat().st_size > self._log_read and (lines := self._new_lines()):
             more = f" ({len(lines)} lines in {self._log})" if len(lines) > 1 else ""
+            self._has_warned = True
             logger.warning("W&B: %s%s", lines[-1], more)
 
     def _new_lines(self) -> list[str]:
@@ -192,7 +240,7 @@ class WandbTracker(Tracker):
             log.seek(self._log_read)
             said = log.read().rpartition(b"\n")[0] + b"\n"  # the last line may be half written
         self._log_read += len(said) if said.strip() else 0
-        return [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+        return [line for line in without_password(said.decode(errors="replace")).splitlines() if line.strip()]
 
 
 def report_is_logged(run: RunInfo) -> bool:
@@ -215,20 +263,46 @@ def check_login(wanted_by: str, way_out: str) -> None:
 
     Needs no network, so a key that the server would refuse passes.
     """
-    result = subprocess.run(  # noqa: S603
-        _command("--check-login"),
-        env=environment("online"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    _check_base_url()
+    try:
+        with tempfile.TemporaryDirectory(prefix="tuner-wandb-") as scratch:
+            result = subprocess.run(  # noqa: S603
+                _command("--check-login"),
+                cwd=scratch,
+                env=environment("online"),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=LOGIN_LIMIT_S,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(
+            f"wandb has not said within {LOGIN_LIMIT_S:g} s whether there is an API key; the machine, or the folder "
+            "that wandb is installed in, is very slow: try again, or search with --wandb offline"
+        ) from None
     if result.returncode == 0:
         return
     if result.returncode != LOGIN_MISSING:
-        raise RuntimeError(f"wandb could not look for an API key: {result.stderr.strip()[-500:]}")
+        why = [line for line in without_password(result.stderr).splitlines() if line.strip()][-1:]
+        raise RuntimeError(f"wandb could not look for an API key: {''.join(why) or 'it left no message'}")
     raise ValueError(f"{wanted_by} needs a W&B API key, found {result.stdout.strip() or 'none'}; {way_out}")
+
+
+def _check_base_url() -> None:
+    url = os.environ.get("WANDB_BASE_URL")
+    if not url:
+        return
+    try:
+        parts = urlsplit(url)
+        holds = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port >= 0)
+    except ValueError:  # of a port or an address in brackets
+        holds = False
+    if not holds:
+        raise ValueError(
+            "WANDB_BASE_URL must be the URL of a W&B server, http://HOST or https://HOST, found "
+            f"{without_password(url)!r}; set it right, or unset it for W&B's own server"
+        )
 
 
 def _command(argument: str) -> list[str]:
@@ -240,6 +314,8 @@ def environment(mode: str, directory: Path | None = None) -> dict[str, str]:
     """Variables of a process that runs wandb for us; what it keeps of artifacts lies with the run in `directory`."""
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
     environment["WANDB_SILENT"] = "true"
+    if path := environment.get("PYTHONPATH"):  # the process has another current folder than we
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path.split(os.pathsep)))
     if directory:
         environment["WANDB_DATA_DIR"] = environment["WANDB_CACHE_DIR"] = str(directory / "wandb" / "data")
     if mode == "offline":
@@ -247,6 +323,11 @@ def environment(mode: str, directory: Path | None = None) -> dict[str, str]:
         environment.pop("WANDB_API_KEY", None)
         environment["WANDB_ERROR_REPORTING"] = "false"
     return environment
+
+
+def without_password(text: str) -> str:
+    """A text whose URLs have lost user and password: WANDB_BASE_URL may hold them, and messages are handed around."""
+    return re.sub(r"://[^/\s?#]*@", "://", text)
 
 
 def _plain(value: object) -> object:

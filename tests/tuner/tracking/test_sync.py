@@ -152,6 +152,12 @@ def test_two_trials_arrive_once(logged, server, capsys) -> None:
     assert not [path for path, content in files(logged).items() if KEY.encode() in content]
 
 
+def test_a_run_whose_folder_was_renamed_keeps_the_name_of_its_group(logged) -> None:
+    """The runs are there already, under the name that the run was made with."""
+    moved = logged.rename(logged.with_name("later"))
+    assert pipeline.watched(runs.load(moved)).name == DIRECTORY
+
+
 def test_a_dry_run_asks_nobody_and_writes_nothing(logged, server, capsys) -> None:
     assert not runs.load(logged).is_running()  # which makes the file of the lock
     before = files(logged)

@@ -395,8 +395,8 @@ def test_a_file_that_cannot_grow_is_one_warning(info) -> None:
     done = subprocess.run([sys.executable, "-c", FULL, str(info.directory)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "2", "3", "ended"]
     assert done.stderr == (
-        "WARNING:tuner.tracking.base:TensorBoardTracker failed in epoch_ended and is switched off; the search goes on. "
-        "OSError: [Errno 27] File too large\n"
+        "WARNING:tuner.tracking.base:TensorBoard is switched off, for it failed (OSError: [Errno 27] File too large); "
+        "the search goes on\n"
     )
     assert files(info)[0].stat().st_size == 20_000
     assert steps(info) == [1]
@@ -445,8 +445,8 @@ def test_a_search_goes_on_where_its_event_files_cannot(info) -> None:
     assert (done.returncode, done.stdout) == (0, "finished\n"), done.stderr
     warnings = [line for line in done.stderr.splitlines() if "tuner.tracking" in line]
     assert warnings == [
-        "WARNING:tuner.tracking.base:TensorBoardTracker failed in epoch_ended and is switched off; the search goes on. "
-        "OSError: [Errno 27] File too large"
+        "WARNING:tuner.tracking.base:TensorBoard is switched off, for it failed (OSError: [Errno 27] File too large); "
+        "the search goes on"
     ]
     found = records.read(info.directory)
     assert [record["status"] for record in found] == ["completed"] * 3

@@ -27,10 +27,16 @@ class Recording(Tracker):
 
 
 class Failing(Tracker):
+    name = "the recorder"
+
     def __init__(self, event: str) -> None:
         self.calls = 0
         self.closed = 0
         setattr(self, event, self._fail)
+
+    @property
+    def way_back(self) -> str:
+        return "copy the tape"
 
     def _fail(self, *values: Any) -> None:
         self.calls += 1
@@ -60,7 +66,7 @@ def test_a_tracker_that_raises_is_reported_once_and_switched_off(event, caplog) 
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
     assert warnings[0].getMessage() == (
-        f"Failing failed in {event} and is switched off; the search goes on. OSError: disk [full]"
+        "the recorder is switched off, for it failed (OSError: disk [full]); the search goes on; copy the tape"
     )
     assert warnings[0].exc_info is None
     assert any(record.exc_info for record in caplog.records if record.levelno == logging.DEBUG)

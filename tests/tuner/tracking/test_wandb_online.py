@@ -90,14 +90,14 @@ def test_runs_arrive_with_group_sweep_and_pictures(empty, server, caplog, capsys
     assert arrived(server) == WHOLE
     for name, run in server.runs.items():
         described = run.described
-        assert (described["groupName"], described["jobType"], described["sweep"]) == ("empty", "trial", "sweep0")
+        assert (described["groupName"], described["jobType"], described["sweep"]) == ("cracks", "trial", "sweep0")
         assert (described["displayName"], run.exit_code, run.summary["status"]) == (name, 0, "completed")
         assert any(file.startswith("media/images/preview/crack") for file in run.files)
     (made,) = server.sweeps["sweep0"]["mutations"]
     assert made["priorRunsFilters"] is None
     command = yaml.safe_load(made["config"])["command"]
     assert space_file.load(command[2]) == runs.load(empty).space
-    assert [view["displayName"] for view in server.views] == ["empty", "Search empty"]
+    assert [view["displayName"] for view in server.views] == ["cracks", "Search cracks"]
 
     assert server.keys == {"Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()}
     assert arguments
@@ -267,7 +267,7 @@ def test_the_report_has_a_run_with_tables_figures_and_artifacts(empty, server, c
     log_report(watched, "online", 60.0)
     assert warnings(caplog) == []
     run = server.runs["3fa91c-report"]
-    assert (run.described["jobType"], run.described["groupName"]) == ("report", "empty")
+    assert (run.described["jobType"], run.described["groupName"]) == ("report", "cracks")
     assert run.described.get("sweep") is None
     artifacts = {artifact.kind: artifact for artifact in server.artifacts if artifact.kind != "run_table"}
     assert all(artifact.committed for artifact in server.artifacts)

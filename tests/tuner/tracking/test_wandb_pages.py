@@ -111,6 +111,18 @@ def test_nothing_is_made_twice_and_further_runs_are_attached(server) -> None:
 
 
 @pytest.mark.slow
+def test_a_password_in_the_base_url_is_in_no_address_and_in_no_problem(server, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", server.url.replace("://", "://someone:s3cret@"))
+    answer = wandb_pages.register(request())
+    assert answer["sweep"]["url"] == f"{server.url}/me/segdec-tuner/sweeps/sweep0"
+    assert answer["report"].startswith(f"{server.url}/me/")
+    assert "s3cret" not in json.dumps(answer)
+    known = {page: url.replace("://", "://someone:s3cret@") for page, url in answer.items() if isinstance(url, str)}
+    again = wandb_pages.register(request(**known, sweep=answer["sweep"]))  # kept by an earlier version
+    assert again == answer
+
+
+@pytest.mark.slow
 def test_a_sweep_may_be_named_by_its_id_alone_and_may_be_all_that_is_wanted(server) -> None:
     config = sweep_config(DEMO, "synthetic", project="surfaces")
     first = wandb_pages.register({"config": config, "project": "surfaces"})

@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process
+from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process, wandb_runs
 from tuner.tracking.names import numbers
 from tuner.tracking.wandb_log import INTERRUPTED
 
@@ -372,7 +374,9 @@ def test_a_dead_process_switches_the_tracker_off(tracker, info, caplog) -> None:
     assert other.epochs == 3
     (warning,) = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.WARNING]
     assert f"the W&B logger process (pid {tracker.pid}) ended with exit code -9" in warning
-    assert "WandbTracker failed in epoch_ended and is switched off; the search goes on" in warning
+    assert warning.startswith("W&B is switched off, for it failed (RuntimeError: ")
+    assert "; the search goes on; nothing is lost for good: " in warning
+    assert warning.count(f"`tuner sync {info.directory}` completes W&B from the records") == 1
     until(lambda: all(map(gone, core)), "the end of wandb-core")
 
 
@@ -380,9 +384,44 @@ def test_an_error_in_the_process_is_named_and_the_other_runs_are_kept(tracker, i
     start(tracker, 0)
     epoch(tracker, 0, 1, 0.5, broken=b"not a PNG")
     until(lambda: tracker._process.poll() is not None, "the end of the process")
-    with pytest.raises(RuntimeError, match=r"exit code 1: PIL\.UnidentifiedImageError: cannot identify"):
+    with pytest.raises(RuntimeError, match=r"exit code 1: UnidentifiedImageError: cannot identify"):
         start(tracker, 1)
     assert summary_of(info, 0)["tags"] == ["interrupted"]
+
+
+def test_a_message_of_many_lines_is_told_from_its_start(info, monkeypatch) -> None:
+    """The last line of a traceback of pydantic is the address of a page that explains errors."""
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense://someone:s3cret@")
+    tracker = WandbTracker("offline", wait_s=DEADLINE_S)
+    tracker.search_started(info)
+    start(tracker, 0)
+    with pytest.raises(RuntimeError, match=r"exit code 1: ValidationError: 1 validation error for .* base_url "):
+        tracker.search_ended("finished")
+    assert "s3cret" not in (info.directory / "wandb" / "tracker.log").read_text()
+
+
+def test_settings_of_the_current_folder_bend_nothing(info, monkeypatch, tmp_path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "wandb").mkdir(parents=True)
+    (elsewhere / "wandb" / "settings").write_text("[default]\nproject = theirs\nentity = them\nrun_group = theirs\n")
+    monkeypatch.setenv("PYTHONPATH", os.path.relpath(ROOT, elsewhere))
+    monkeypatch.chdir(elsewhere)
+    tracker = WandbTracker("offline", wait_s=DEADLINE_S)
+    tracker.search_started(info)
+    start(tracker, 0)
+    tracker.search_ended("stopped")
+    (directory,) = directories(info, 0)
+    described = records_of(directory, "run")[-1]
+    assert (described["project"], described["run_group"], described.get("entity")) == ("segdec-tuner", "cracks", None)
+
+
+def test_the_way_to_upload_can_be_pasted_into_a_shell(info, tmp_path) -> None:
+    directory = tmp_path / "w ö k"
+    directory.mkdir()
+    tracker = WandbTracker("offline", wait_s=DEADLINE_S)
+    tracker.search_started(replace(info, directory=directory))
+    tracker.search_ended("stopped")
+    assert shlex.split(tracker._way_to_upload) == ["tuner", "sync", str(directory)]
 
 
 def test_a_process_that_hangs_blocks_nothing_and_loses_nothing(info, caplog) -> None:
@@ -405,6 +444,24 @@ def test_a_process_that_hangs_blocks_nothing_and_loses_nothing(info, caplog) -> 
     assert rows
 
 
+def test_a_process_that_does_not_read_costs_previews_but_no_memory(info, caplog) -> None:
+    tracker = WandbTracker("offline", wait_s=0.0)
+    tracker.search_started(info)
+    start(tracker, 0)
+    until(lambda: directories(info, 0), "the run")
+    core = children(tracker.pid)
+    os.kill(tracker.pid, signal.SIGSTOP)
+    for number in range(1, 101):
+        epoch(tracker, 0, number, 0.5, crack=bytes(1_000_000))
+    waiting = tracker._queue.qsize()
+    tracker.search_ended("stopped")
+    assert waiting > 90  # of 100 figures the pipe takes some
+    (left_out,) = re.findall(r"could not keep up: (\d+) previews were left out", caplog.text)
+    assert 30 <= int(left_out) <= 36
+    os.kill(tracker.pid, signal.SIGKILL)
+    until(lambda: all(map(gone, [tracker.pid, *core])), "the end of the process")
+
+
 def test_what_a_server_holds_up_is_worked_off_when_the_driver_has_gone(info, monkeypatch, caplog) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
@@ -413,8 +470,22 @@ def test_what_a_server_holds_up_is_worked_off_when_the_driver_has_gone(info, mon
     start(tracker, 0)
     for number in range(1, 301):
         epoch(tracker, 0, number, 0.5)
-    tracker.search_ended("stopped")
-    assert "still writing after 0.3 s" in caplog.text
+    with caplog.at_level(logging.INFO):
+        tracker.search_ended("stopped")
+    (told,) = caplog.records
+    assert told.getMessage() == (
+        "W&B: still uploading; this goes on in the background for ten minutes at most, and "
+        f"`tuner sync {info.directory}` after that completes what is missing"
+    )
+    assert told.levelno == logging.INFO
+    caplog.clear()
+    report = WandbTracker("online", wait_s=0.0)
+    report.search_started(info)
+    report.report_written()
+    with caplog.at_level(logging.INFO):
+        report.search_ended("finished")
+    assert caplog.records == []  # once a search
+    os.kill(report.pid, signal.SIGKILL)
     until(lambda: gone(tracker.pid), "the end of the process")
     assert rows_of(info, 0)[-1] == list(range(1, 301))
 
@@ -429,6 +500,7 @@ def test_the_next_session_waits_for_what_an_earlier_one_has_to_write(info, monke
     for value in (0.1, 0.2):
         epoch(first, 0, round(10 * value), value)
     first.search_ended("stopped")
+    until((info.directory / "wandb" / "tracker.lock").exists, "the first process, which else may come second")
     assert not gone(first.pid)
     second = WandbTracker("offline", wait_s=DEADLINE_S)
     second.search_started(info)
@@ -436,7 +508,7 @@ def test_the_next_session_waits_for_what_an_earlier_one_has_to_write(info, monke
     epoch(second, 0, 4, 0.4)
     second.trial_ended(record(0, history=history_of(0.1, 0.2, 0.3, 0.4)))
     second.search_ended("finished")
-    assert gone(first.pid)
+    until(lambda: gone(first.pid), "the end of the first process")
     assert [rows for rows in rows_of(info, 0) if rows] == [[1, 2], [3, 4]]
 
 
@@ -567,6 +639,20 @@ def test_online_without_a_key_is_refused(monkeypatch, variables, found) -> None:
         check_online()
     assert "run `wandb login`, set WANDB_API_KEY, or take --wandb offline" in str(refused.value)
     assert "not a key" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://host", "http://", "http://someone:s3cret@host:port"])
+def test_a_base_url_that_is_none_is_refused(monkeypatch, url) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    with pytest.raises(ValueError, match=r"WANDB_BASE_URL must be the URL of a W&B server, .*, found .*; set it right"):
+        check_online()
+
+
+def test_a_look_for_a_key_that_takes_too_long_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(wandb_runs, "LOGIN_LIMIT_S", 0.01)
+    with pytest.raises(RuntimeError, match=r"wandb has not said within 0\.01 s whether there is an API key"):
+        check_online()
 
 
 @pytest.mark.parametrize("place", ["variable", "netrc"])
