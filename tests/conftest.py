@@ -1,10 +1,15 @@
 """Where the shared reference material lies, if it does."""
 
+import os
 import signal
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# What tests compute is small: threads of one process only wait for each other, and the suite runs a process a core.
+# Here and not in a fixture: torch reads it once, and the commands that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Loaded machines are slow at times; tests have a timeout of their own.
 hypothesis.settings.register_profile("project", deadline=None)

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import zlib
@@ -20,9 +21,14 @@ CASES = [
 ]
 
 
-def golden_weights(shapes: dict[str, list[int]], salt: str) -> dict[str, torch.Tensor]:
+def golden_shapes(reference: Path, architecture: str) -> dict[str, list[int]]:
+    return json.loads((reference / "parameters.json").read_text())[architecture]
+
+
+@functools.lru_cache(maxsize=1)  # a hundred megabytes; the tests of an architecture follow each other
+def golden_weights(reference: Path, architecture: str, salt: str) -> dict[str, torch.Tensor]:
     state = {}
-    for name, shape in shapes.items():
+    for name, shape in golden_shapes(reference, architecture).items():
         v = np.random.default_rng(zlib.crc32(f"{salt}:{name}".encode())).standard_normal(shape).astype(np.float32)
         if name.endswith("scale"):
             v = 1 + np.float32(0.1) * v
@@ -47,9 +53,8 @@ def check_golden(reference: Path, architecture: str, height: int, width: int, ba
         if (row["architecture"], row["height"], row["width"], row["batch"], row["gradient_multiplier"])
         == (architecture, height, width, batch, multiplier)
     )
-    shapes = json.loads((reference / "parameters.json").read_text())[architecture]
     module = build(architecture).double()
-    load_public_state(module, golden_weights(shapes, row["salt"]))
+    load_public_state(module, golden_weights(reference, architecture, row["salt"]))
     module.gradient_multiplier = multiplier
 
     rng = np.random.default_rng(zlib.crc32(f"{row['salt']}:input:{height}x{width}x{batch}".encode()))
@@ -68,7 +73,7 @@ def check_golden(reference: Path, architecture: str, height: int, width: int, ba
         np.testing.assert_allclose(segmentation.detach().numpy(), golden["segmentation"], atol=1e-6 * scale, rtol=1e-6)
     assert loss_seg.item() == pytest.approx(row["loss_seg"], rel=1e-8)
     assert loss_dec.item() == pytest.approx(row["loss_dec"], rel=1e-8)
-    norms = gradient_norms_by_public_name(module, shapes)
+    norms = gradient_norms_by_public_name(module, golden_shapes(reference, architecture))
     for name, norm in row["gradient_norms"].items():
         assert norms[name] == pytest.approx(norm, rel=1e-8, abs=1e-14), name
 
@@ -147,8 +152,7 @@ def gradient_norms_by_public_name(module: torch.nn.Module, shapes: dict) -> dict
 
 
 def test_bgr_weights_see_flipped_channels(reference: Path) -> None:
-    shapes = json.loads((reference / "parameters.json").read_text())["segdecnet"]
-    state = {name: value.float() for name, value in golden_weights(shapes, "shared").items()}
+    state = {name: value.float() for name, value in golden_weights(reference, "segdecnet", "shared").items()}
     plain, flipped = build("segdecnet"), build("segdecnet")
     load_public_state(plain, state)
     load_public_state(flipped, state, channels="bgr")

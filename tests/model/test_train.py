@@ -23,7 +23,6 @@ CPU = torch.device("cpu")
 def cache(tmp_path_factory) -> Cache:
     folder = tmp_path_factory.mktemp("train")
     synthetic.write(folder / "set", count=8, height=64, width=128)
-    torch.set_num_threads(1)
     return open_cache(layouts.read(folder / "set"), 64, 128, folder / "cache")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from tuner import space_file
 from tuner.sampler import Proposal
@@ -53,10 +52,3 @@ def ended(proposal: Proposal, status: str = "completed", value: float | None = 0
 @pytest.fixture
 def space() -> Space:
     return small_space()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """The Gaussian process of a sampler is small: several threads only wait for each other, very long on a busy
-    machine."""
-    torch.set_num_threads(1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from bench.strategies import searched
 from bench.strategies_real import CPU, ROWS, SPACE, RealCurves
@@ -25,12 +23,8 @@ PARAMS = {"learning_rate": 0.5, "pixel_positive_weight": 2.0, "dilate": 3, "augm
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

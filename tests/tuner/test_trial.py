@@ -34,7 +34,6 @@ def task(tmp_path_factory) -> TrialTask:
     folder = tmp_path_factory.mktemp("trial") / "set"
     synthetic.write(folder, count=24, height=64, width=128)
     found = splits.assign(layouts.read(folder), folder, 0.25, 0.25, 0)
-    torch.set_num_threads(1)
     return TrialTask(found.train, found.validation, "dice_positive_mean", "segmentation", REPLAYED)
 
 
