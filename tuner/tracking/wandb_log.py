@@ -240,7 +240,10 @@ class Runs:
             if trials:
                 more = f" and {len(trials) - 3} more" if len(trials) > 3 else ""
                 runs = ", ".join(trials[:3]) + more
-                print(f"{what}: {runs}; nothing is lost for good: `{self._way_to_upload}` makes them whole", flush=True)
+                way_back = f"nothing is lost for good: `{self._way_to_upload}` makes them whole"
+                if self._search["shared"]:  # nobody knows which run an agent's trial has
+                    way_back = f"the records are whole, and `{self._way_to_upload}` uploads what there is"
+                print(f"{what}: {runs}; {way_back}", flush=True)
 
     @property
     def _way_to_upload(self) -> str:

@@ -85,6 +85,10 @@ class WandbTracker(Tracker):
     def way_back(self) -> str:
         if self._run is None:
             return ""
+        if self._run.shared:
+            return (
+                f"the trial's record will be whole, its W&B run is not; `{self._way_to_upload}` uploads what there is"
+            )
         return f"nothing is lost for good: `{self._way_to_upload}` completes W&B from the records and uploads it"
 
     def search_started(self, run: RunInfo) -> None:
