@@ -87,9 +87,9 @@ def report_run(search_id: str) -> str:
     return f"{search_id}-report"
 
 
-def started(file: Path) -> str:
-    """When a file was begun, by the name of its folder."""
-    return file.parent.name.removeprefix("offline-")
+def started(file: Path) -> tuple[str, int]:
+    """When a file was begun, by the name of its folder; of one second, who wrote last comes last."""
+    return file.parent.name.removeprefix("offline-").removeprefix("run-")[:15], file.stat().st_mtime_ns
 
 
 def mark(file: Path) -> Path:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from tuner.tracking import RunInfo, Tracker, Trackers, WandbTracker, check_online, wandb_process, wandb_runs
 from tuner.tracking.names import numbers
+from tuner.tracking.wandb_files import files_of
 from tuner.tracking.wandb_log import INTERRUPTED
 
 ROOT = Path(__file__).parents[3]
@@ -125,7 +126,8 @@ def records_of(directory: Path, kind: str) -> list[dict[str, Any]]:
 def rows_of(info: RunInfo, trial: int) -> list[list[int]]:
     """The epochs of each part of a run, by the time of its start."""
     return [
-        [row["item"]["epoch"] for row in records_of(directory, "history")] for directory in directories(info, trial)
+        [row["item"]["epoch"] for row in records_of(file.parent, "history")]
+        for file in files_of(info.directory, f"3fa91c-{trial:04d}")
     ]
 
 
