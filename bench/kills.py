@@ -19,9 +19,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bench import memory
 from model import synthetic
 
 TRIALS = 12
@@ -55,11 +57,9 @@ def of_session(leader: int) -> list[tuple[int, str]]:
     """(process, its command) of what a command and Ray started for it."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getsid(int(folder.name)) == leader:
-                found.append((int(folder.name), (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()))
-        except (OSError, UnicodeDecodeError):
-            continue  # it has ended
+        with suppress(OSError):  # it has ended
+            if os.getsid(number := int(folder.name)) == leader:
+                found.append((number, memory.command(number)))
     return found
 
 

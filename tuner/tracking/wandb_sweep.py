@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from model.files import write_atomically, write_json
 from tuner.tracking.wandb_files import SPACE, SWEEP
 from tuner.tracking.wandb_pages import register
 
@@ -29,16 +30,12 @@ def make_pages(
     """
     known = {key: value for key, value in sweep_of(directory).items() if value}
     source = directory.resolve() / SPACE
-    if not source.exists():
-        source.parent.mkdir(exist_ok=True)
-        source.write_text(yaml.safe_dump(space, sort_keys=False))
+    source.parent.mkdir(exist_ok=True)
+    write_atomically(source, yaml.safe_dump(space, sort_keys=False).encode())
     request: dict[str, Any] = {"space": space, "source": str(source), "data": data, "search": name}
     request |= {"prior_runs": list(prior_runs), "pages": True}
     answer = register(known | request)
     kept = {key: value for key, value in answer.items() if key != "problems"}
     if any(kept.values()):
-        file = directory / SWEEP
-        building = file.with_suffix(".part")
-        building.write_text(json.dumps(kept, indent=2) + "\n")
-        building.replace(file)
+        write_json(directory / SWEEP, kept)
     return answer
