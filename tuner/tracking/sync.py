@@ -124,7 +124,8 @@ def upload(run: Run, info: RunInfo, dry_run: bool = False) -> Iterator[Outcome]:
         is_search = run.kind == SEARCH
         lacking = _lacking(directory, run.records) if is_search else []
         report = report_run(info.id)
-        report_is_lacking = (directory / "report" / "metrics.json").exists() and report not in uploaded(directory)
+        there = uploaded(directory).get(report)
+        report_is_lacking = (directory / "report" / "metrics.json").exists() and not (there and there.exit_code == 0)
         if not dry_run and (lacking or report_is_lacking or any(not part.mark.exists() for part in parts)):
             check_login("tuner sync", "run `wandb login` or set WANDB_API_KEY; nothing was uploaded")
         for record in lacking:

@@ -6,6 +6,7 @@ a server has refused a part. So files are read back, and wandb's own log is.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -50,10 +51,10 @@ def written(file: Path) -> Written:
     command = [str(core), "leet", "inspect", "-no-observability", "--json", "--run-file", str(file)]
     epoch, exit_code = 0, None
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_READ_LIMIT_S).stdout  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_READ_LIMIT_S)  # noqa: S603
     except subprocess.TimeoutExpired:
         return Written(epoch, exit_code)
-    for line in said.splitlines():
+    for line in done.stdout.splitlines():
         entry = json.loads(line)
         if entry["type"] == "history":  # not the summary, which is written before its row
             epoch = int(entry["history"]["item"].get("epoch") or 0)
@@ -100,12 +101,17 @@ def mark(file: Path) -> Path:
 def uploaded(directory: Path) -> dict[str, Written]:
     """What a server has of each run: their folders may be gone since, by `wandb clean`."""
     file = directory / _UPLOADED
-    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-    return {name: Written(int(epoch), None if code == "-" else int(code)) for name, epoch, code in lines}
+    found: dict[str, Written] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):  # of a line that a full disk cut off
+            name, epoch, code = line.split()
+            before = found[name].epoch if name in found else 0
+            found[name] = Written(max(before, int(epoch)), None if code == "-" else int(code))
+    return found
 
 
 def note_uploaded(directory: Path, run_id: str, found: Written) -> None:
-    """Keeps in mind what a server has of a run."""
+    """Keeps in mind what a server has got of a run."""
     code = "-" if found.exit_code is None else found.exit_code
     with (directory / _UPLOADED).open("a") as file:
         file.write(f"{run_id} {found.epoch} {code}\n")

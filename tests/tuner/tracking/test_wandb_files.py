@@ -1,9 +1,12 @@
 """What a .wandb file holds, cut off anywhere: read back by wandb's own reader."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from tests.tuner.tracking import test_wandb_runs as offline
-from tuner.tracking.wandb_files import Written, lost_parts, written
+from tuner.tracking.wandb_files import Written, files_of, lost_parts, note_uploaded, uploaded, written
 
 no_network_and_no_home = offline.no_network_and_no_home
 info = offline.info
@@ -42,3 +45,25 @@ def test_what_a_server_did_not_take_is_found_in_the_log(tmp_path) -> None:
         '{"level":"ERROR","msg":"filestream: cut o'
     )
     assert lost_parts(log) == ["filestream: fatal error: HTTP 500", "runupserter: failed to upload changes EOF"]
+
+
+def test_of_one_second_comes_last_who_wrote_last(tmp_path: Path) -> None:
+    """A run that could not be opened online, and its part of the next session, whose name sorts first."""
+    parts = [("offline-run-20260101_000001-a-offline", "a-offline"), ("offline-run-20260101_000001-a", "a")]
+    for seconds, (folder, run_id) in enumerate(parts):
+        file = tmp_path / "wandb" / folder / f"run-{run_id}.wandb"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (seconds, seconds))
+    assert [file.parent.name for file in files_of(tmp_path, "a")] == [folder for folder, _ in parts]
+
+
+def test_what_a_server_has_is_known_as_far_as_it_was_written_down(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    assert uploaded(tmp_path) == {}
+    note_uploaded(tmp_path, "a", Written(3, 255))
+    note_uploaded(tmp_path, "b", Written(1, 0))
+    note_uploaded(tmp_path, "a", Written(0, None))  # a part of which nothing but its start was written
+    with (tmp_path / "wandb" / "uploaded.txt").open("a") as file:
+        file.write("b 7")  # the disk was full
+    assert uploaded(tmp_path) == {"a": Written(3, None), "b": Written(1, 0)}
