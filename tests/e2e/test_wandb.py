@@ -15,7 +15,9 @@ from bench import kills
 from model import synthetic
 from tests.e2e.test_main_job import environment
 from tests.tuner.tracking.test_wandb_runs import inspect
+from tuner import run as runs
 from tuner.tracking.names import chart_name
+from tuner.tracking.wandb_files import files_of, report_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -52,7 +54,7 @@ Entries = dict[str, list[dict[str, Any]]]
 def parts_of(run: Path, trial: str) -> list[tuple[Path, Entries]]:
     """What a W&B run holds by kind, one part for each time that it was begun, oldest first."""
     found = []
-    for folder in sorted((run / "wandb").glob(f"offline-run-*-{trial}")):
+    for folder in [file.parent for file in files_of(run, trial)]:
         entries: Entries = {"run": [], "history": [], "summary": [], "exit": []}
         for line in inspect(folder).splitlines():
             entry = json.loads(line)
@@ -112,7 +114,7 @@ def test_six_trials_are_read_back_whole(tmp_path: Path) -> None:
     for record in records:
         pictures = check_run(run, record)
         assert bool(pictures) == bool(record["history"] and not record["replayed_from"])
-    [(_, report)] = parts_of(run, "*-report")
+    [(_, report)] = parts_of(run, report_run(runs.load(run).info["id"]))
     assert (report["run"][0]["run_group"], report["run"][0]["job_type"]) == ("small", "report")
 
 

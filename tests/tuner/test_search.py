@@ -628,7 +628,9 @@ def test_watching_changes_nothing(ray_cluster, tmp_path: Path) -> None:
     space = scripted_space([1.0, 2.0, 3.0, 4.0, 2.5, 5.0], {"name": "asha", "min_epochs": 1, "reduction": 2})
     behaviour = {"_2": "crash", "_3": "die once", "_4": "late", "_5": "diverge"}
     found = {}
-    failing = [FailsAt(event) for event in ("trial_started", "epoch_ended", "trial_held", "trial_ended", "close")]
+    failing = [
+        FailsAt(event) for event in ("trial_started", "epoch_ended", "trial_held", "trial_ended", "search_ended")
+    ]
     for name, trackers in (
         ("nobody", Trackers()),
         ("wandb and tensorboard", tracking.build("offline", tensorboard=True, terminal=False, wait_s=60)),
@@ -649,7 +651,7 @@ def test_watching_changes_nothing(ray_cluster, tmp_path: Path) -> None:
         found[name] = state, kept
     assert found["nobody"] == found["wandb and tensorboard"] == found["failing"]
     assert {record["status"] for record in found["nobody"][1]} == {"completed", "diverged", "failed", "stopped_early"}
-    assert [tracker.told for tracker in failing] == [1, 1, 1, 1, 0]  # switched off at their first
+    assert [tracker.told for tracker in failing] == [1, 1, 1, 1, 1]  # switched off at their first
     assert len(list((tmp_path / "wandb and tensorboard/wandb").glob("offline-run-*"))) == 7
 
 
