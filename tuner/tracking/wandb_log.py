@@ -25,6 +25,7 @@ from tuner.tracking.wandb_files import (
     written,
 )
 from tuner.tracking.wandb_report import log_report
+from tuner.tracking.wandb_runs import sync_command, without_password
 from tuner.tracking.wandb_sweep import make_pages, sweep_of
 
 INIT_TIMEOUT_S = 20.0
@@ -69,7 +70,7 @@ class Runs:
             found = make_pages(self._directory, self._search["space"], self._search["data"], self._search["name"])
             if found["problems"]:
                 what = "; ".join(found["problems"])
-                print(f"sweep page, workspace or report are missing until `{self._way_to_upload}`: {what}", flush=True)
+                _say(f"sweep page, workspace or report are missing until `{sync_command(self._directory)}`: {what}")
         return (found.get("sweep") or {}).get("id")
 
     def trial_started(self, trial: str, config: dict[str, Any], baseline: bool, history: list[dict[str, Any]]) -> None:
@@ -98,7 +99,7 @@ class Runs:
             # Nothing may be lost: from here on as if offline. The id that failed is still taken in this process.
             self._mode = "offline"
             reason = " ".join(str(error).split())
-            print(f"no way online, so from here on W&B is kept for `{self._way_to_upload}`: {reason}", flush=True)
+            _say(f"no way online, so from here on W&B is kept for `{sync_command(self._directory)}`: {reason}")
             return self._init("offline", job_type, name, run_id + OFFLINE, config, baseline)
 
     def _init(
@@ -240,14 +241,15 @@ class Runs:
             if trials:
                 more = f" and {len(trials) - 3} more" if len(trials) > 3 else ""
                 runs = ", ".join(trials[:3]) + more
-                way_back = f"nothing is lost for good: `{self._way_to_upload}` makes them whole"
+                way_back = f"nothing is lost for good: `{sync_command(self._directory)}` makes them whole"
                 if self._search["shared"]:  # nobody knows which run an agent's trial has
-                    way_back = f"the records are whole, and `{self._way_to_upload}` uploads what there is"
-                print(f"{what}: {runs}; {way_back}", flush=True)
+                    way_back = f"the records are whole, and `{sync_command(self._directory)}` uploads what there is"
+                _say(f"{what}: {runs}; {way_back}")
 
-    @property
-    def _way_to_upload(self) -> str:
-        return f"tuner sync {self._directory}"
+
+def _say(text: str) -> None:
+    """For the log of the process, a file that others may read."""
+    print(without_password(text), flush=True)
 
 
 def _settled(file: Path) -> Written:

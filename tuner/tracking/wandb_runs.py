@@ -28,7 +28,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tuner.tracking.base import RunInfo, Tracker
-from tuner.tracking.wandb_files import LOG, files_of, report_run, uploaded, written
+from tuner.tracking.wandb_files import LOG, logged, report_run
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,6 @@ _NOT_PASSED_ON = (
 """Belong to a run or a service of the user's own process, and would bend all of ours."""
 
 
-_told_of: set[Path] = set()
-"""Logs of searches at whose end it was said that the process goes on: it need not be said of their reports again."""
-
-
 class WandbTracker(Tracker):
     """Logs trials to `RUN/wandb` (offline, needs no account) or to a W&B server (online)."""
 
@@ -71,10 +67,8 @@ class WandbTracker(Tracker):
         self._log = Path()
         self._log_read = 0
         """bytes of the log that were told"""
-        self._has_warned = False
-        self._has_report = False
-        self._left_out = 0
-        """previews"""
+        self._logs = "trials are"
+        self._previews_left_out = 0
 
     @property
     def pid(self) -> int | None:
@@ -85,11 +79,10 @@ class WandbTracker(Tracker):
     def way_back(self) -> str:
         if self._run is None:
             return ""
+        sync = sync_command(self._run.directory.resolve())
         if self._run.shared:
-            return (
-                f"the trial's record will be whole, its W&B run is not; `{self._way_to_upload}` uploads what there is"
-            )
-        return f"nothing is lost for good: `{self._way_to_upload}` completes W&B from the records and uploads it"
+            return f"the trial's record will be whole, its W&B run is not; `{sync}` uploads what there is"
+        return f"nothing is lost for good: `{sync}` completes W&B from the records and uploads it"
 
     def search_started(self, run: RunInfo) -> None:
         directory = run.directory.resolve()
@@ -144,7 +137,7 @@ class WandbTracker(Tracker):
         self, trial: str, figures: dict[str, float | None], use: dict[str, float], previews: dict[str, bytes]
     ) -> None:
         if previews and self._queue.qsize() > MOST_WAITING:
-            self._left_out += len(previews)
+            self._previews_left_out += len(previews)
             previews = {}
         pictures = {name: base64.b64encode(png).decode("ascii") for name, png in previews.items()}
         self._send({"event": "epoch_ended", "trial": trial, "figures": figures, "use": use, "previews": pictures})
@@ -156,7 +149,7 @@ class WandbTracker(Tracker):
         self._send({"event": "trial_held", "trial": record["trial"]})
 
     def report_written(self) -> None:
-        self._has_report = True
+        self._logs = "the report is"
         self._send({"event": "report"})
 
     def search_ended(self, state: str) -> None:
@@ -164,39 +157,25 @@ class WandbTracker(Tracker):
         it does alone."""
         if self._process is None or self._writer is None:
             return
-        if self._left_out:
-            logger.warning("W&B: the logger process could not keep up: %d previews were left out", self._left_out)
+        if self._previews_left_out:
+            logger.warning(
+                "W&B: the logger process could not keep up: %d previews were left out", self._previews_left_out
+            )
         deadline = time.monotonic() + self._wait_s
         self.close()
         self._writer.join(self._wait_s)
-        if not self._has_report:
-            _told_of.discard(self._log)  # of an earlier session in this process
         try:
             code = self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._tell_log()
-            self._tell_that_it_goes_on()
+            logger.warning(
+                "W&B: %s still being written or uploaded, which goes on in the background for ten minutes at most; "
+                "`%s` then brings what is missing", self._logs, sync_command(self._log.parents[1]),
+            )  # fmt: skip
             return
         if code != 0:
             raise RuntimeError(self._death(code))
         self._tell_log()
-
-    def _tell_that_it_goes_on(self) -> None:
-        """Once a search: its report comes after it, and has to wait for the same uploads."""
-        if self._has_report and self._log in _told_of:
-            return
-        _told_of.add(self._log)
-        if self._mode == "online":  # the rule, for a report takes its time
-            logger.log(
-                logging.WARNING if self._has_warned else logging.INFO,
-                "W&B: still uploading; this goes on in the background for ten minutes at most, and `%s` after that "
-                "completes what is missing", self._way_to_upload,
-            )  # fmt: skip
-        else:
-            logger.warning(
-                "W&B: the logger process is still writing after %g s, and goes on in the background for some minutes "
-                "at most; `%s` then makes whole what is missing", self._wait_s, self._way_to_upload,
-            )  # fmt: skip
 
     def close(self) -> None:
         """Ends the pipe; the process finishes its runs and exits by itself."""
@@ -228,15 +207,10 @@ class WandbTracker(Tracker):
         why = lines[-1] if lines else "it left no message"
         return f"the W&B logger process (pid {self.pid}) ended with exit code {code}: {why}"
 
-    @property
-    def _way_to_upload(self) -> str:
-        return f"tuner sync {shlex.quote(str(self._log.parents[1]))}"
-
     def _tell_log(self) -> None:
         """Warns of what the process has said since the last time; it says nothing when all is well."""
         if self._log.stat().st_size > self._log_read and (lines := self._new_lines()):
             more = f" ({len(lines)} lines in {self._log})" if len(lines) > 1 else ""
-            self._has_warned = True
             logger.warning("W&B: %s%s", lines[-1], more)
 
     def _new_lines(self) -> list[str]:
@@ -249,9 +223,7 @@ class WandbTracker(Tracker):
 
 def report_is_logged(run: RunInfo) -> bool:
     """Whether W&B has the run of the report, or the files to upload it from."""
-    run_id = report_run(run.id)
-    ended = (written(file).exit_code for file in files_of(run.directory, run_id))
-    return run_id in uploaded(run.directory) or any(code == 0 for code in ended)
+    return any(part.exit_code == 0 for part in logged(run.directory, report_run(run.id)))
 
 
 def check_online() -> None:
@@ -327,6 +299,11 @@ def environment(mode: str, directory: Path | None = None) -> dict[str, str]:
         environment.pop("WANDB_API_KEY", None)
         environment["WANDB_ERROR_REPORTING"] = "false"
     return environment
+
+
+def sync_command(directory: Path) -> str:
+    """What uploads the runs in a directory, as a shell takes it."""
+    return f"tuner sync {shlex.quote(str(directory))}"
 
 
 def without_password(text: str) -> str:

@@ -417,13 +417,8 @@ def test_settings_of_the_current_folder_bend_nothing(info, monkeypatch, tmp_path
     assert (described["project"], described["run_group"], described.get("entity")) == ("segdec-tuner", "cracks", None)
 
 
-def test_the_way_to_upload_can_be_pasted_into_a_shell(info, tmp_path) -> None:
-    directory = tmp_path / "w ö k"
-    directory.mkdir()
-    tracker = WandbTracker("offline", wait_s=DEADLINE_S)
-    tracker.search_started(replace(info, directory=directory))
-    tracker.search_ended("stopped")
-    assert shlex.split(tracker._way_to_upload) == ["tuner", "sync", str(directory)]
+def test_the_way_to_upload_can_be_pasted_into_a_shell() -> None:
+    assert shlex.split(wandb_runs.sync_command(Path("/w ö k/x"))) == ["tuner", "sync", "/w ö k/x"]
 
 
 def test_a_process_that_hangs_blocks_nothing_and_loses_nothing(info, caplog) -> None:
@@ -436,8 +431,8 @@ def test_a_process_that_hangs_blocks_nothing_and_loses_nothing(info, caplog) -> 
     for number in range(1, 301):
         epoch(tracker, 0, number, 0.5)
     tracker.search_ended("stopped")
-    assert "still writing after 0.3 s, and goes on in the background" in caplog.text
-    assert f"`tuner sync {info.directory}` then makes whole what is missing" in caplog.text
+    assert "still being written or uploaded, which goes on in the background" in caplog.text
+    assert f"`tuner sync {info.directory}` then brings what is missing" in caplog.text
     os.kill(tracker.pid, signal.SIGCONT)
     until(lambda: all(map(gone, [tracker.pid, *core])), "the end of the process")
     (rows,) = rows_of(info, 0)
@@ -472,22 +467,12 @@ def test_what_a_server_holds_up_is_worked_off_when_the_driver_has_gone(info, mon
     start(tracker, 0)
     for number in range(1, 301):
         epoch(tracker, 0, number, 0.5)
-    with caplog.at_level(logging.INFO):
-        tracker.search_ended("stopped")
-    (told,) = caplog.records
-    assert told.getMessage() == (
-        "W&B: still uploading; this goes on in the background for ten minutes at most, and "
-        f"`tuner sync {info.directory}` after that completes what is missing"
+    tracker.search_ended("stopped")
+    (told,) = caplog.messages
+    assert told == (
+        "W&B: trials are still being written or uploaded, which goes on in the background for ten minutes at most; "
+        f"`tuner sync {info.directory}` then brings what is missing"
     )
-    assert told.levelno == logging.INFO
-    caplog.clear()
-    report = WandbTracker("online", wait_s=0.0)
-    report.search_started(info)
-    report.report_written()
-    with caplog.at_level(logging.INFO):
-        report.search_ended("finished")
-    assert caplog.records == []  # once a search
-    os.kill(report.pid, signal.SIGKILL)
     until(lambda: gone(tracker.pid), "the end of the process")
     assert rows_of(info, 0)[-1] == list(range(1, 301))
 
@@ -614,6 +599,7 @@ def test_the_end_of_the_driver_leaves_readable_runs_and_no_process(tmp_path, inf
 def test_online_without_a_server_goes_on_offline_and_loses_nothing(info, monkeypatch, caplog) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://someone:s3cret@127.0.0.1:9")
     tracker = WandbTracker("online", wait_s=DEADLINE_S)
     tracker.search_started(info)
     for trial in range(2):
@@ -628,6 +614,7 @@ def test_online_without_a_server_goes_on_offline_and_loses_nothing(info, monkeyp
         assert ended["summary"]["epoch"] == 1
     files = [path for path in info.directory.rglob("*") if path.is_file()]
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    assert [path for path in files if b"s3cret" in path.read_bytes()] == []
 
 
 @pytest.mark.parametrize(
