@@ -25,7 +25,7 @@ from numpy.lib.format import open_memmap
 
 from model.arrays import Array, Bools, Floats, Ints
 from model.config import RunConfig
-from model.inspection import decode_image, decode_mask, digest
+from model.inspection import decode_image, decode_mask, digest, resize_image
 from model.losses import distance_weight
 from model.sample import Batch, Rle, Sample, Supervision
 
@@ -35,7 +35,7 @@ _NAME_LENGTH = 24
 _USED = "used"
 """A file whose time says when a cache was last opened."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of a cache's name: raise it when what is stored changes."""
 
 
@@ -60,6 +60,8 @@ class Cache:
     """(N, H, W, 3) uint8 RGB, memory-mapped"""
     masks: Array
     """(N, H, W) uint8 0/1, memory-mapped: the undilated truth that every trial is scored against"""
+    original_sizes: Ints
+    """(N, 2) height and width of the files, px"""
     use: IO[str] | None = None
     """an open file whose lock keeps the cache from being removed"""
 
@@ -100,7 +102,8 @@ def open_cache(samples: list[Sample], height: int, width: int, root: Path | None
                 shutil.rmtree(left, ignore_errors=True)
             building = Path(tempfile.mkdtemp(dir=root, prefix=f".{directory.name}-"))
             try:
-                _write_images(building / "images.npy", samples, (height, width))
+                sizes = _write_images(building / "images.npy", samples, (height, width))
+                np.save(building / "sizes.npy", sizes, allow_pickle=False)
                 _write_masks(building / "masks.npy", samples, (height, width), size=1)
                 building.rename(directory)
             finally:
@@ -110,7 +113,7 @@ def open_cache(samples: list[Sample], height: int, width: int, root: Path | None
         use = _use_file(directory).open("a")
         fcntl.flock(use, fcntl.LOCK_SH)  # for as long as the cache is open: nobody removes it
     images, masks = (np.load(directory / n, mmap_mode="r", allow_pickle=False) for n in ("images.npy", "masks.npy"))
-    return Cache(samples, directory, images, masks, use)
+    return Cache(samples, directory, images, masks, np.load(directory / "sizes.npy", allow_pickle=False), use)
 
 
 def cached(root: Path) -> list[tuple[Path, int]]:
@@ -160,14 +163,17 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _write_images(path: Path, samples: list[Sample], size: tuple[int, int]) -> None:
+def _write_images(path: Path, samples: list[Sample], size: tuple[int, int]) -> Ints:
+    """Returns the sizes that the files have."""
     images = open_memmap(path, "w+", np.uint8, (len(samples), *size, 3))
+    sizes = np.empty((len(samples), 2), np.int64)
     for n, sample in enumerate(samples):
         _check(sample.image, sample.digest)
         image = decode_image(sample.image)
-        shrinks = image.shape[0] > size[0] or image.shape[1] > size[1]
-        images[n] = _resize(image, size, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        images[n] = resize_image(image, size)
+        sizes[n] = image.shape[:2]
     images.flush()
+    return sizes
 
 
 def _write_masks(path: Path, samples: list[Sample], shape: tuple[int, ...], size: int) -> None:
@@ -186,12 +192,6 @@ def _check(file: Path | Rle, expected: str) -> None:
     """ValueError unless these are the bytes that the cache is named after: another node may see other files."""
     if digest(file) != expected:
         raise ValueError(f"{file}: has other bytes than the run was created with; restore it on every node")
-
-
-def _resize(image: Array, size: tuple[int, ...], interpolation: int) -> Array:
-    if image.shape[:2] == tuple(size):
-        return image
-    return cv2.resize(image, (size[1], size[0]), interpolation=interpolation)
 
 
 def resize_mask(mask_HW: Array, size: tuple[int, ...]) -> Array:

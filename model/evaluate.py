@@ -32,7 +32,7 @@ class Scores:
     labels: Array
     """(N,) bool"""
     decision_logits: Floats
-    """(N,)"""
+    """(N,) rounded to half precision, as thresholds compare them"""
     centre_lines: CentreLines | None = None
     """where they were asked for"""
 
@@ -131,7 +131,7 @@ def score(
         counts.build(),
         {factor: builder.build() for factor, builder in strided.items()},
         cache.positive,
-        np.array(decisions),
+        to_half(np.array(decisions)).astype(np.float64),
         CentreLines(*np.array(lines).T) if lines else None,
     )
 

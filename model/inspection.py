@@ -37,6 +37,14 @@ def decode_image(path: Path) -> np.ndarray:
     return cv2.cvtColor(_decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
+def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image at the network's input size (height, width), as training sees it."""
+    if image_HWC.shape[:2] == tuple(size):
+        return image_HWC
+    shrinks = image_HWC.shape[0] > size[0] or image_HWC.shape[1] > size[1]
+    return cv2.resize(image_HWC, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
 def decode_mask(mask: Path | Rle) -> np.ndarray:
     """(H, W) uint8 of 0 and 1, from an image, CrackForest's .mat or runs. ValueError if it is none of them."""
     if isinstance(mask, Rle):

@@ -91,9 +91,10 @@ class Thresholds:
     """What decides pixels and images, found together with the weights that it belongs to, and how it is applied.
 
     A pixel is a defect when its logit in half precision is at least `segmentation_logit`, an image when its decision
-    logit is at least `decision_logit`; without negatives there is no decision, and that is None. With `blacken`, an
-    image decided negative has an empty mask; `lower_threshold` multiplies the threshold (as a probability) once where
-    an image is decided positive and its mask is empty ([2]; 1 is off).
+    logit in half precision is at least `decision_logit`. (That threshold is the score of an image: unrounded, another
+    order of sums would decide that image anew.) Without negatives there is no decision, and that is None. With
+    `blacken`, an image decided negative has an empty mask; `lower_threshold` multiplies the threshold (as a
+    probability) once where an image is decided positive and its mask is empty ([2]; 1 is off).
     """
 
     rule: str
@@ -128,7 +129,7 @@ class Thresholds:
         """(N,) which images have a defect; all, where there is no decision."""
         if self.decision_logit is None:
             return np.ones(len(decision_logits_N), bool)
-        return np.asarray(decision_logits_N >= self.decision_logit)
+        return np.asarray(to_half(np.asarray(decision_logits_N)) >= to_half(np.float64(self.decision_logit)))
 
     def kept(self, decision_logits_N: Array) -> Bools:
         """(N,) the images that are not blackened."""

@@ -87,7 +87,7 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
     (target / "selection.json").unlink(missing_ok=True)  # written last: without it, nothing here counts
     trials = [finalist.trial for finalist in finalists.values()]
     _note_opening(evaluation, trials, fingerprint_of_test(splits), open_test)
-    files, applied = run_on_worker(
+    files, applied, sizes = run_on_worker(
         _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test
     )
     for name, arrays in files.items():
@@ -95,7 +95,7 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
     write_json(target / "architecture.json", _architectures(winner.config))
     finalists = {role: replace(finalist, thresholds=applied[role]) for role, finalist in finalists.items()}
     if not open_test:
-        _write_best(run_directory / "best", finalists["winner"])
+        _write_best(run_directory / "best", finalists["winner"], sizes)
     write_json(
         target / "selection.json",
         {
@@ -171,12 +171,13 @@ def _evaluate_on_worker(
     test: list[Sample],
     resources: Resources,
     choose_on_test: bool,
-) -> tuple[dict[str, dict[str, Array]], dict[str, Thresholds]]:
-    """Arrays by the name of their file, and the thresholds that were applied, by role. Nothing is written here, for a
-    worker may have another disk."""
+) -> tuple[dict[str, dict[str, Array]], dict[str, Thresholds], Array]:
+    """Arrays by the name of their file, the thresholds that were applied by role, and the (N, 2) sizes of the files of
+    validation. Nothing is written here, for a worker may have another disk."""
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     files: dict[str, dict[str, Array]] = {}
     applied = {}
+    sizes: Array = np.empty((0, 2))
     for role, finalist in finalists.items():
         network, _, _ = checkpoint.load_model(Path(finalist.model), device)
         config = finalist.config
@@ -184,6 +185,7 @@ def _evaluate_on_worker(
             split: open_cache(samples, config.input_height, config.input_width)
             for split, samples in (("validation", validation), ("test", test))
         }
+        sizes = caches["validation"].original_sizes
         thresholds = finalist.thresholds
         if choose_on_test:
             judgement = config.judgement()
@@ -195,7 +197,7 @@ def _evaluate_on_worker(
             if (role, split) == ("winner", "test"):
                 files["examples.npz"] = _example_arrays(network, cache, config, device, thresholds, scores)
         applied[role] = thresholds
-    return files, applied
+    return files, applied, sizes
 
 
 def _split_arrays(cache: Cache, scores: Scores, thresholds: Thresholds) -> dict[str, Array]:
@@ -253,7 +255,9 @@ def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
     building.replace(path)
 
 
-def _write_best(best: Path, winner: Finalist) -> None:
+def _write_best(best: Path, winner: Finalist, sizes_N2: Array) -> None:
+    """The model folder, and the sizes of the images that it has learnt from: prediction brings a photo to their scale.
+    They are those of validation, which comes from where training comes from."""
     building = best.with_name(".best.part")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
@@ -261,5 +265,13 @@ def _write_best(best: Path, winner: Finalist) -> None:
     write_json(building / "config.json", winner.config.to_dict())
     beyond = {"violations": winner.violations} if any((winner.violations or {}).values()) else {}
     write_json(building / "thresholds.json", winner.thresholds.to_dict() | {"epoch": winner.epoch} | beyond)
+    write_json(building / "images.json", _image_sizes(sizes_N2))
     shutil.rmtree(best, ignore_errors=True)
     building.rename(best)
+
+
+def _image_sizes(sizes_N2: Array) -> dict[str, int]:
+    """px"""
+    (height, width), (most_height, most_width) = np.median(sizes_N2, axis=0), sizes_N2.max(axis=0)
+    sizes = {"height": height, "width": width, "largest_height": most_height, "largest_width": most_width}
+    return {name: round(float(size)) for name, size in sizes.items()}

@@ -134,7 +134,7 @@ def test_from_a_space_to_a_report(place: Path) -> None:
     with (place / "runs/small/report/predictions.csv").open() as file:
         assert {row["split"] for row in csv.DictReader(file)} == {"validation", "test"}
     model = {path.name for path in (place / "runs/small/best").iterdir()}
-    assert model == {"model.safetensors", "config.json", "thresholds.json"}
+    assert model == {"model.safetensors", "config.json", "thresholds.json", "images.json"}
 
     code, out, _ = call(place, "status", "runs/small", "--json")
     status = json.loads(out)

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from model import data, layouts, splits, synthetic
 from model.config import RunConfig
+from model.inspection import digest
 from model.sample import Sample
 
 
@@ -105,6 +107,16 @@ def test_a_cache_holds_what_the_files_hold(samples: list[Sample], tmp_path: Path
     wide = cache.targets(5)
     np.testing.assert_array_equal(wide[0], data.dilate(cache.masks[0], 5))
     assert not cache.images.flags.writeable
+
+
+def test_a_cache_knows_the_sizes_that_the_files_had(samples: list[Sample], tmp_path: Path) -> None:
+    smaller = cv2.resize(cv2.imread(str(samples[1].image)), (70, 50))
+    other = replace(samples[1], image=tmp_path / "other.png", mask=None, mask_digest="")
+    cv2.imwrite(str(other.image), smaller)
+    other = replace(other, digest=digest(other.image))
+    for _ in range(2):  # built, then opened
+        cache = data.open_cache([samples[0], other], 64, 128, tmp_path / "cache")
+        assert cache.original_sizes.tolist() == [[64, 128], [50, 70]]
 
 
 def test_a_cache_is_made_once(samples: list[Sample], tmp_path: Path, monkeypatch) -> None:

@@ -163,6 +163,14 @@ def test_tables_and_masks_apply_thresholds_alike(truth, logits, decisions, black
     assert Thresholds.from_dict(applied.to_dict()) == applied
 
 
+@given(st.floats(-20, 20))
+def test_the_image_that_set_the_decision_threshold_is_decided_alike_after_another_order_of_sums(score: float) -> None:
+    applied = Thresholds("grid", 1, 0.0, float(to_half(np.float64(score))))
+    again = np.array([score, np.nextafter(np.float32(score), np.float32(-99))])
+    assert applied.decide(again)[0]
+    assert applied.decide(again)[1] or to_half(again)[1] < to_half(again)[0]  # it lay on an edge of rounding
+
+
 def test_lowering_happens_once_and_only_where_a_positive_is_empty() -> None:
     below = float(thresholds.logit(0.46))
     logits = np.array([[[below, -3.0]], [[below, 1.0]], [[float(thresholds.logit(0.44)), -3.0]]], np.float32)

@@ -89,7 +89,13 @@ def test_without_gradient_adjustment_the_decision_trains_the_trunk(cache: Cache)
 
 def test_without_negatives_the_decision_is_left_alone(cache: Cache) -> None:
     rows = np.flatnonzero(cache.positive)
-    positives = Cache([cache.samples[n] for n in rows], cache.directory, cache.images[rows], cache.masks[rows])
+    positives = Cache(
+        [cache.samples[n] for n in rows],
+        cache.directory,
+        cache.images[rows],
+        cache.masks[rows],
+        cache.original_sizes[rows],
+    )
     training = train.start(RunConfig(**SMALL, learning_rate=0.01), CPU)
     before = training.network.decision.linear.weight.detach().clone()
     list(train.fit(training, positives))

@@ -101,10 +101,9 @@ class Judged:
     @cached_property
     def decisions(self) -> Bools | None:
         """(N,) whether an image is called a defect; None where the decision was not trained."""
-        threshold = self.thresholds["decision_logit"]
-        if not self.has_negatives or threshold is None:
+        if not self.has_negatives or self._applied.decision_logit is None:
             return None
-        return np.asarray(self.split.decision_logits >= threshold)
+        return self._applied.decide(self.split.decision_logits)
 
     @cached_property
     def groups(self) -> Ints:
