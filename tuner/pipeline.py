@@ -66,15 +66,21 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     if run.info["state"] != "finished":
         run.check_version()
     with run.locked(), full_disk_explained(run), cluster(run.options.address):
-        state = run.info["state"]
-        if state != "finished":
-            with storage.explained(run.study):
-                state = _search(run, console)
-        if state == "finished" and not run.options.no_report:
-            if not (run.directory / "evaluation" / "selection.json").exists():
-                evaluate(run)
+        try:
+            state = run.info["state"]
+            if state != "finished":
+                with storage.explained(run.study):
+                    state = _search(run, console)
+            if state == "finished" and not run.options.no_report:
+                if not (run.directory / "evaluation" / "selection.json").exists():
+                    evaluate(run)
+                report.write(run.directory)
+                tracking.log_report(watched(run), run.options.wandb, run.options.wandb_wait)
+        except SearchFailed as failure:
+            if run.options.no_report or not run.info["sessions"]:
+                raise
             report.write(run.directory)
-            tracking.log_report(watched(run), run.options.wandb, run.options.wandb_wait)
+            raise SearchFailed(f"{failure}; how it went: {run.directory / 'report' / 'index.html'}") from failure
     return run
 
 

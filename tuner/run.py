@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from model import layouts, splits, splits_file, synthetic
-from model.data import cache_root
 from model.files import write_json
 from model.sample import Sample
 from model.splits import Splits
@@ -315,6 +314,8 @@ def _data_folder(space: Space, data: str) -> Path:
     if data != SYNTHETIC:
         return Path(data)
     made_by = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:8]
+    from model.data import cache_root  # needs torch, which a machine that only writes a report may lack
+
     return cache_root().absolute() / f"synthetic-{space.data.height}x{space.data.width}-{made_by}"
 
 

@@ -393,6 +393,8 @@ def test_a_full_disk_is_one_message_and_resume_goes_on(place: Path) -> None:
     code, _, err = call_here(place, "finals", "runs/small")
     assert code == 2
     assert "found one that is stopped" in err
+    assert call_here(place, "report", "runs/small")[0] == 0
+    assert "The search was stopped" in (place / "runs/small/report/report.md").read_text()
 
     code, _, err = call(place, "resume", "runs/small")
     assert code == 0, err
@@ -414,3 +416,6 @@ def test_a_search_that_fails_says_why(place: Path) -> None:
     assert "tuner search: 3 trials in a row failed for the same reason: " in err
     assert "Traceback" not in err
     assert json.loads(call_here(place, "status", "runs/small", "--json")[1])["failed"] == 3
+    assert "; how it went: runs/small/report/index.html" in err
+    page = (place / "runs/small/report/report.md").read_text()
+    assert "No trial has completed, so there is no best configuration yet. The search failed;" in page

@@ -1,7 +1,7 @@
-"""The report on a finished search: a pure function of the run directory.
+"""The report on a search: a pure function of the run directory.
 
 It reads what docs/run-directory.md describes and nothing else (no data set, no network), so that it can be written
-again anywhere, at any time, with the same figures.
+again anywhere, at any time, with the same figures. Before the winner is evaluated it tells of the search alone.
 """
 
 from __future__ import annotations
@@ -51,13 +51,15 @@ def write(run_directory: Path, out: Path | None = None) -> Path:
 
 
 def _fill(run: inputs.Run, folder: Path) -> None:
-    results = tables.results(run)
+    evaluated = run if isinstance(run, inputs.EvaluatedRun) else None
+    results = tables.results(evaluated) if evaluated else None
     metrics = tables.metrics(run, results)
     (folder / "metrics.json").write_text(
         json.dumps(metrics, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(tables.predictions(run, results))
+    if evaluated and results:
+        with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(tables.predictions(evaluated, results))
     with matplotlib.rc_context(style.RC):
         content = page.build(run, results, metrics, Gallery(folder))
     (folder / "index.html").write_text(render.html(content, folder), encoding="utf-8")

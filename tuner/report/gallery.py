@@ -56,6 +56,8 @@ class Picture:
     size: Size
     width: int
     height: int
+    is_chart: bool
+    """drawn on white, so that a dark page may turn its lightness around; a photo must stay as it is"""
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,13 @@ class Gallery:
         file = self._path(name)
         figure.savefig(self.folder / file, dpi=style.DPI, metadata={"Software": None})
         width, height = (round(side * style.DPI) for side in figure.get_size_inches())
-        return Picture(file, caption, size, width, height)
+        return Picture(file, caption, size, width, height, is_chart=True)
 
     def image(self, pixels_HWC: Array, name: str, caption: str, size: Size = "full") -> Picture:
         """Saves an RGB image as figures/NAME.png."""
         file = self._path(name)
         save(self.folder / file, pixels_HWC)
-        return Picture(file, caption, size, pixels_HWC.shape[1], pixels_HWC.shape[0])
+        return Picture(file, caption, size, pixels_HWC.shape[1], pixels_HWC.shape[0], is_chart=False)
 
     def _path(self, name: str) -> str:
         assert name not in self._names, name

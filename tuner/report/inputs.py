@@ -14,6 +14,7 @@ import numpy as np
 from model.arrays import Array
 from model.centre_lines import CentreLines
 from model.counts import PixelCounts
+from tuner import records
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Candidate:
-    """The winner or the baseline: a trained network with its thresholds, and what it did to two splits."""
+    """The winner or the baseline: a trained network with its thresholds."""
 
     trial: str
     config: Json
@@ -49,13 +50,19 @@ class Candidate:
     value: Any
     violations: Json | None
     """how far beyond each constraint; None where there is none"""
-    validation: Split
-    test: Split
 
     @property
     def is_beyond(self) -> bool:
         """Whether it violates a constraint."""
         return any((self.violations or {}).values())
+
+
+@dataclass(frozen=True)
+class EvaluatedCandidate(Candidate):
+    """With what it did to two splits."""
+
+    validation: Split
+    test: Split
 
 
 @dataclass(frozen=True)
@@ -75,14 +82,11 @@ class Examples:
 
 @dataclass(frozen=True)
 class Run:
+    """A search, whether or not its winner was evaluated."""
+
     facts: Json
     """run.json"""
     records: list[Json]
-    winner: Candidate
-    baseline: Candidate | None
-    """the winner itself where the search found nothing better; None where no baseline was judged"""
-    examples: Examples
-    architecture: dict[str, list[Json]]
     openings: list[Json]
 
     @property
@@ -105,11 +109,6 @@ class Run:
         return bool(self.data["has_negatives"])
 
     @property
-    def is_baseline(self) -> bool:
-        """Whether the search found nothing better than the baseline."""
-        return self.baseline is not None and self.baseline.trial == self.winner.trial
-
-    @property
     def objectives(self) -> list[Json]:
         objective = self.space.get("objective") or {"metric": "dice_mean", "mode": "max"}
         return objective if isinstance(objective, list) else [objective]
@@ -118,11 +117,54 @@ class Run:
     def constraints(self) -> list[Json]:
         return self.space.get("constraints") or []
 
-    def history_record(self) -> tuple[Json | None, bool]:
-        """The record whose history stands for the winner, and whether it is the winner's own.
+    @property
+    def best_record(self) -> Json | None:
+        """The record of the best completed trial, or of the one nearest to the constraints; None if none has
+        completed."""
+        return records.nearest(self.records) or records.best(self.records)
 
-        The winner may be a repeat of a trial with another seed, which has no line among the records.
-        """
+    @property
+    def chosen(self) -> Candidate | None:
+        """The trial that the report is about; None if none has completed."""
+        record = self.best_record
+        return None if record is None else _of_record(record)
+
+    @property
+    def compared_with(self) -> Candidate | None:
+        """The baseline, if it has completed."""
+        record = records.baseline(self.records)
+        return None if record is None or record["status"] != "completed" else _of_record(record)
+
+    def history_record(self) -> tuple[Json | None, bool]:
+        """The record whose history stands for the chosen trial, and whether it is its own."""
+        return self.best_record, True
+
+
+@dataclass(frozen=True)
+class EvaluatedRun(Run):
+    """A search whose winner was evaluated."""
+
+    winner: EvaluatedCandidate
+    baseline: EvaluatedCandidate | None
+    """the winner itself where the search found nothing better; None where no baseline was judged"""
+    examples: Examples
+    architecture: dict[str, list[Json]]
+
+    @property
+    def chosen(self) -> Candidate:
+        return self.winner
+
+    @property
+    def compared_with(self) -> Candidate | None:
+        return self.baseline
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the search found nothing better than the baseline."""
+        return self.baseline is not None and self.baseline.trial == self.winner.trial
+
+    def history_record(self) -> tuple[Json | None, bool]:
+        """The winner may be a repeat of a trial with another seed, which has no line among the records."""
         for record in self.records:
             if record["trial"] == self.winner.trial:
                 return record, True
@@ -133,38 +175,42 @@ class Run:
 
 
 def read(directory: Path, evaluation: str = "evaluation") -> Run:
-    """Reads one of the run's evaluations. ValueError that names what is missing or broken and the way out."""
+    """Reads a run with one of its evaluations, if that is there. ValueError that names what is missing or broken and
+    the way out."""
     if not (directory / "run.json").is_file():
         raise ValueError(
             f"{directory} is no run directory: run.json is missing; give a folder that `tuner search` made"
         )
+    search = Run(
+        facts=_json(directory / "run.json"),
+        records=list(_json_lines(directory / "records.jsonl")),
+        openings=list(_json_lines(directory / "evaluation" / "openings.jsonl")),
+    )
     folder = directory / evaluation
-    _require(folder, ["selection.json"])
+    if not (folder / "selection.json").is_file():
+        return search
     way_out = f"remove {folder / 'selection.json'} and run `tuner finals {directory}`, which opens the test split again"
     selection = _parsed(folder / "selection.json", lambda path: _selection(_json(path)), way_out)
     winner, baseline = selection["winner"], selection["baseline"]
     roles = ["winner"] + (["baseline"] if baseline is not None and baseline != winner else [])
     files = [f"{role}-{split}.npz" for role in roles for split in ("validation", "test")]
-    _require(folder, [*files, "examples.npz", "architecture.json"])
+    _require(folder, [*files, "examples.npz", "architecture.json"], way_out)
     judged = {role: _candidate(folder, role, selection, way_out) for role in roles}
-    return Run(
-        facts=_json(directory / "run.json"),
-        records=list(_json_lines(directory / "records.jsonl")),
+    return EvaluatedRun(
+        search.facts,
+        search.records,
+        search.openings,
         winner=judged["winner"],
         baseline=judged["winner"] if baseline == winner else judged.get("baseline"),
         examples=_parsed(folder / "examples.npz", _examples, way_out),
         architecture=_parsed(folder / "architecture.json", _architecture, way_out),
-        openings=list(_json_lines(directory / "evaluation" / "openings.jsonl")),
     )
 
 
-def _require(folder: Path, names: list[str]) -> None:
+def _require(folder: Path, names: list[str], way_out: str) -> None:
     missing = [f"{folder.name}/{name}" for name in names if not (folder / name).is_file()]
     if missing:
-        raise ValueError(
-            f"{folder.parent} has no {', '.join(missing)}: the winner is not judged yet; "
-            f"run `tuner finals {folder.parent}` first"
-        )
+        raise ValueError(f"{folder.parent} has no {', '.join(missing)}; {way_out}")
 
 
 def _parsed(path: Path, parse: Callable[[Path], T], way_out: str) -> T:
@@ -184,14 +230,25 @@ def _selection(found: Json) -> Json:
     return found
 
 
-def _candidate(folder: Path, role: str, selection: Json, way_out: str) -> Candidate:
+def _of_record(record: Json) -> Candidate:
+    return Candidate(
+        trial=record["trial"],
+        config=record["config"],
+        epoch=record["best_epoch"],
+        thresholds=record["thresholds"],
+        value=record["value"],
+        violations=record.get("violations"),
+    )
+
+
+def _candidate(folder: Path, role: str, selection: Json, way_out: str) -> EvaluatedCandidate:
     trial = selection[role]
     chosen = selection["trials"][trial]
 
     def split(path: Path) -> Split:
         return _split(path, chosen["thresholds"])
 
-    return Candidate(
+    return EvaluatedCandidate(
         trial=trial,
         config=chosen["config"],
         epoch=chosen["epoch"],

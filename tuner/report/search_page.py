@@ -75,7 +75,7 @@ def _front(run: Run, points: list[Json], gallery: Gallery) -> list[Block]:
         for point in points
     ]
     header = ["trial", *(words.metric(one["metric"]) for one in run.objectives), *names]
-    strong = frozenset(n for n, point in enumerate(points) if point["trial"] == run.winner.trial)
+    strong = frozenset(n for n, point in enumerate(points) if run.chosen and point["trial"] == run.chosen.trial)
     return [Pictures([picture]), Table(header, rows, "The Pareto front on validation", frozenset({1, 2}), strong)]
 
 
@@ -87,7 +87,7 @@ def _constraints(run: Run) -> Table:
         return words.NONE if by is None else f"{by:.3g} beyond" if by else "met"
 
     rows = [
-        [words.bound(one), stands(run.winner, one["metric"]), stands(run.baseline, one["metric"])]
+        [words.bound(one), stands(run.chosen, one["metric"]), stands(run.compared_with, one["metric"])]
         for one in run.constraints
     ]
     met = sum(r["status"] == "completed" and records.is_feasible(r) for r in run.records)
@@ -108,7 +108,7 @@ def _top(run: Run) -> Table:
     rows: list[list[str]] = []
     strong: set[int] = set()
     for place, record in enumerate(best_first(run)[:TOP], start=1):
-        if record["trial"] == run.winner.trial:
+        if run.chosen and record["trial"] == run.chosen.trial:
             strong.add(len(rows))
         trial = record["trial"] + (" (baseline)" if record["baseline"] else "")
         status = words.STATUS_NAMES[record["status"]] + (", replayed" if record["replayed_from"] else "")
@@ -171,7 +171,7 @@ def _time(run: Run, metrics: Json) -> Table:
 def provenance(run: Run) -> Section:
     """Command, data, versions, hardware, seeds, openings of the test split, definitions."""
     facts, hardware = run.facts, run.facts["hardware"]
-    seeds = (words.setting(run.space.get("seed")), words.setting(run.winner.config.get("seed")))
+    seeds = (words.setting(run.space.get("seed")), words.setting(run.chosen.config.get("seed") if run.chosen else None))
     rows = [
         ["run", f"{facts['name']} ({facts['id']})"],
         ["created", facts["created"]],

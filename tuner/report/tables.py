@@ -34,7 +34,7 @@ from model.metrics import METRICS, SWEPT, best_f1, confusion, decision_figures, 
 from model.metrics import figures as metric_figures
 from model.thresholds import Thresholds, sigmoid
 from tuner import records
-from tuner.report.inputs import Candidate, Json, Run, Split
+from tuner.report.inputs import EvaluatedCandidate, EvaluatedRun, Json, Run, Split
 
 Figure = float | int | None
 
@@ -220,8 +220,8 @@ def number(value: Any) -> Figure:
     return value if isinstance(value, int) else float(value)
 
 
-def results(run: Run) -> Results:
-    def judge(candidate: Candidate | None, name: str) -> Judged | None:
+def results(run: EvaluatedRun) -> Results:
+    def judge(candidate: EvaluatedCandidate | None, name: str) -> Judged | None:
         if candidate is None:
             return None
         return Judged(getattr(candidate, name), candidate.thresholds, run.has_negatives)
@@ -252,25 +252,23 @@ def differences(results: Results) -> dict[str, Difference]:
     return found
 
 
-def metrics(run: Run, results: Results) -> Json:
-    """The content of metrics.json."""
-    thresholds = run.winner.thresholds
-    validation = {key: results.validation.figures[key] for key in VALIDATION_KEYS} | {
-        "threshold": thresholds["segmentation_probability"],
-        "threshold_rule": thresholds["rule"],
-        "decision_threshold": thresholds["decision_probability"] if run.has_negatives else None,
-        "decision_ap": results.validation.figures["decision_ap"],
-    }
+def metrics(run: Run, results: Results | None) -> Json:
+    """The content of metrics.json. `results` are there where `run` is evaluated."""
     splits = ("train", "validation", "test")
+    chosen = run.chosen
+    test, baseline = (results.test, results.baseline_test) if results else (None, None)
+    gains = differences(results) if results else {}
     return {
         "schema": 1,
         "run": run.facts["name"],
-        "best": {"trial": run.winner.trial, "config": run.winner.config},
-        "validation": validation,
-        "test": _test_figures(results.test),
-        "baseline": _test_figures(results.baseline_test),
-        "difference": {key: {"value": gain.value, "ci95": gain.interval} for key, gain in differences(results).items()},
-        "thresholds_chosen_on": results.test.chosen_on,
+        "state": run.facts["state"],
+        "evaluated": results is not None,
+        "best": None if chosen is None else {"trial": chosen.trial, "config": chosen.config},
+        "validation": _validation_figures(run, results),
+        "test": _test_figures(test),
+        "baseline": _test_figures(baseline),
+        "difference": {key: {"value": gain.value, "ci95": gain.interval} for key, gain in gains.items()},
+        "thresholds_chosen_on": test.chosen_on if test else None,
         "test_openings": len(run.openings),
         "search": search_figures(run),
         "front": front(run),
@@ -278,6 +276,22 @@ def metrics(run: Run, results: Results) -> Json:
             split: {kind: run.data[split][kind] for kind in ("positive", "negative", "segmented")} for split in splits
         }
         | {side: run.data[side] for side in ("height", "width", "channels")},
+    }
+
+
+def _validation_figures(run: Run, results: Results | None) -> Json:
+    """Of the evaluation, or of the best record's best epoch."""
+    keys = (*VALIDATION_KEYS, "decision_ap")
+    record = run.best_record
+    if results is not None:
+        found: Json = dict(results.validation.figures)
+    else:
+        found = {run.objectives[0]["metric"]: record["value"]} | records.figures(record) if record else {}
+    thresholds = run.chosen.thresholds if run.chosen else {}
+    return {key: found.get(key) for key in keys} | {
+        "threshold": thresholds.get("segmentation_probability"),
+        "threshold_rule": thresholds.get("rule"),
+        "decision_threshold": thresholds.get("decision_probability") if run.has_negatives else None,
     }
 
 
@@ -331,7 +345,7 @@ def best_first(run: Run) -> list[Json]:
     return [record for _, record in sorted(valued, key=place)]
 
 
-def predictions(run: Run, results: Results) -> Iterator[tuple[Any, ...]]:
+def predictions(run: EvaluatedRun, results: Results) -> Iterator[tuple[Any, ...]]:
     """The lines of predictions.csv, header first. Where thresholds were chosen on test, a column more says so."""
     stamp = (results.test.chosen_on,) if results.test.is_stamped else ()
     yield (*PREDICTION_COLUMNS, *("thresholds_chosen_on" for _ in stamp))

@@ -7,7 +7,7 @@ import numpy as np
 from model import intervals
 from tuner.report import charts, examples, style, tables, words
 from tuner.report.gallery import Block, Gallery, Picture, Pictures, Section, Table, Tables, Text, save
-from tuner.report.inputs import Json, Run
+from tuner.report.inputs import EvaluatedRun, Json, Run
 from tuner.report.tables import Judged, Results
 
 
@@ -262,7 +262,7 @@ def _curve(
     return None if figure is None else gallery.figure(figure, name, caption, "half" if width == style.HALF else "third")
 
 
-def thresholds(run: Run, results: Results) -> Section:
+def thresholds(run: EvaluatedRun, results: Results) -> Section:
     """The chosen thresholds, and what every rule would have chosen."""
     chosen, validation = run.winner.thresholds, results.validation
     rule = f"{chosen['rule']}/{chosen['factor']}" if chosen["rule"] == "pr_curve" else chosen["rule"]
@@ -300,7 +300,7 @@ def _threshold(thresholds: Json, kind: str) -> str:
     return f"{words.probability(thresholds[f'{kind}_probability'])} (logit {thresholds[f'{kind}_logit']:.4g})"
 
 
-def images(run: Run, gallery: Gallery) -> Section:
+def images(run: EvaluatedRun, gallery: Gallery) -> Section:
     """Examples from the worst to the best; writes dices/ on the way."""
     values = examples.dice(run.examples)
     order = np.argsort(values, kind="stable")

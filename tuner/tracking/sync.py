@@ -40,6 +40,7 @@ from tuner.tracking.wandb_files import (
     written,
 )
 from tuner.tracking.wandb_log import INTERRUPTED
+from tuner.tracking.wandb_report import is_evaluated
 from tuner.tracking.wandb_runs import WandbTracker, check_login, environment
 from tuner.tracking.wandb_sweep import make_pages
 
@@ -125,7 +126,7 @@ def upload(run: Run, info: RunInfo, dry_run: bool = False) -> Iterator[Outcome]:
         lacking = _lacking(directory, run.records) if is_search else []
         report = report_run(info.id)
         there = uploaded(directory).get(report)
-        report_is_lacking = (directory / "report" / "metrics.json").exists() and not (there and there.exit_code == 0)
+        report_is_lacking = is_evaluated(directory) and not (there and there.exit_code == 0)
         if not dry_run and (lacking or report_is_lacking or any(not part.mark.exists() for part in parts)):
             check_login("tuner sync", "run `wandb login` or set WANDB_API_KEY; nothing was uploaded")
         for record in lacking:

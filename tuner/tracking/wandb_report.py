@@ -11,6 +11,15 @@ _MOST_EXAMPLES = 24
 """W&B shows so many pictures of one key side by side at ease."""
 
 
+def is_evaluated(directory: Path) -> bool:
+    """Whether a run has a report on a winner that was evaluated; one on a search alone is not logged."""
+    try:
+        metrics = json.loads((directory / "report" / "metrics.json").read_text())
+    except FileNotFoundError:
+        return False
+    return bool(metrics.get("evaluated", True))  # reports of 0.1.0 had a winner
+
+
 def log_report(wandb: Any, run: Any, name: str, directory: Path) -> None:
     """Logs what lies in `report/` and `best/` of a run's directory. FileNotFoundError if there is no report."""
     report = directory / "report"

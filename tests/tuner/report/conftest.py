@@ -190,6 +190,7 @@ def make_records(
                 "seconds": seconds,
                 "device_seconds": seconds * 0.5,
                 "thresholds": make_thresholds(negatives, -0.5) if done else None,
+                "replays": [],
                 "rules": {"min_of_max": top - 0.2, "pr_curve/2": top, "grid": top + 0.01} if done else {},
                 "replayed_from": "abc123-0001" if number == 7 else None,
                 "history": history,
@@ -313,6 +314,7 @@ def _facts(negatives: bool, objectives: int, constraints: bool) -> dict[str, Any
         "data_path": "/data/cracks <i>",
         "options": {"wandb": "off"},
         "versions": {"python": "3.13", "torch": "2.9", "wandb": None, "segdec-tuner": "0.1.0"},
+        "state": "finished",
         "hardware": {"cpu": "a CPU", "cores": 8, "memory_gib": 31.4, "gpus": ["a GPU"]},
         "data": {
             "fingerprint": "beef",
