@@ -144,6 +144,20 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace) -> int:
+    from tuner import report
+    from tuner.report import comparison, render
+
+    searches = comparison.read([Path(run) for run in options.run])
+    if options.out:
+        print(report.write_comparison(searches, Path(options.out)))
+    elif options.json:
+        print(json.dumps(comparison.as_json(searches), allow_nan=False))
+    else:
+        print(render.plain(comparison.build(searches)))
+    return 0
+
+
 def trial(options: argparse.Namespace) -> int:
     from tuner.single import run_trial
 
@@ -375,6 +389,12 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(report, "report", "write the report from the run directory", "tuner report runs/demo")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
     made.add_argument("--out", metavar="DIR", help="where to; RUN/report if not given")
+
+    made = verb(compare, "compare", "set searches side by side, with paired intervals on the test images they share",
+                "tuner compare runs/demo runs/demo-wide --out comparison")  # fmt: skip
+    made.add_argument("run", metavar="RUN", nargs="+", help="folders of runs; each is compared with the first")
+    made.add_argument("--out", metavar="DIR", help="write a page with figures there instead of tables to the terminal")
+    made.add_argument("--json", action="store_true", help="for programs")
 
     made = verb(plan, "plan", "check a space and its data, time a few steps, forecast hours and memory; no run is made",
                 "tuner plan demo --data synthetic")  # fmt: skip

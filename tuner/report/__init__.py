@@ -10,18 +10,22 @@ import csv
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 from tuner.records import OPEN_TEST
-from tuner.report import inputs, page, render, style, tables
-from tuner.report.gallery import Gallery
+from tuner.report import comparison, inputs, page, render, style, tables
+from tuner.report.gallery import Gallery, Page
 
-__all__ = ["write"]
+__all__ = ["write", "write_comparison"]
 
 _MARKS = ("index.html", "metrics.json")
-"""files by which a folder is known as a report"""
+_COMPARISON_MARKS = ("index.html", "comparison.json")
+"""files by which a folder is known as a report, or as a comparison"""
 
 
 def write(run_directory: Path, out: Path | None = None) -> Path:
@@ -35,18 +39,22 @@ def write(run_directory: Path, out: Path | None = None) -> Path:
     if (Path(run_directory) / "evaluation" / OPEN_TEST / "selection.json").is_file():
         stamped = inputs.read(Path(run_directory), f"evaluation/{OPEN_TEST}")
     target = (Path(out) if out is not None else Path(run_directory) / "report").resolve()
-    _refuse_foreign(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = _sibling(target, "new")
-    try:
-        fresh.mkdir()
+    with _replaced(target, _MARKS) as fresh:
         _fill(run, fresh)
         if stamped is not None:
             (fresh / OPEN_TEST).mkdir()
             _fill(stamped, fresh / OPEN_TEST)
-        _swap(fresh, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    return target / "index.html"
+
+
+def write_comparison(searches: Sequence[comparison.Search], out: Path) -> Path:
+    """Writes several searches side by side into `out`, in place of an earlier comparison; returns index.html."""
+    target = out.resolve()
+    with _replaced(target, _COMPARISON_MARKS) as fresh:
+        with matplotlib.rc_context(style.RC):
+            content = comparison.build(searches, Gallery(fresh))
+        _write_pages(content, fresh)
+        _write_json(fresh / "comparison.json", comparison.as_json(searches))
     return target / "index.html"
 
 
@@ -54,25 +62,46 @@ def _fill(run: inputs.Run, folder: Path) -> None:
     evaluated = run if isinstance(run, inputs.EvaluatedRun) else None
     results = tables.results(evaluated) if evaluated else None
     metrics = tables.metrics(run, results)
-    (folder / "metrics.json").write_text(
-        json.dumps(metrics, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    _write_json(folder / "metrics.json", metrics)
     if evaluated and results:
         with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(tables.predictions(evaluated, results))
     with matplotlib.rc_context(style.RC):
         content = page.build(run, results, metrics, Gallery(folder))
+    _write_pages(content, folder)
+
+
+def _write_pages(content: Page, folder: Path) -> None:
     (folder / "index.html").write_text(render.html(content, folder), encoding="utf-8")
     (folder / "report.md").write_text(render.markdown(content), encoding="utf-8")
 
 
-def _refuse_foreign(target: Path) -> None:
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replaced(target: Path, marks: Sequence[str]) -> Iterator[Path]:
+    """An empty folder that takes the place of `target` when it is filled, or leaves it as it was."""
+    _refuse_foreign(target, marks)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _sibling(target, "new")
+    try:
+        fresh.mkdir()
+        yield fresh
+        _swap(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _refuse_foreign(target: Path, marks: Sequence[str]) -> None:
     """A folder is only ever replaced if it is a report: `--out ~` must not cost anybody her home."""
     if not target.exists():
         return
     if not target.is_dir():
         raise ValueError(f"{target} is a file; name a folder for the report")
-    if any(target.iterdir()) and not all((target / mark).is_file() for mark in _MARKS):
+    if any(target.iterdir()) and not all((target / mark).is_file() for mark in marks):
         raise ValueError(f"{target} holds something that is not a report; name a new or an empty folder")
 
 

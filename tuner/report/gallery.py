@@ -132,8 +132,7 @@ class Gallery:
     _names: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for name in ("figures", "dices"):
-            (self.folder / name).mkdir()
+        (self.folder / "figures").mkdir()
 
     def figure(self, figure: Any, name: str, caption: str, size: Size = "half") -> Picture:
         """Saves a matplotlib figure as figures/NAME.png."""
@@ -158,4 +157,5 @@ def save(path: Path, pixels_HWC: Array) -> None:
     """An RGB uint8 image as PNG; fast rather than small."""
     ok, data = cv2.imencode(".png", np.ascontiguousarray(pixels_HWC[..., ::-1]), [cv2.IMWRITE_PNG_COMPRESSION, 1])
     assert ok
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(data.tobytes())

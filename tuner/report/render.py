@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html as html_text
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +41,28 @@ def markdown(page: Page) -> str:
         parts += [f"## {escape(section.title)}"] if section.title else []
         parts += [_block(block) for block in section.blocks]
     return "\n\n".join(parts) + "\n"
+
+
+def plain(page: Page) -> str:
+    """The same blocks for a terminal: aligned columns, no pictures."""
+    parts = [page.title, page.subtitle]
+    for section in page.sections:
+        parts += [_plain_table(block) if isinstance(block, Table) else block.text
+                  for block in section.blocks if isinstance(block, Table | Text)]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _plain_table(table: Table) -> str:
+    cells = [[" ".join(cell.split()) for cell in row] for row in (table.header, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(
+            cell.rjust(width) if n in table.numeric else cell.ljust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+
+    return "\n".join([table.caption, *map(line, cells)])
 
 
 def escape(text: str) -> str:
