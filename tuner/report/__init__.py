@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 
 from tuner.records import OPEN_TEST
-from tuner.report import inputs, page, render, style, tables
+from tuner.report import calibration, inputs, latex, page, render, rules, style, tables
 from tuner.report.gallery import Gallery
 
 __all__ = ["write"]
@@ -52,7 +52,10 @@ def write(run_directory: Path, out: Path | None = None) -> Path:
 
 def _fill(run: inputs.Run, folder: Path) -> None:
     results = tables.results(run)
-    metrics = tables.metrics(run, results)
+    metrics = tables.metrics(run, results) | {
+        "rules": rules.replay(run, results),
+        "calibration": calibration.figures(results.test),
+    }
     (folder / "metrics.json").write_text(
         json.dumps(metrics, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
     )
@@ -62,6 +65,7 @@ def _fill(run: inputs.Run, folder: Path) -> None:
         content = page.build(run, results, metrics, Gallery(folder))
     (folder / "index.html").write_text(render.html(content, folder), encoding="utf-8")
     (folder / "report.md").write_text(render.markdown(content), encoding="utf-8")
+    (folder / "tables.tex").write_text(latex.tables(content), encoding="ascii")
 
 
 def _refuse_foreign(target: Path) -> None:

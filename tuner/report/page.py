@@ -44,8 +44,8 @@ def build(run: Run, results: Results, metrics: Json, gallery: Gallery) -> Page:
         _parameters(run),
         winner_page.test(results, metrics, gallery),
         winner_page.curves(run, gallery),
-        winner_page.thresholds(run, results),
-        winner_page.images(run, gallery),
+        winner_page.thresholds(run, results, metrics),
+        winner_page.images(run, results, gallery),
         search(run, metrics, gallery),
         provenance(run),
     ]
@@ -178,7 +178,8 @@ def _best_configuration(run: Run) -> Table:
                 words.search_range(parameter),
             ]
         )
-    return Table(["parameter", "best", "baseline", "searched"], rows, "The best configuration among what was searched")
+    caption = "The best configuration among what was searched"
+    return Table(["parameter", "best", "baseline", "searched"], rows, caption, label="configuration")
 
 
 def _baseline_setting(run: Run, name: str) -> str:
@@ -223,7 +224,8 @@ def _data(run: Run) -> Section:
         else f"The winner trains with the masks of {kept} positive images; the others give only their label."
     )
     columns = ["split", "images", "positive", "negative", "masks used", "groups"]
-    split_table = Table(columns, rows, "Samples; images of one group never lie in two splits", frozenset(range(1, 6)))
+    caption = "Samples; images of one group never lie in two splits"
+    split_table = Table(columns, rows, caption, frozenset(range(1, 6)), label="data")
     input_table = Table(names, [facts], "What the network sees")
     return Section("data", "Data", [Tables([input_table, split_table]), Text(text)])
 
