@@ -105,11 +105,11 @@ def rate_interval(successes_N: Array, trials_N: Array, groups_N: Array) -> Inter
     trials = trials_G.sum()
     rate = successes_G.sum() / trials
     if rate in (0, 1):
-        return _clopper_pearson(rate, groups)
+        return clopper_pearson(rate, groups)
     variance = _variance(((successes_G - rate * trials_G) / trials)[trials_G > 0])
     design_effect = variance / (rate * (1 - rate) / (trials - 1))
     t_groups, t_trials = stats.t.ppf(1 - _TAIL, [groups - 1, trials - 1])
-    return _clopper_pearson(rate, trials / max(1.0, design_effect * (t_groups / t_trials) ** 2))
+    return clopper_pearson(rate, trials / max(1.0, design_effect * (t_groups / t_trials) ** 2))
 
 
 def f1_of_jaccard(jaccard: float) -> float:
@@ -179,7 +179,7 @@ def ap_interval(labels_N: Array, scores_N: Array, groups_N: Array) -> Interval |
     points = curve(labels, scores_N)
     ap = average_precision(points)
     if not 0 < ap < 1:
-        return _clopper_pearson(ap, positives)
+        return clopper_pearson(ap, positives)
     rank_N = _ranks(points.thresholds, scores_N)
     precision = points.precision
     # One more image at a score changes the precision at that score and at all below.
@@ -190,7 +190,7 @@ def ap_interval(labels_N: Array, scores_N: Array, groups_N: Array) -> Interval |
     mean_precision = (np.diff(points.recall, prepend=0) * precision).sum()
     influence_N = np.where(labels, (precision - mean_precision + gain)[rank_N], -loss[rank_N]) / labels.sum()
     inflation = _inflation(influence_N, groups, ap * (1 - ap) / positives)
-    return _clopper_pearson(ap, positives / inflation)
+    return clopper_pearson(ap, positives / inflation)
 
 
 def jackknife_interval(value: float, without_G: Array) -> Interval | None:
@@ -296,7 +296,7 @@ def _inflation(influence_N: Floats, groups_N: Array, variance: float) -> float:
     return max(1.0, _variance(_sums([influence_N], groups_N)[0]) / variance)
 
 
-def _clopper_pearson(rate: float, trials: float) -> Interval:
+def clopper_pearson(rate: float, trials: float) -> Interval:
     """Ends by beta quantiles, which also take fractions of trials."""
     successes, failures = rate * trials, (1 - rate) * trials
     low = stats.beta.ppf(_TAIL, successes, failures + 1) if successes else 0.0

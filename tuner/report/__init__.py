@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 
 from tuner.records import OPEN_TEST
-from tuner.report import comparison, inputs, page, render, style, tables
+from tuner.report import calibration, comparison, inputs, latex, page, render, rules, style, tables
 from tuner.report.gallery import Gallery, Page
 
 __all__ = ["write", "write_comparison"]
@@ -61,7 +61,10 @@ def write_comparison(searches: Sequence[comparison.Search], out: Path) -> Path:
 def _fill(run: inputs.Run, folder: Path) -> None:
     evaluated = run if isinstance(run, inputs.EvaluatedRun) else None
     results = tables.results(evaluated) if evaluated else None
-    metrics = tables.metrics(run, results)
+    metrics = tables.metrics(run, results) | {
+        "rules": rules.replay(evaluated, results) if evaluated and results else [],
+        "calibration": calibration.figures(results.test) if results else None,
+    }
     _write_json(folder / "metrics.json", metrics)
     if evaluated and results:
         with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
@@ -69,6 +72,7 @@ def _fill(run: inputs.Run, folder: Path) -> None:
     with matplotlib.rc_context(style.RC):
         content = page.build(run, results, metrics, Gallery(folder))
     _write_pages(content, folder)
+    (folder / "tables.tex").write_text(latex.tables(content), encoding="ascii")
 
 
 def _write_pages(content: Page, folder: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from model.arrays import Floats
+from model.arrays import Bools, Floats, Ints
 from model.counts import scores_of
 from model.curves import Curve, area_under_roc, average_precision, curve
 from model.thresholds import logit, sigmoid
@@ -248,3 +248,70 @@ def best_threshold(validation: Judged) -> tuple[float, float]:
     dice = validation.at(grid).dice().mean(axis=0)
     best = int(dice.argmax())
     return float(sigmoid(grid[best])), float(dice[best])
+
+
+def dice_by_size(
+    test: Judged, baseline: Judged | None, rows: Ints, values: Floats, parts: Sequence[Bools], xlabel: str
+) -> Any:
+    """Dice of some test images against how large their defects are (`values`), and the mean of each part of them."""
+    figure, axes = style.panel()
+    alpha = 0.5 if len(rows) < 300 else 0.25
+    for name, one, colour, _ in _named(test, baseline):
+        dice = one.dice[rows]
+        axes.plot(values, dice, "o", color=colour, alpha=alpha, markersize=4, markeredgewidth=0)
+        for part in parts:
+            ends, mean = [values[part].min(), values[part].max()], dice[part].mean()
+            axes.plot(ends, [mean, mean], color=style.PAPER, linewidth=4, solid_capstyle="butt")
+            axes.plot(ends, [mean, mean], color=colour, linewidth=2.2, solid_capstyle="butt")
+        axes.plot([], [], "o", color=colour, markersize=4, label=name)
+    _log_axis(axes, values)
+    axes.set(ylim=_SHARE, xlabel=xlabel, ylabel="Dice of an image")
+    style.legend(axes)
+    return figure
+
+
+def _log_axis(axes: Any, values: Floats) -> None:
+    """With plain numbers at a few round places, also where the values span less than a power of ten."""
+    low, high = float(values.min()) / 1.1, float(values.max()) * 1.1
+    axes.set_xscale("log")
+    round_ones = np.array([digit * 10.0**power for power in range(-5, 6) for digit in (1, 1.5, 2, 3, 5, 7)])
+    inside = round_ones[(round_ones >= low) & (round_ones <= high)]
+    if len(inside) > 8:
+        inside = inside[np.isin(np.round(inside / 10.0 ** np.floor(np.log10(inside) + 1e-9), 6), (1, 3))]
+    axes.set_xticks(inside, [f"{tick:g}" for tick in inside])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(low, high)
+
+
+def reliability(bins: Sequence[Json]) -> Any:
+    """Share of images with a defect against the mean score, by parts of the test images."""
+    figure, axes = style.panel()
+    axes.plot([0, 1], [0, 1], color=style.BASELINE, linewidth=1, label="a score that is a probability")
+    x, y = (np.array([part[key] for part in bins]) for key in ("score", "share"))
+    low, high = np.array([part["ci95"] for part in bins]).T
+    axes.errorbar(
+        x, y, [y - low, high - y], fmt="o", color=style.WINNER, elinewidth=1.2, capsize=2.5, label="test images"
+    )
+    axes.set(xlim=_SHARE, ylim=_SHARE, xlabel="score (mean of a part)", ylabel="share with a defect")
+    style.legend(axes)
+    return figure
+
+
+def score_histogram(test: Judged) -> Any:
+    """Scores of test images by label, on a logit scale."""
+    figure, axes = style.panel()
+    logits, labels = test.split.decision_logits, test.split.labels
+    low, high = min(-5.0, float(logits.min())), max(5.0, float(logits.max()))
+    bins = np.linspace(low, high, 31)
+    for name, rows, colour in (("no defect", ~labels, style.ORANGE), ("defect", labels, style.BLUE)):
+        axes.hist(logits[rows], bins, color=colour, alpha=0.3)
+        label = f"{name}, {words.plural(int(rows.sum()), 'image')}"
+        axes.hist(logits[rows], bins, histtype="step", color=colour, linewidth=1.6, label=label)
+    threshold = test.thresholds["decision_logit"]
+    if threshold is not None:
+        axes.axvline(threshold, color=style.INK, linewidth=0.9, linestyle=":", label="decision threshold")
+    _probability_axis(axes, bins)
+    axes.set(xlabel="score (on a logit scale)", ylabel="test images")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    style.legend(axes)
+    return figure

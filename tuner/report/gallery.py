@@ -30,13 +30,15 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are plain text; `numeric` columns are aligned to the right, `strong` rows stand out."""
+    """Cells are plain text; `numeric` columns are aligned to the right, `strong` rows stand out. One with a `label` is
+    also written for LaTeX."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     numeric: frozenset[int] = frozenset()
     strong: frozenset[int] = frozenset()
+    label: str = ""
     kind: str = "table"
 
 

@@ -166,7 +166,8 @@ def _best_configuration(run: Run) -> Table:
         [name, setting(run.chosen, name), setting(run.compared_with, name), words.search_range(parameter)]
         for name, parameter in run.searched.items()
     ]
-    return Table(["parameter", "best", "baseline", "searched"], rows, "The best configuration among what was searched")
+    caption = "The best configuration among what was searched"
+    return Table(["parameter", "best", "baseline", "searched"], rows, caption, label="configuration")
 
 
 def setting(candidate: Candidate | None, name: str) -> str:

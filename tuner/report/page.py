@@ -55,8 +55,8 @@ def _evaluated(run: EvaluatedRun, results: Results, metrics: Json, gallery: Gall
         _parameters(run, run.winner),
         winner_page.test(results, metrics, gallery),
         winner_page.curves(run, gallery),
-        winner_page.thresholds(run, results),
-        winner_page.images(run, gallery),
+        winner_page.thresholds(run, results, metrics),
+        winner_page.images(run, results, gallery),
         search(run, metrics, gallery),
         provenance(run),
     ]
@@ -111,7 +111,8 @@ def _data(run: Run) -> Section:
         else f"The best trial trains with the masks of {kept} positive images; the others give only their label."
     )
     columns = ["split", "images", "positive", "negative", "masks used", "groups"]
-    split_table = Table(columns, rows, "Samples; images of one group never lie in two splits", frozenset(range(1, 6)))
+    caption = "Samples; images of one group never lie in two splits"
+    split_table = Table(columns, rows, caption, frozenset(range(1, 6)), label="data")
     input_table = Table(names, [facts], "What the network sees")
     return Section("data", "Data", [Tables([input_table, split_table]), Text(text)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from model import intervals
-from tuner.report import charts, examples, style, tables, words
+from tuner.report import breakdown, calibration, charts, examples, failures, rules, style, tables, words
 from tuner.report.gallery import Block, Gallery, Picture, Pictures, Section, Table, Tables, Text, save
 from tuner.report.inputs import EvaluatedRun, Json, Run
 from tuner.report.tables import Judged, Results
@@ -38,9 +38,12 @@ def test(results: Results, metrics: Json, gallery: Gallery) -> Section:
     if pictures:
         blocks.append(Pictures(pictures))
     blocks.append(Pictures(_pixel_pictures(results, gallery)))
-    blocks.append(Pictures(_dice_pictures(judged, baseline, gallery)))
-    if (by_source := _by_source(judged)) is not None:
+    if judged.split.labels.any():
+        blocks.append(Pictures(_dice_pictures(judged, baseline, gallery)))
+    blocks += breakdown.by_size(judged, baseline, gallery)
+    if (by_source := breakdown.by_source(judged, baseline)) is not None:
         blocks.append(by_source)
+    blocks += calibration.blocks(judged, metrics["calibration"], gallery)
     return Section("test", "Test", blocks)
 
 
@@ -83,7 +86,7 @@ def _test_table(metrics: Json) -> Table:
                 row.append(words.difference(gain["value"], gain["ci95"]) if gain else "")
             rows.append(row)
     caption = f"Test split, at the thresholds chosen on {metrics['thresholds_chosen_on']}"
-    return Table(header, rows, caption, frozenset(range(1, len(header))), frozenset(strong))
+    return Table(header, rows, caption, frozenset(range(1, len(header))), frozenset(strong), "test")
 
 
 def _with_spread(figures: Json, key: str) -> str:
@@ -146,22 +149,6 @@ def _dice_pictures(test: Judged, baseline: Judged | None, gallery: Gallery) -> l
             )
         )
     return pictures
-
-
-def _by_source(test: Judged) -> Table | None:
-    """Figures by where the images come from, if there are several sources and not one an image."""
-    sources = np.array(test.split.sources)
-    names = np.unique(sources)
-    if not 1 < len(names) <= max(2, min(30, len(sources) // 2)):
-        return None
-    rows = []
-    for name in names:
-        here = np.flatnonzero(sources == name)
-        values = test.of_rows(here)
-        shown = (tables.number(values[key]) for key in ("dice_positive_mean", "dice_mean", "iou_mean", "f1"))
-        rows.append([str(name), f"{len(here):,}", f"{test.split.labels[here].sum():,}", *map(words.figure, shown)])
-    header = ["source", "images", "positive", "Dice, positive", "Dice, all", "IoU, all", "pixel F1"]
-    return Table(header, rows, "Test figures by source of the images", frozenset(range(1, 7)))
 
 
 def curves(run: Run, gallery: Gallery) -> Section:
@@ -262,10 +249,10 @@ def _curve(
     return None if figure is None else gallery.figure(figure, name, caption, "half" if width == style.HALF else "third")
 
 
-def thresholds(run: EvaluatedRun, results: Results) -> Section:
+def thresholds(run: EvaluatedRun, results: Results, metrics: Json) -> Section:
     """The chosen thresholds, and what every rule would have chosen."""
     chosen, validation = run.winner.thresholds, results.validation
-    rule = f"{chosen['rule']}/{chosen['factor']}" if chosen["rule"] == "pr_curve" else chosen["rule"]
+    rule = words.rule(chosen["rule"], chosen["factor"])
     probability, best = charts.best_threshold(validation)
     rows = [
         ["rule", rule],
@@ -282,16 +269,10 @@ def thresholds(run: EvaluatedRun, results: Results) -> Section:
         name = words.metric(run.objectives[0]["metric"])
         replayed = [[name, words.figure(value)] for name, value in record["rules"].items()]
         strong = frozenset(k for k, row in enumerate(replayed) if row[0] == rule)
-        shown.append(
-            Table(
-                ["rule", name],
-                replayed,
-                f"Every rule on trial {record['trial']}",
-                frozenset({1}),
-                strong,
-            )
-        )
-    return Section("thresholds", "Thresholds", [Tables(shown)])
+        caption = f"Every rule on trial {record['trial']}, each at its own best epoch"
+        shown.append(Table(["rule", f"{name}, validation"], replayed, caption, frozenset({1}), strong))
+    replays = rules.blocks(metrics["rules"], run.winner.epoch, results.test.chosen_on)
+    return Section("thresholds", "Thresholds", [Tables(shown), *replays])
 
 
 def _threshold(thresholds: Json, kind: str) -> str:
@@ -300,8 +281,8 @@ def _threshold(thresholds: Json, kind: str) -> str:
     return f"{words.probability(thresholds[f'{kind}_probability'])} (logit {thresholds[f'{kind}_logit']:.4g})"
 
 
-def images(run: EvaluatedRun, gallery: Gallery) -> Section:
-    """Examples from the worst to the best; writes dices/ on the way."""
+def images(run: EvaluatedRun, results: Results, gallery: Gallery) -> Section:
+    """Failures, and examples from the worst to the best; writes dices/ on the way."""
     values = examples.dice(run.examples)
     order = np.argsort(values, kind="stable")
     defects = [rank for rank, k in enumerate(order) if run.examples.truth[k].any()] or [*range(len(order))]
@@ -319,4 +300,5 @@ def images(run: EvaluatedRun, gallery: Gallery) -> Section:
         "without a defect has Dice 1."
     )
     sheet = gallery.image(examples.contact_sheet(run.examples), "contact-sheet", "All examples: rank, Dice, name.")
-    return Section("examples", "Example images", [Text(text), *pictures, Pictures([sheet])])
+    worst = failures.blocks(results.test, [run.examples.names[k] for k in order])
+    return Section("examples", "Example images", [*worst, Text(text), *pictures, Pictures([sheet])])

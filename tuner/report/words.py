@@ -61,6 +61,11 @@ def probability(value: float | None) -> str:
     return f"{value:.3g}" if value < 0.1 else f"{value:.3f}" if value < 0.999 else f"1 - {1 - value:.2g}"
 
 
+def rule(name: str, factor: int) -> str:
+    """A threshold rule, with its factor where it has one."""
+    return f"{name}/{factor}" if name == "pr_curve" else name
+
+
 def setting(value: Any) -> str:
     """The value of a field of a configuration."""
     if isinstance(value, bool):
