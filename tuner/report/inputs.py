@@ -84,6 +84,8 @@ class Run:
     examples: Examples
     architecture: dict[str, list[Json]]
     openings: list[Json]
+    importance: Json | None = None
+    """importance.json; None where no search has written it"""
 
     @property
     def data(self) -> Json:
@@ -155,6 +157,7 @@ def read(directory: Path, evaluation: str = "evaluation") -> Run:
         examples=_parsed(folder / "examples.npz", _examples, way_out),
         architecture=_parsed(folder / "architecture.json", _architecture, way_out),
         openings=list(_json_lines(directory / "evaluation" / "openings.jsonl")),
+        importance=_json(directory / "importance.json") if (directory / "importance.json").is_file() else None,
     )
 
 
