@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from model.splits import Splits
-from tuner import finals, plan, report, storage, tracking
+from tuner import finals, importance, plan, report, storage, tracking
 from tuner.options import Options
 from tuner.records import SearchFailed
 from tuner.run import Run, create
@@ -71,6 +71,8 @@ def go_on(run: Run, console: Console | None = None) -> Run:
             if state != "finished":
                 with storage.explained(run.study):
                     state = _search(run, console)
+            elif not (run.directory / importance.FILE).exists():  # of an earlier version
+                importance.write(run.directory, run.space)
             if state == "finished" and not run.options.no_report:
                 if not (run.directory / "evaluation" / "selection.json").exists():
                     evaluate(run)
@@ -142,6 +144,8 @@ def _search(run: Run, console: Console | None) -> str:
         # What ended a search says more than that its end cannot be noted either.
         with nullcontext() if went_well else suppress(OSError):
             run.note(state=state, sessions=[*sessions, session | {"ended": time.time()}])
+        if went_well or state == "failed":  # a second Ctrl-C waits for nothing
+            importance.write(run.directory, space)
     return state
 
 

@@ -34,7 +34,7 @@ def users_of(package: str) -> set[str]:
 def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert users_of("ray") == {"tuner/search.py"}
     optuna_users = {name for name in users_of("optuna") if not name.startswith("tuner/tracking/")}
-    assert optuna_users == {"tuner/draw.py", "tuner/sampler.py", "tuner/storage.py"}
+    assert optuna_users == {"tuner/draw.py", "tuner/importance.py", "tuner/sampler.py", "tuner/storage.py"}
     assert users_of("sqlalchemy") == {"tuner/storage.py"}
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
     assert users_of("wandb_workspaces") == {"tuner/tracking/wandb_views.py"}
@@ -56,6 +56,7 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/options.py", ("ray", "optuna", "sqlalchemy", "torch")),
         ("tuner/run.py", ("ray", "optuna", "wandb", "tuner.sampler", "tuner.storage")),
         ("tuner/sampler.py", ("torch", "wandb", "ray")),
+        ("tuner/importance.py", ("torch", "wandb", "ray", "tuner.sampler", "tuner.storage")),
         ("tuner/storage.py", ("torch", "wandb", "ray", "tuner.space", "tuner.sampler")),
         ("tuner/search.py", ("wandb", "model.network", "model.losses")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),

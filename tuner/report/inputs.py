@@ -88,6 +88,8 @@ class Run:
     """run.json"""
     records: list[Json]
     openings: list[Json]
+    importance: Json | None
+    """importance.json; None where no search has written it"""
 
     @property
     def data(self) -> Json:
@@ -185,6 +187,7 @@ def read(directory: Path, evaluation: str = "evaluation") -> Run:
         facts=_json(directory / "run.json"),
         records=list(_json_lines(directory / "records.jsonl")),
         openings=list(_json_lines(directory / "evaluation" / "openings.jsonl")),
+        importance=_json(directory / "importance.json") if (directory / "importance.json").is_file() else None,
     )
     folder = directory / evaluation
     if not (folder / "selection.json").is_file():
@@ -200,6 +203,7 @@ def read(directory: Path, evaluation: str = "evaluation") -> Run:
         search.facts,
         search.records,
         search.openings,
+        search.importance,
         winner=judged["winner"],
         baseline=judged["winner"] if baseline == winner else judged.get("baseline"),
         examples=_parsed(folder / "examples.npz", _examples, way_out),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -14,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from tuner import records
 from tuner.report import style, words
 from tuner.report.inputs import Json, Run
-from tuner.report.style import FULL, HALF, THIRD
+from tuner.report.style import FULL, THIRD
 from tuner.report.tables import STATUSES, ended, objective
 
 _DAY, _HOUR, _MINUTE = 86_400, 3600, 60
@@ -28,59 +29,91 @@ def time_unit(seconds: float) -> tuple[float, str]:
     return 1, "seconds"
 
 
-def progress(run: Run, against: str) -> Any:
-    """Value of each trial, and the best of the completed ones so far, against "number" or "time"."""
-    figure, axes = style.panel(HALF, 3.5)
-    unit, unit_name = time_unit(max([ended(record) or 0 for record in run.records], default=0))
+PROGRESS = {
+    "number": "number of the trial",
+    "time": "time since the search began",
+    "devices": "time on devices, all trials together",
+}
 
-    def place(record: Json) -> float | None:
+
+def progress(run: Run) -> Any:
+    """Value of each trial, and the best of the completed ones so far, by number, against time and device time."""
+    figure = Figure(figsize=(FULL, 3.7), layout="constrained")
+    panels = figure.subplots(1, len(PROGRESS), sharey=True)
+    for axes, against in zip(panels, PROGRESS, strict=True):
+        found = places(run, against)
+        unit, unit_name = time_unit(max(found.values(), default=0)) if against != "number" else (1, "")
+        placed = sorted(
+            ((found[r["trial"]] / unit, r) for r in run.records if r["trial"] in found), key=lambda pair: pair[0]
+        )
+        for status in reversed(STATUSES):
+            _status_points(axes, placed, status)
+        _best_so_far(axes, placed, run.objectives[0].get("mode", "max"))
+        _baseline_line(axes, run)
+        axes.set_xlabel(PROGRESS[against] + (f" ({unit_name})" if unit_name else ""))
         if against == "number":
-            return None if record["number"] is None else float(record["number"])
-        end = ended(record)
-        return None if end is None else end / unit
-
-    placed = sorted(
-        ((x, record) for record in run.records if (x := place(record)) is not None), key=lambda pair: pair[0]
-    )
-    for status in STATUSES:
-        _status_points(axes, placed, status)
-    _best_so_far(axes, placed, run.objectives[0].get("mode", "max"))
-    _baseline_line(axes, run)
-    axes.set_xlabel("number of the trial" if against == "number" else f"time since the search began ({unit_name})")
-    axes.set_ylabel(words.metric(run.objectives[0]["metric"]) + ", validation")
-    if against == "number":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    style.legend(axes, handles=_legend_handles(run))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        else:
+            axes.set_xlim(0, None)
+    panels[0].set_ylabel(words.metric(run.objectives[0]["metric"]) + ", validation")
+    figure.legend(handles=_legend_handles(run), loc="outside upper left", ncols=6)
     return figure
+
+
+def places(run: Run, against: str) -> dict[str, float]:
+    """Where trials stand, by name: their number, or when they ended, in seconds of the search or of its devices.
+
+    A result that was read off another's network is known when that one has ended. A baseline outside the space, which
+    has no number, runs before number 0.
+    """
+    if against == "number":
+        return {r["trial"]: -1.0 if r["number"] is None else float(r["number"]) for r in run.records}
+    ends = {record["trial"]: end for record in run.records if (end := ended(record)) is not None}
+    if against == "devices":
+        spent = {record["trial"]: record["device_seconds"] or 0.0 for record in run.records}
+        order = sorted(ends, key=lambda trial: ends[trial])
+        ends = dict(zip(order, np.cumsum([spent[trial] for trial in order]).tolist(), strict=True))
+    replays = [r for r in run.records if r["replayed_from"] in ends and ended(r) is None]
+    return ends | {record["trial"]: ends[record["replayed_from"]] for record in replays}
+
+
+def winner_record(run: Run) -> Json | None:
+    """The winner's record; of a repeat, which has none, the record that it repeats."""
+    return run.history_record()[0]
 
 
 def _status_points(axes: Any, placed: Sequence[tuple[float, Json]], status: str) -> None:
     """Trials without a value stand on the lower edge."""
+    look = _marker(status, len(placed))
     mine = [(x, objective(record)) for x, record in placed if record["status"] == status]
     valued = [(x, y) for x, y in mine if y is not None]
     if valued:
-        axes.plot(*zip(*valued, strict=True), zorder=3, **_marker(status))
+        axes.plot(*zip(*valued, strict=True), zorder=3, **look)
     without = [x for x, y in mine if y is None]
-    transform = axes.get_xaxis_transform()
-    axes.plot(without, [0.0] * len(without), transform=transform, clip_on=False, zorder=4, **_marker(status))
+    if without:
+        on_edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 4}
+        axes.plot(without, [0.0] * len(without), **on_edge, **look)[0].set_in_layout(False)
 
 
-def _marker(status: str) -> dict[str, Any]:
+def _marker(status: str, trials: int = 0) -> dict[str, Any]:
+    """Smaller where there are many trials."""
     colour = style.STATUS[status]
+    size = 1.0 if trials <= 60 else 0.75 if trials <= 300 else 0.5
     if status in ("diverged", "failed"):
         return {
             "linestyle": "",
             "marker": "x" if status == "diverged" else "+",
             "color": colour,
-            "markeredgewidth": 1.6,
-            "markersize": 6,
+            "markeredgewidth": 1.6 * size,
+            "markersize": 6 * size,
         }
     return {
         "linestyle": "",
         "marker": "o",
         "color": colour,
         "markerfacecolor": colour if status == "completed" else "white",
-        "markeredgewidth": 1.2,
+        "markeredgewidth": 1.2 * size,
+        "markersize": 4.5 * size,
     }
 
 
@@ -151,8 +184,8 @@ def parameter_slice(run: Run, name: str) -> Any | None:
     for status in ("stopped_early", "completed"):
         mine = [r for r in trials if r["status"] == status]
         x = [_position(r["params"][name], categories, r["number"] or 0) for r in mine]
-        axes.plot(x, [objective(r) for r in mine], zorder=3, alpha=0.85, **_marker(status))
-    best = run.history_record()[0]
+        axes.plot(x, [objective(r) for r in mine], zorder=3, alpha=0.85, **_marker(status, len(trials)))
+    best = winner_record(run)
     if best in trials:
         place = _position(best["params"][name], categories, best["number"] or 0)
         axes.plot([place], [objective(best)], "o", markersize=9, markerfacecolor="none", color=style.INK, zorder=4)

@@ -1,33 +1,20 @@
-"""The parts of the page on the search itself: how it went, and where everything comes from."""
+"""The parts of the page on the search itself: how it went. Where everything comes from is in provenance.py."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-
-from model.metrics import METRICS
 from tuner import records
-from tuner.report import search_charts, words
-from tuner.report.gallery import Block, Code, Gallery, Picture, Pictures, Section, Table, Tables, Text
+from tuner.report import search_charts, search_tables, trial_charts, words
+from tuner.report.gallery import Block, Gallery, Picture, Pictures, Section, Table, Tables, Text
 from tuner.report.inputs import Candidate, Json, Run
-from tuner.report.tables import STATUSES, best_first, objective
+from tuner.report.provenance import provenance as provenance
+from tuner.report.search_charts import winner_record
+from tuner.report.tables import best_first, objective
 
 TOP = 10
 
-OTHER_DEFINITIONS = (
-    ("hits, predicted, truth", "pixels of an image in both, in the predicted mask, in the mask as drawn"),
-    ("truth", "the masks as drawn, never dilated, at the network's input size"),
-    ("threshold", "a pixel or an image is a defect when its score is at least the threshold"),
-    (
-        "95 % interval",
-        "over groups of images, none below 20: studentized bootstrap for means, pooled ratios and paired differences; "
-        "Clopper-Pearson with an effective number of images for the decision's rates; Newcombe 2006 for its AUC; "
-        "binomial among the positives for its AP; jackknife for pixel AP and ODS",
-    ),
-)
-
 
 def search(run: Run, metrics: Json, gallery: Gallery) -> Section:
-    """Progress, states, best trials, parameters, time."""
+    """Progress, best trials, rungs, parameters, states and reasons, cost."""
     if not run.records:
         return Section("search", "Search", [Text("The run directory holds no records of trials.")])
     blocks: list[Block] = []
@@ -42,26 +29,96 @@ def search(run: Run, metrics: Json, gallery: Gallery) -> Section:
         blocks += _front(run, metrics["front"], gallery)
     if run.constraints:
         blocks.append(_constraints(run))
-    blocks.append(Pictures([_progress(run, gallery, against) for against in ("number", "time")]))
-    blocks += [_top(run), Tables([_states(run, metrics), _time(run, metrics)])]
-    if (reasons := _reasons(run)) is not None:
-        blocks.append(reasons)
+    if not any(record["status"] == "completed" for record in run.records):
+        blocks.append(Text("No trial has completed, so there is no best trial and nothing to choose from."))
+    blocks.append(Pictures([_progress(run, gallery)]))
+    if best_first(run):
+        blocks.append(_top(run))
+    blocks.append(Tables([search_tables.states(run, metrics), search_tables.cost(run, metrics)]))
+    blocks += [*search_tables.reasons(run), *_learning(run, gallery), *_parameters(run, gallery)]
+    if (figure := search_charts.timeline(run)) is not None:
+        caption = "Each trial from its first start to its end; a held or interrupted one waited in between."
+        blocks.append(Pictures([gallery.figure(figure, "timeline", caption, "full")]))
+    return Section("search", "Search", blocks)
+
+
+def _learning(run: Run, gallery: Gallery) -> list[Block]:
+    """Learning curves of all trials, and the rungs at which they were compared."""
+    rungs = search_tables.rungs(run)
+    figure = trial_charts.learning_curves(run, rungs, winner_record(run))
+    if figure is None:
+        return [Text("No trial has reported an epoch, so there are no learning curves.")]
+    caption = "Learning curves of all trainings; a point is where one ended."
+    if rungs:
+        caption += (
+            " At a dotted line trials are compared, and those that are not among the best wait there; each ends where "
+            "it was left."
+        )
+    scheduler = run.space.get("scheduler")
+    if isinstance(scheduler, dict) and scheduler.get("compare") == "segmentation":
+        caption += (
+            " Compared are the masks alone, without blackening: by the objective if it is one of segmentation, else by "
+            "mean Dice."
+        )
+    blocks: list[Block] = [Pictures([gallery.figure(figure, "learning-curves", caption, "full")])]
+    return [*blocks, search_tables.rung_table(run, rungs)] if rungs else blocks
+
+
+def _parameters(run: Run, gallery: Gallery) -> list[Block]:
+    """What the searched parameters did."""
+    if not run.searched:
+        return [Text("Nothing was searched: the space fixes every parameter.")]
+    blocks: list[Block] = []
+    if (figure := trial_charts.parallel(run, winner_record(run))) is not None:
+        caption = (
+            "A line is a trial, from its parameters to its value: coloured if it completed, grey if it was stopped "
+            "early, black the winner's configuration."
+        )
+        if len(run.searched) > trial_charts.MAX_AXES:
+            caption += f" Shown are the first {trial_charts.MAX_AXES} of {len(run.searched)} parameters."
+        blocks.append(Pictures([gallery.figure(figure, "parallel-coordinates", caption, "full")]))
+    blocks += _importance(run, gallery)
+    if (table := search_tables.judging(run)) is not None:
+        blocks.append(table)
     if slices := _slices(run, gallery):
         blocks.append(Pictures(slices))
-    if (figure := search_charts.timeline(run)) is not None:
-        blocks.append(
-            Pictures(
-                [
-                    gallery.figure(
-                        figure,
-                        "timeline",
-                        "Each trial from its first start to its end; a held or interrupted one waited in between.",
-                        "full",
-                    )
-                ]
+    return blocks
+
+
+def _importance(run: Run, gallery: Gallery) -> list[Block]:
+    """How much each parameter mattered, or why that is not known."""
+    found = run.importance
+    if found is None:
+        return [
+            Text(
+                "The run directory has no importance.json, so how much each parameter mattered is not shown; "
+                "`tuner resume` writes it, also for a search that has finished."
             )
-        )
-    return Section("search", "Search", blocks)
+        ]
+    at = "completed" if found["epoch"] is None else f"reached epoch {found['epoch']}"
+    if not found["parameters"]:
+        return [
+            Text(
+                f"How much each parameter mattered is not shown: {words.plural(found['trials'], 'trial')} that {at} "
+                "tell too little, for ten with different values are needed, and a parameter that varies."
+            )
+        ]
+    value = words.metric(found["metric"])
+    caption = (
+        f"Importance for {value} (PED-ANOVA): what tells the best {found['best']} from all {found['trials']:,} trials "
+        f"that {at}{'' if found['epoch'] is None else ' or diverged before it, judged by their best up to there'}. "
+        "From single trainings. Beyond the red mark luck alone brings no parameter but in one search of twenty."
+    )
+    clear = [row["name"] for row in found["parameters"] if trial_charts.is_clear(row)]
+    told = (
+        f"Parameters that mattered, clear of luck: {', '.join(clear)}."
+        if clear
+        else "No parameter's effect can be told from luck."
+    )
+    return [
+        Text(told),
+        Pictures([gallery.figure(trial_charts.importance(found), "importance", caption, "full")]),
+    ]
 
 
 def _front(run: Run, points: list[Json], gallery: Gallery) -> list[Block]:
@@ -75,7 +132,8 @@ def _front(run: Run, points: list[Json], gallery: Gallery) -> list[Block]:
         for point in points
     ]
     header = ["trial", *(words.metric(one["metric"]) for one in run.objectives), *names]
-    strong = frozenset(n for n, point in enumerate(points) if run.chosen and point["trial"] == run.chosen.trial)
+    best = (winner_record(run) or {}).get("trial")
+    strong = frozenset(n for n, point in enumerate(points) if point["trial"] == best)
     return [Pictures([picture]), Table(header, rows, "The Pareto front on validation", frozenset({1, 2}), strong)]
 
 
@@ -96,9 +154,12 @@ def _constraints(run: Run) -> Table:
     return Table(["constraint", "winner", "baseline"], rows, caption)
 
 
-def _progress(run: Run, gallery: Gallery, against: str) -> Picture:
-    caption = f"Trials against {against}; those without a value stand on the lower edge."
-    return gallery.figure(search_charts.progress(run, against), f"progress-by-{against}", caption)
+def _progress(run: Run, gallery: Gallery) -> Picture:
+    caption = (
+        "Trials by number, against time, and against the time that their devices were held. Those without a value "
+        "stand on the lower edge; a replay stands where the training ended that it was read off."
+    )
+    return gallery.figure(search_charts.progress(run), "progress", caption, "full")
 
 
 def _top(run: Run) -> Table:
@@ -107,43 +168,20 @@ def _top(run: Run) -> Table:
     header = ["", "trial", "status", words.metric(run.objectives[0]["metric"]), "best epoch", "time", *more, *names]
     rows: list[list[str]] = []
     strong: set[int] = set()
+    best = (winner_record(run) or {}).get("trial")
     for place, record in enumerate(best_first(run)[:TOP], start=1):
-        if run.chosen and record["trial"] == run.chosen.trial:
+        if record["trial"] == best:
             strong.add(len(rows))
         trial = record["trial"] + (" (baseline)" if record["baseline"] else "")
         status = words.STATUS_NAMES[record["status"]] + (", replayed" if record["replayed_from"] else "")
         epochs = f"{words.figure(record['best_epoch'])} of {words.figure(record['epochs'])}"
-        settings = [words.setting(record["params"].get(name, record["config"].get(name))) for name in names]
+        settings = [words.setting(search_tables.setting_of(record, name)) for name in names]
         value = words.figure(objective(record), 4)
         violations = record.get("violations")
         stands = [words.NONE if violations is None else records.beyond(violations)] if more else []
         rows.append([str(place), trial, status, value, epochs, words.duration(record["seconds"]), *stands, *settings])
     caption = "The best trials on validation, completed ones first; of single trainings, so luck is in the order"
     return Table(header, rows, caption, frozenset({0, 3, 4, 5}), frozenset(strong))
-
-
-def _states(run: Run, metrics: Json) -> Table:
-    replayed = sum(record["replayed_from"] is not None for record in run.records)
-    rows = [[words.STATUS_NAMES[status], f"{metrics['search'][status]:,}"] for status in STATUSES]
-    rows += [["all", f"{len(run.records):,}"], ["of these replayed without training", f"{replayed:,}"]]
-    return Table(["", ""], rows, "What became of the trials", frozenset({1}), frozenset({len(STATUSES)}))
-
-
-def _reasons(run: Run) -> Table | None:
-    """Why trials did not complete, the same reasons together."""
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for record in run.records:
-        if record["status"] != "completed":
-            groups[record["status"], record["reason"] or "no reason was recorded"].append(record["trial"])
-    if not groups:
-        return None
-    order = sorted(groups, key=lambda key: (-STATUSES.index(key[0]), key[1]))
-    rows = []
-    for status, reason in order:
-        trials = groups[status, reason]
-        more = f" and {len(trials) - 5} more" if len(trials) > 5 else ""
-        rows.append([words.STATUS_NAMES[status], reason, f"{len(trials):,}", ", ".join(trials[:5]) + more])
-    return Table(["status", "reason", "trials", "which"], rows, "Why trials did not complete", frozenset({2}))
 
 
 def _slices(run: Run, gallery: Gallery) -> list[Picture]:
@@ -154,53 +192,3 @@ def _slices(run: Run, gallery: Gallery) -> list[Picture]:
             caption = f"{name}: hollow points were stopped early, the ring is the winner's configuration."
             pictures.append(gallery.figure(figure, f"slice-{words.file_name(name)}", caption, "third"))
     return pictures
-
-
-def _time(run: Run, metrics: Json) -> Table:
-    rows = [
-        ["from start to end", words.duration(metrics["search"]["wall_seconds"])],
-        ["on devices", words.duration(metrics["search"]["device_seconds"])],
-    ]
-    for status in STATUSES:
-        spent = sum(r["device_seconds"] or 0 for r in run.records if r["status"] == status)
-        if metrics["search"][status]:
-            rows.append([f"on devices, {words.STATUS_NAMES[status]}", words.duration(spent)])
-    return Table(["", ""], rows, "Time spent", frozenset({1}))
-
-
-def provenance(run: Run) -> Section:
-    """Command, data, versions, hardware, seeds, openings of the test split, definitions."""
-    facts, hardware = run.facts, run.facts["hardware"]
-    seeds = (words.setting(run.space.get("seed")), words.setting(run.chosen.config.get("seed") if run.chosen else None))
-    rows = [
-        ["run", f"{facts['name']} ({facts['id']})"],
-        ["created", facts["created"]],
-        ["data", facts["data_path"]],
-        ["data fingerprint", run.data["fingerprint"]],
-        ["search-space fingerprint", facts["space_fingerprint"]],
-        ["seed", f"{seeds[0]} of the search, {seeds[1]} of the winner"],
-        ["objective", "; ".join(f"{words.metric(o['metric'])}, {o.get('mode', 'max')}" for o in run.objectives)],
-        [
-            "processor",
-            f"{hardware['cpu']}, {words.plural(hardware['cores'], 'core')}, {hardware['memory_gib']:.0f} GiB",
-        ],
-        ["GPUs", ", ".join(hardware["gpus"]) or "none"],
-        ["versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)],
-    ]
-    if run.constraints:
-        rows.insert(7, ["constraints", "; ".join(map(words.bound, run.constraints))])
-    blocks: list[Block] = [Code(facts["command"]), Table(["", ""], rows), *_openings(run)]
-    meanings = [*METRICS.values(), *OTHER_DEFINITIONS]
-    definitions = Table(["figure", "definition"], meanings, "What the figures mean")
-    return Section("provenance", "Where it comes from", [*blocks, definitions])
-
-
-def _openings(run: Run) -> list[Block]:
-    if not run.openings:
-        return [Text("No opening of the test split was recorded.")]
-    rows = [
-        [opening["time"], opening["why"], ", ".join(map(str, opening["trials"])), opening.get("fingerprint", "")]
-        for opening in run.openings
-    ]
-    count = "once" if len(rows) == 1 else f"{len(rows)} times"
-    return [Table(["time", "why", "trials", "test images"], rows, f"The test split was opened {count}")]
