@@ -86,7 +86,16 @@ class Cards:
     kind: str = "cards"
 
 
-Block = Text | Code | Table | Tables | Pictures | Cards
+@dataclass(frozen=True)
+class Fold:
+    """Shut until somebody opens it; open on paper and in Markdown."""
+
+    title: str
+    blocks: Sequence[Text | Code | Table | Tables | Pictures]
+    kind: str = "fold"
+
+
+Block = Text | Code | Table | Tables | Pictures | Cards | Fold
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,8 @@ def stamped(section: Section, stamp: str) -> Section:
                 return replace(block, pictures=[replace(p, caption=words(p.caption)) for p in block.pictures])
             case Cards():
                 return replace(block, cards=[replace(c, label=words(c.label)) for c in block.cards])
+            case Fold():
+                return replace(block, blocks=[mark(one) for one in block.blocks])
             case _:
                 return block
 
@@ -148,6 +159,11 @@ class Gallery:
         file = self._path(name)
         save(self.folder / file, pixels_HWC)
         return Picture(file, caption, size, pixels_HWC.shape[1], pixels_HWC.shape[0], is_chart=False)
+
+    def example(self, pixels_HWC: Array, name: str, caption: str) -> Picture:
+        """Saves an RGB image as dices/NAME."""
+        save(self.folder / "dices" / name, pixels_HWC)
+        return Picture(f"dices/{name}", caption, "full", pixels_HWC.shape[1], pixels_HWC.shape[0], is_chart=False)
 
     def _path(self, name: str) -> str:
         assert name not in self._names, name

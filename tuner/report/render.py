@@ -9,16 +9,22 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import cv2
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tuner.report.gallery import Block, Cards, Code, Page, Picture, Pictures, Table, Tables, Text
+from tuner.report.gallery import Block, Cards, Code, Fold, Page, Picture, Pictures, Table, Tables, Text
 
 
 def html(page: Page, folder: Path) -> str:
     """Pictures are taken from `folder` and put into the page. Everything from outside is escaped."""
 
     def data_uri(picture: Picture) -> str:
-        return "data:image/png;base64," + base64.b64encode((folder / picture.file).read_bytes()).decode()
+        data, kind = (folder / picture.file).read_bytes(), "png"
+        if not picture.is_chart:  # photos, which the page would be many times as large with
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            data, kind = cv2.imencode(".webp", pixels, [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes(), "webp"
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
     return _environment().get_template("page.html.j2").render(page=page, data_uri=data_uri)
 
@@ -87,6 +93,8 @@ def _block(block: Block) -> str:
             return "\n\n".join(map(_table, block.tables))
         case Table():
             return _table(block)
+        case Fold():
+            return "\n\n".join([f"**{escape(block.title)}**", *map(_block, block.blocks)])
 
 
 def _table(table: Table) -> str:

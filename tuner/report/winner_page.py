@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from model import intervals
 from tuner.report import breakdown, calibration, charts, examples, failures, rules, style, tables, words
-from tuner.report.gallery import Block, Gallery, Picture, Pictures, Section, Table, Tables, Text, save
+from tuner.report.gallery import Block, Fold, Gallery, Picture, Pictures, Section, Table, Tables, Text
 from tuner.report.inputs import EvaluatedRun, Json, Run
 from tuner.report.tables import Judged, Results
+
+LOSSES = ("segmentation", "decision", "total")
 
 
 def test(results: Results, metrics: Json, gallery: Gallery) -> Section:
@@ -184,7 +189,7 @@ def curves(run: Run, gallery: Gallery) -> Section:
             style.THIRD,
             False,
         )
-        for kind, colour in (("segmentation", style.BLUE), ("decision", style.ORANGE), ("total", style.INK))
+        for kind, colour in zip(LOSSES, (style.BLUE, style.ORANGE, style.INK), strict=True)
     ]
     pixels = [
         ("precision", "precision", style.BLUE),
@@ -231,7 +236,25 @@ def curves(run: Run, gallery: Gallery) -> Section:
         ),
     ]
     blocks += [Pictures(shown) for group in (losses, figures) if (shown := [picture for picture in group if picture])]
-    return Section("curves", "Training", blocks)
+    return Section("curves", "Training", [*blocks, Fold("The training log, epoch by epoch", [_log(history, best)])])
+
+
+_LOGGED = ("dice_mean", "dice_positive_mean", "iou_mean", "precision", "recall", "f1", "decision_ap", "decision_f1")
+
+
+def _log(history: list[Json], best: int | None) -> Table:
+    """What was logged of each epoch; columns of which nothing is known are left out."""
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        f"loss_{kind}": (f"{kind} loss", lambda value: words.figure(value, 5)) for kind in LOSSES
+    }
+    columns |= {key: (words.metric(key), words.figure) for key in _LOGGED}
+    columns |= {"threshold": ("threshold", words.probability), "seconds": ("time", words.duration)}
+    shown = {key: look for key, look in columns.items() if any(epoch.get(key) is not None for epoch in history)}
+    rows = [[str(epoch["epoch"]), *(form(epoch.get(key)) for key, (_, form) in shown.items())] for epoch in history]
+    strong = frozenset(k for k, epoch in enumerate(history) if epoch["epoch"] == best)
+    header = ["epoch", *(name for name, _ in shown.values())]
+    caption = "Losses on training images, figures on validation; the epoch that was kept stands out"
+    return Table(header, rows, caption, frozenset(range(len(header))), strong)
 
 
 def _curve(
@@ -287,18 +310,19 @@ def images(run: EvaluatedRun, results: Results, gallery: Gallery) -> Section:
     order = np.argsort(values, kind="stable")
     defects = [rank for rank, k in enumerate(order) if run.examples.truth[k].any()] or [*range(len(order))]
     shown = {defects[0]: "worst", defects[len(defects) // 2]: "median", defects[-1]: "best"}
-    pictures = []
+    pictures, every = [], []
     for rank, k in enumerate(order):
         pixels = examples.strip(run.examples, int(k), rank + 1, float(values[k]))
-        save(gallery.folder / "dices" / examples.file_name(rank + 1, float(values[k]), run.examples.names[k]), pixels)
+        file = examples.file_name(rank + 1, float(values[k]), run.examples.names[k])
+        every.append(gallery.example(pixels, file, run.examples.names[k]))
         if rank in shown:
             caption = f"The {shown[rank]} of the examples with a defect: {run.examples.names[k]}, Dice {values[k]:.3f}."
             pictures.append(Pictures([gallery.image(pixels, f"example-{shown[rank]}", caption)]))
     text = (
-        f"{words.plural(len(order), 'test image')}, sorted by Dice from the worst to the best. The folder dices/ "
-        "beside this page holds one picture for each, in this order. An empty answer to an image "
-        "without a defect has Dice 1."
+        f"{words.plural(len(order), 'test image')}, sorted by Dice from the worst to the best; dices/ beside this page "
+        "holds them one by one. An empty answer to an image without a defect has Dice 1."
     )
     sheet = gallery.image(examples.contact_sheet(run.examples), "contact-sheet", "All examples: rank, Dice, name.")
     worst = failures.blocks(results.test, [run.examples.names[k] for k in order])
-    return Section("examples", "Example images", [*worst, Text(text), *pictures, Pictures([sheet])])
+    fold = Fold("All of them, with input, truth, probability, mask and overlap", [Pictures(every)])
+    return Section("examples", "Example images", [*worst, Text(text), *pictures, Pictures([sheet]), fold])
