@@ -91,7 +91,7 @@ class Fold:
     """Shut until somebody opens it; open on paper and in Markdown."""
 
     title: str
-    blocks: Sequence[Text | Code | Table | Tables | Pictures]
+    blocks: Sequence[Block]
     kind: str = "fold"
 
 
