@@ -18,9 +18,11 @@ import torch
 import yaml
 
 from model import checkpoint, export
+from model.config import RunConfig
 from model.export import Answerer, Deployable
 from model.files import write_atomically, write_json
 from model.parity import Judged, Mismatch, Parity, compare
+from model.thresholds import Thresholds
 from tuner import report
 from tuner.records import SearchFailed
 from tuner.report import inputs, model_card, render, tables
@@ -82,8 +84,8 @@ def _deployable(best: Path, judged: inputs.Run) -> Deployable:
     """ValueError if best/ is no model, or not the one that was judged: network, thresholds and figures are one
     thing."""
     network, config, thresholds = checkpoint.load_model(best, torch.device("cpu"))
-    wanted = judged.winner.config, judged.winner.thresholds
-    if (config.to_dict(), thresholds.to_dict()) != wanted:
+    wanted = RunConfig.from_dict(judged.winner.config), Thresholds.from_dict(judged.winner.thresholds)
+    if (config, thresholds) != wanted:
         raise ValueError(
             f"{best} must hold the network that was judged, with the configuration and the thresholds of "
             "evaluation/selection.json, found others; restore the folder from a copy of the run, or remove "
@@ -98,8 +100,8 @@ def _about(run: Run, judged: inputs.Run, best: Path) -> dict[str, Any]:
     return {
         "schema": 1,
         "input": {"height": config["input_height"], "width": config["input_width"]},
-        "images": _read_sizes(best),
-        "thresholds": json.loads((best / "thresholds.json").read_text()),
+        "images": _read(best / "images.json"),
+        "thresholds": _read(best / "thresholds.json"),
         "architecture": config["architecture"],
         "width": config["width"],
         "run": run.name,
@@ -107,10 +109,13 @@ def _about(run: Run, judged: inputs.Run, best: Path) -> dict[str, Any]:
     }
 
 
-def _read_sizes(best: Path) -> dict[str, int]:
-    """best/images.json; nothing, of a run from before there was such a file."""
-    path = best / "images.json"
-    found: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; nothing where there is none: runs from before there was best/images.json have none. ValueError if
+    it is broken."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, found something else ({error}); restore it or remove it") from error
     return found
 
 
@@ -125,9 +130,10 @@ def _compared(data: bytes, parity: Parity, what: str) -> dict[str, Any]:
 
 def _exports(best: Path) -> dict[str, Any]:
     """What is known of the exported files that are there and are still as they were written."""
-    path = best / _COMPARED
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return {name: known for name, known in found.items() if _digest(best / name) == known["sha256"]}
+    found = _read(best / _COMPARED)
+    return {
+        name: found[name] for name in _FILES.values() if name in found and _digest(best / name) == found[name]["sha256"]
+    }
 
 
 def _digest(path: Path) -> str | None:
@@ -137,7 +143,7 @@ def _digest(path: Path) -> str | None:
 def _write_card(run: Run, judged: inputs.Run) -> None:
     best = run.directory / "best"
     metrics = tables.metrics(judged, tables.results(judged))
-    card = model_card.build(judged, metrics, _read_sizes(best), _exports(best))
+    card = model_card.build(judged, metrics, _read(best / "images.json"), _exports(best))
     write_atomically(best / "README.md", render.markdown(card).encode())
 
 
@@ -189,7 +195,7 @@ def _read_me(run: Run, judged: inputs.Run) -> str:
         f"DATA is the folder of the data set; its fingerprint must be {judged.data['fingerprint']}. "
     )  # fmt: skip
     return (
-        f"# Report of run {render.escape(run.name)}\n\n"
+        f"# Report of run {render.escape(facts['name'])}\n\n"
         "report/index.html is the report; best/README.md says what the model is and how it is used.\n\n"
         f"{model}"
         "This makes such a run again:\n\n"

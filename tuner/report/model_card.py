@@ -26,7 +26,9 @@ image = cv2.resize(image, ({width}, {height}), interpolation=cv2.INTER_AREA)
 probability, mask, score, defect = model.run(["probability", "mask", "score", "defect"], {{"image": image[None]}})
 cv2.imwrite("mask.png", mask[0] * np.uint8(255))
 print("defect" if defect[0] else "sound", float(score[0]))"""
-_WITH_TORCH = """model = torch.export.load("model.pt2").module()
+_WITH_TORCH = """import torch
+
+model = torch.export.load("model.pt2").module()
 probability, mask, score, defect = model(torch.from_numpy(image[None]))"""
 
 
@@ -103,10 +105,14 @@ def _use(run: Run, exports: Mapping[str, Json]) -> list[Block]:
         blocks += [Text("model.onnx, in Python without torch:"), Code(code)]
     if "model.pt2" in exports:
         sides = config["input_height"], config["input_width"]
-        text = "model.pt2 (torch.export), with torch and without this project; sides of at least 128 px:"
+        text = (
+            "model.pt2 (torch.export), with torch and without this project, the image as above; H and W at least 128:"
+        )
         if min(sides) < 128:
             short = "H" if sides[0] < 128 else "W"
-            text = f"model.pt2 (torch.export), with torch and without this project; {short} from 64 to 120 px:"
+            text = (
+                f"model.pt2 (torch.export), with torch and without this project, the image as above; {short} 64 to 120:"
+            )
         blocks += [Text(text), Code(_WITH_TORCH)]
     return [*blocks, Text("tuner predict does all this for folders and for large photos, at the right scale.")]
 
