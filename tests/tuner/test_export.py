@@ -35,9 +35,9 @@ SIDES = 64, 128
 SIZES = {"height": 480, "width": 640, "largest_height": 960, "largest_width": 1280}
 
 
-def write_exportable(directory: Path, **options: Any) -> Run:
+def write_exportable(directory: Path) -> Run:
     """A made run whose winner is a real network, with the answers that it gives."""
-    write_run(directory, tests=32, **options)
+    write_run(directory, tests=6)
     selection = json.loads((directory / "evaluation" / "selection.json").read_text())
     winner = selection["trials"][selection["winner"]]
     config = RunConfig(width=0.05, input_height=SIDES[0], input_width=SIDES[1], precision="float32")
@@ -183,23 +183,28 @@ def test_the_card_says_how_to_use_the_file_and_that_works(exported: Run, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_card_says_what_must_be_known(exported: Run) -> None:
+def test_the_card_says_what_was_compared(exported: Run) -> None:
     card = (exported.directory / "best" / "README.md").read_text()
     assert "480 x 640 px (median, height x width), at most 960 x 1280" in card
-    assert re.search(
-        r"\| Dice, all images \| 0\.\d+ \| 0\.\d+ to 0\.\d+ \| 0\.\d+ \| 0\.\d+ to 0\.\d+ \| [+-]0\.\d+ \(", card
-    )
     assert re.search(r"\| model\.onnx \| onnxruntime \S+ \| 3 \| \d\.\de-\d\d \|", card)
     assert re.search(r"\| model\.pt2 \| torch \S+ \| 3 \| 0\.0e\+00 \|", card)
-    assert "walls &lt;b&gt;" in card
-    assert "<b>" not in card
-    assert "    tuner search space.yaml --data DATA\n" in card
+
+
+@pytest.mark.slow
+def test_a_file_that_was_replaced_is_no_longer_vouched_for(exported: Run, tmp_path: Path) -> None:
+    shutil.copytree(exported.directory, tmp_path / "run")
+    run = Run(directory=tmp_path / "run", space=exported.space, data="/data")
+    (run.directory / "best" / "model.onnx").write_bytes(b"another")
+    export_run(run, "torch")
+    card = (run.directory / "best" / "README.md").read_text()
+    assert "| model.pt2 |" in card
+    assert "model.onnx" not in card
 
 
 @pytest.mark.slow
 def test_the_zip_holds_what_is_to_be_handed_over(exported: Run, tmp_path: Path) -> None:
     path = zip_of(exported)
-    assert path.name == "b_ü_x_-report.zip"
+    assert path.name == "b_ü_x-report.zip"
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path)
@@ -303,22 +308,6 @@ def test_links_out_of_the_run_are_not_packed(run: Run, monkeypatch, tmp_path: Pa
     (run.directory / "best" / "secret").symlink_to(tmp_path / "secret")
     with zipfile.ZipFile(export_run(run, "report")) as archive:
         assert not [name for name in archive.namelist() if "secret" in name]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"chosen_on": "test"}, "THRESHOLDS CHOSEN ON TEST"),
-        ({"recall_beyond": [0.0, 0.2] + [0.0] * 6}, "CONSTRAINTS NOT MET"),
-        ({"negatives": False}, "no decision was trained: an image is taken to have a defect where its mask has any"),
-        ({"trials": 1, "baseline_wins": True}, "It is the baseline itself."),
-    ],
-)
-def test_the_card_warns(tmp_path: Path, monkeypatch, options: dict[str, Any], message: str) -> None:
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    run = write_exportable(tmp_path / "run", **options)
-    export_run(run, "report")
-    assert message in (run.directory / "best" / "README.md").read_text()
 
 
 def test_the_command_line_refuses_what_is_no_search(tmp_path: Path, capsys) -> None:

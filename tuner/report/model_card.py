@@ -160,7 +160,7 @@ def _test(run: Run, metrics: Json) -> list[Block]:
         Text(
             f"On {counts['positive']:,} test images with a defect and {counts['negative']:,} without, in "
             f"{words.plural(run.data['groups']['test'], 'group')}; no test image took part in any choice unless said "
-            f"above. Intervals are over groups. The split was opened "
+            f"above. Intervals are over groups, and there are none where groups are too few. The split was opened "
             f"{'once' if len(run.openings) == 1 else f'{len(run.openings)} times'}.{comparison}"
         ),
     ]
