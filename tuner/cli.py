@@ -158,6 +158,16 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def export(options: argparse.Namespace) -> int:
+    from tuner.export import export_run
+    from tuner.run import load_search
+
+    run = load_search(options.run)
+    with options.console.status("exporting, then comparing the file with the network on test images"):
+        print(export_run(run, options.format))
+    return 0
+
+
 def trial(options: argparse.Namespace) -> int:
     from tuner.single import run_trial
 
@@ -395,6 +405,17 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("run", metavar="RUN", nargs="+", help="folders of runs; each is compared with the first")
     made.add_argument("--out", metavar="DIR", help="write a page with figures there instead of tables to the terminal")
     made.add_argument("--json", action="store_true", help="for programs")
+
+    made = verb(export, "export", "write the best network as one file that needs nothing else, or all of it as one zip",
+                "tuner export runs/demo --format onnx")  # fmt: skip
+    made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument(
+        "--format",
+        choices=("onnx", "torch", "report"),
+        required=True,
+        help="onnx: RUN/best/model.onnx; torch: RUN/best/model.pt2, for torch.export.load; report: a zip in RUN with "
+        "report, model, configuration and the command that reproduces them",
+    )
 
     made = verb(plan, "plan", "check a space and its data, time a few steps, forecast hours and memory; no run is made",
                 "tuner plan demo --data synthetic")  # fmt: skip

@@ -211,6 +211,17 @@ def read(directory: Path, evaluation: str = "evaluation") -> Run:
     )
 
 
+def read_evaluated(directory: Path) -> EvaluatedRun:
+    """The same of a run whose winner was evaluated. ValueError for another."""
+    run = read(directory)
+    if not isinstance(run, EvaluatedRun):
+        raise ValueError(
+            f"{directory} has no evaluation/selection.json: its winner is not evaluated yet; "
+            f"run `tuner finals {directory}` first"
+        )
+    return run
+
+
 def _require(folder: Path, names: list[str], way_out: str) -> None:
     missing = [f"{folder.name}/{name}" for name in names if not (folder / name).is_file()]
     if missing:

@@ -77,10 +77,11 @@ def _commands(run: Run) -> list[Block]:
     return [*blocks, Text(text), Code(command)]
 
 
-def search_command(run: Run) -> str:
-    """`tuner search` with what the space does not say already."""
-    options = run.facts["options"]
-    words_ = ["tuner", "search", SPACE_FILE, "--data", run.facts["data_path"], "--seed", str(run.space.get("seed", 0))]
+def search_command(run: Run, data: str | None = None) -> str:
+    """`tuner search` with what the space does not say already; `data` stands for the path of files."""
+    options, path = run.facts["options"], run.facts["data_path"]
+    where = path if path == "synthetic" else data or path
+    words_ = ["tuner", "search", SPACE_FILE, "--data", where, "--seed", str(run.space.get("seed", 0))]
     for name in ("concurrent", *_RESOURCES, "warm_start"):
         if options.get(name) is not None:
             words_ += [f"--{name.replace('_', '-')}", _number(options[name])]
