@@ -15,7 +15,7 @@ import pytest
 
 from model import synthetic
 from tests.tuner.conftest import ended, small_space
-from tuner import pipeline, plan
+from tuner import importance, pipeline, plan
 from tuner import run as runs
 from tuner.options import Options
 from tuner.records import RecordsFile, SearchFailed
@@ -171,3 +171,24 @@ def test_a_disk_that_is_full_before_the_search_leaves_no_run(data: Path, tmp_pat
     with pytest.raises(SearchFailed, match="make room, then start the search again"):
         search(data, tmp_path, {"trials": 3})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_importance_is_written_when_a_search_ends_and_where_a_finished_one_has_none(data: Path, tmp_path: Path) -> None:
+    run = search(data, tmp_path, {"trials": 3})
+    before = (run.directory / importance.FILE).read_bytes()
+    (run.directory / importance.FILE).unlink()
+    pipeline.go_on(run)
+    assert (run.directory / importance.FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(("error", "written"), [(SearchFailed("all crash"), True), (KeyboardInterrupt(), False)])
+def test_importance_is_written_when_a_search_fails_and_not_at_a_second_ctrl_c(
+    data: Path, tmp_path: Path, monkeypatch, error: BaseException, written: bool
+) -> None:
+    def fail(*_: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(pipeline, "run_trials", fail)
+    with pytest.raises(type(error)):
+        search(data, tmp_path, {"trials": 3})
+    assert (tmp_path / "small" / importance.FILE).exists() == written

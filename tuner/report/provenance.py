@@ -70,7 +70,7 @@ def _commands(run: Run) -> list[Block]:
     if command is None:
         return [
             *blocks,
-            Text(f"{record['trial']} lies outside the search space, so `tuner trial` cannot train it alone."),
+            Text(f"{record['trial']} lies outside the search space, so tuner trial cannot train it alone."),
         ]
     exact = "" if run.facts["hardware"]["gpus"] else ", on CPUs of this kind to the last bit"
     text = f"To train {record['trial']} alone, which gives its value on validation again{exact}:"

@@ -53,6 +53,7 @@ def progress(run: Run) -> Any:
         axes.set_xlabel(PROGRESS[against] + (f" ({unit_name})" if unit_name else ""))
         if against == "number":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}" if x >= 0 else ""))
         else:
             axes.set_xlim(0, None)
     panels[0].set_ylabel(words.metric(run.objectives[0]["metric"]) + ", validation")

@@ -56,10 +56,7 @@ def _learning(run: Run, gallery: Gallery) -> list[Block]:
         )
     scheduler = run.space.get("scheduler")
     if isinstance(scheduler, dict) and scheduler.get("compare") == "segmentation":
-        caption += (
-            " Compared are the masks alone, without blackening: by the objective if it is one of segmentation, else by "
-            "mean Dice."
-        )
+        caption += " Compared are the masks alone, without blackening."
     blocks: list[Block] = [Pictures([gallery.figure(figure, "learning-curves", caption, "full")])]
     return [*blocks, search_tables.rung_table(run, rungs)] if rungs else blocks
 
@@ -72,8 +69,10 @@ def _parameters(run: Run, gallery: Gallery) -> list[Block]:
     if (figure := trial_charts.parallel(run, winner_record(run))) is not None:
         caption = (
             "A line is a trial, from its parameters to its value: coloured if it completed, grey if it was stopped "
-            "early, black the winner's configuration."
+            "early, black for the winner."
         )
+        if any(record["number"] is None for record in run.records):
+            caption += " The baseline lies outside the space, so it differs in other fields too."
         if len(run.searched) > trial_charts.MAX_AXES:
             caption += f" Shown are the first {trial_charts.MAX_AXES} of {len(run.searched)} parameters."
         blocks.append(Pictures([gallery.figure(figure, "parallel-coordinates", caption, "full")]))
@@ -92,7 +91,7 @@ def _importance(run: Run, gallery: Gallery) -> list[Block]:
         return [
             Text(
                 "The run directory has no importance.json, so how much each parameter mattered is not shown; "
-                "`tuner resume` writes it, also for a search that has finished."
+                "tuner resume writes it, also for a search that has finished."
             )
         ]
     at = "completed" if found["epoch"] is None else f"reached epoch {found['epoch']}"
@@ -175,7 +174,7 @@ def _top(run: Run) -> Table:
         trial = record["trial"] + (" (baseline)" if record["baseline"] else "")
         status = words.STATUS_NAMES[record["status"]] + (", replayed" if record["replayed_from"] else "")
         epochs = f"{words.figure(record['best_epoch'])} of {words.figure(record['epochs'])}"
-        settings = [words.setting(search_tables.setting_of(record, name)) for name in names]
+        settings = [words.setting(trial_charts.setting_of(record, name)) for name in names]
         value = words.figure(objective(record), 4)
         violations = record.get("violations")
         stands = [words.NONE if violations is None else records.beyond(violations)] if more else []
@@ -186,9 +185,12 @@ def _top(run: Run) -> Table:
 
 def _slices(run: Run, gallery: Gallery) -> list[Picture]:
     pictures = []
+    winner = winner_record(run)
     for name in run.searched:
         figure = search_charts.parameter_slice(run, name)
         if figure is not None:
-            caption = f"{name}: hollow points were stopped early, the ring is the winner's configuration."
+            caption = f"{name}: hollow points were stopped early"
+            is_there = winner is not None and winner["params"].get(name) is not None
+            caption += ", the ring is the winner." if is_there else "."
             pictures.append(gallery.figure(figure, f"slice-{words.file_name(name)}", caption, "third"))
     return pictures

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ def rung_table(run: Run, found: list[Json]) -> Table:
     ]  # fmt: skip
     name = run.space["scheduler"]["name"]
     header = ["epoch", "reached it", "went on", "best there", "median there"]
-    caption = f"Rungs of {name}: {compared_name(run)}; who went on did so at once or later"
+    caption = f"Rungs of {name}: {compared_name(run)}; without the baseline. Who went on did so at once or later"
     return Table(header, rows, caption, frozenset(range(5)))
 
 
@@ -206,8 +205,3 @@ def _gain(run: Run) -> str | None:
     if best is None or baseline is None or (before := objective(baseline)) is None or best["baseline"]:
         return None
     return f"{best['value'] - before:+.4f} {words.metric(run.objectives[0]['metric'])}, validation"
-
-
-def setting_of(record: Mapping[str, Any], name: str) -> Any:
-    """What a trial had for a parameter; None where the parameter did not apply."""
-    return record["params"].get(name, record["config"].get(name) if record["number"] is None else None)

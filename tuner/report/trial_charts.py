@@ -18,6 +18,7 @@ from tuner.report import style, words
 from tuner.report.inputs import Json, Run
 from tuner.report.style import FULL
 from tuner.report.tables import STATUSES, objective
+from tuner.space import SEGMENTATION_METRICS
 
 MAX_AXES = 12
 """parameters side by side"""
@@ -88,9 +89,16 @@ def compared_name(run: Run) -> str:
     """What schedulers compare, in words."""
     metric = words.metric(run.objectives[0]["metric"])
     scheduler = run.space.get("scheduler")
-    if not isinstance(scheduler, dict) or scheduler.get("compare") == "objective":
-        return f"{metric}, validation"
-    return "figure compared, validation"
+    is_of_masks = isinstance(scheduler, dict) and scheduler.get("compare") == "segmentation"
+    if is_of_masks and run.objectives[0]["metric"] not in SEGMENTATION_METRICS:
+        metric = words.metric("dice_mean")
+    return f"{metric}, validation"
+
+
+def setting_of(record: Json, name: str) -> Any:
+    """What a trial had for a searched parameter; None where it did not apply. A baseline outside the space has no
+    parameters, and is described by its fields."""
+    return record["config"].get(name) if record["number"] is None else record["params"].get(name)
 
 
 def importance(found: Json) -> Any:
@@ -130,18 +138,19 @@ def is_clear(row: Json) -> bool:
 def parallel(run: Run, winner: Json | None) -> Any | None:
     """A line a trial through its parameters to its value; None where no trial has one, or nothing was searched."""
     names = list(run.searched)[:MAX_AXES]
-    trials = [r for r in run.records if objective(r) is not None and any(n in r["params"] for n in names)]
+    trials = [r for r in run.records if objective(r) is not None]
     if not trials or not names:
         return None
     values = np.array([objective(r) for r in trials], float)
     low, high = values.min(), values.max()
     pad = (high - low) * 0.04 or 0.01
-    axis_of = {name: _Axis(run.searched[name], [r["params"].get(name) for r in trials]) for name in names}
+    axis_of = {name: _Axis(run.searched[name], [setting_of(r, name) for r in trials]) for name in names}
+    height_of = [(v - low + pad) / (high - low + 2 * pad) for v in (low, high)]
     figure, axes = style.panel(FULL, 4.6)
     places = np.arange(len(names) + 1)
     lines = {}
     for record, value in zip(trials, values, strict=True):
-        heights = [axis_of[name].height(record["params"].get(name), record["number"] or 0) for name in names]
+        heights = [axis_of[name].height(setting_of(record, name), record["number"] or 0) for name in names]
         lines[record["trial"]] = np.column_stack([places, [*heights, (value - low + pad) / (high - low + 2 * pad)]])
     done = [(r, v) for r, v in zip(trials, values, strict=True) if r["status"] == "completed"]
     stopped = [r for r in trials if r["status"] != "completed"]
@@ -157,6 +166,7 @@ def parallel(run: Run, winner: Json | None) -> Any | None:
                                     linewidths=1.1 if len(done) > 100 else 1.9, alpha=0.85, zorder=3)  # fmt: skip
         collection.set_array(np.array([v for _, v in ordered]))
         axes.add_collection(collection)
+    if len({value for _, value in done}) > 1:
         bar = figure.colorbar(ScalarMappable(scale, _COLOURS), ax=axes, pad=0.015, aspect=32, fraction=0.03)
         bar.outline.set_visible(False)
         bar.set_label(f"{words.metric(run.objectives[0]['metric'])}, completed trials", color=style.INK)
@@ -164,12 +174,7 @@ def parallel(run: Run, winner: Json | None) -> Any | None:
         line = lines[winner["trial"]]
         axes.plot(*line.T, color="white", linewidth=5, zorder=4)
         axes.plot(*line.T, color=style.INK, linewidth=2.6, zorder=5)
-    _dress(
-        axes,
-        axis_of,
-        [low, high],
-        [(low - low + pad) / (high - low + 2 * pad), (high - low + pad) / (high - low + 2 * pad)],
-    )
+    _dress(axes, axis_of, [low, high] if high > low else [low], height_of)
     metric = _broken(words.metric(run.objectives[0]["metric"]))
     axes.set_xticks(places, [*(_broken(name) for name in names), metric])
     axes.tick_params(axis="x", length=0, labelcolor=style.INK, pad=6)
@@ -193,7 +198,7 @@ def _dress(axes: Any, axis_of: dict[str, _Axis], ends: list[float], heights: lis
     for place, axis in enumerate(axis_of.values()):
         ticks = [*axis.ticks, *([("not set", _NOT_SET)] if axis.has_gaps else [])]
         _axis(axes, place, ticks)
-    _axis(axes, len(axis_of), [(f"{value:.3f}", at) for value, at in zip(ends, heights, strict=True)])
+    _axis(axes, len(axis_of), [(f"{value:.3f}", at) for value, at in zip(ends, heights, strict=False)])
 
 
 def _axis(axes: Any, place: int, ticks: Sequence[tuple[str, float]]) -> None:
@@ -221,23 +226,25 @@ class _Axis:
             return
         ends = [parameter["low"], parameter["high"], *there]
         self._low, self._high = self._scaled(min(ends)), self._scaled(max(ends))
-        shown = self._shown(parameter.get("type") == "int")
+        shown = self._shown(int(parameter.get("step", 1)) if parameter.get("type") == "int" else None)
         self.ticks = [(f"{value:.3g}", self.height(value, 0)) for value in shown]
 
     def _scaled(self, value: float) -> float:
         return float(np.log(value)) if self._log else float(value)
 
-    def _shown(self, is_int: bool) -> Floats:
+    def _shown(self, step: int | None) -> Floats:
         """Both ends, and round numbers between them where they leave room."""
         low, high = self._low, self._high
         if self._log:
-            tens = 10.0 ** np.arange(np.ceil(low / np.log(10)), np.floor(high / np.log(10)) + 1)
+            round_ones = 10.0 ** np.arange(np.ceil(low / np.log(10)), np.floor(high / np.log(10)) + 1)
             ends = np.exp([low, high])
         else:
-            tens = np.array(MaxNLocator(4, integer=is_int).tick_values(low, high))
+            round_ones = np.array(MaxNLocator(4, integer=step is not None).tick_values(low, high))
+            if step is not None and (high - low) / step <= 10:
+                round_ones = np.arange(low, high, step)
             ends = np.array([low, high])
         room = 0.07
-        between = [t for t in tens if low < self._scaled(t) < high]
+        between = [t for t in round_ones if low < self._scaled(t) < high]
         between = [t for t in between if room < self.height(t, 0) < 1 - room]
         return np.array([ends[0], *between, *([ends[1]] if high > low else [])])
 

@@ -243,9 +243,10 @@ def write_run(
     tests: int = 96,
     chosen_on: str = "validation",
     recall_beyond: list[float] | None = None,
+    asha: bool = False,
 ) -> dict[str, Made]:
     """Writes a run directory and returns what the winner was judged on. `recall_beyond`: how far each trial violates a
-    constraint on recall."""
+    constraint on recall; `asha`: the space has that scheduler, with rungs at epochs 5 and 15."""
     evaluation = directory / "evaluation"
     evaluation.mkdir(parents=True)
     records = make_records(trials, negatives, objectives, recall_beyond)
@@ -278,7 +279,7 @@ def write_run(
     )
     _write_examples(evaluation / "examples.npz", made["winner-test"], logit)
     (directory / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    _write_json(directory / "run.json", _facts(negatives, objectives, bool(recall_beyond)))
+    _write_json(directory / "run.json", _facts(negatives, objectives, bool(recall_beyond), asha))
     return made
 
 
@@ -296,12 +297,14 @@ def _write_examples(path: Path, test: Made, logit: float) -> None:
     )
 
 
-def _facts(negatives: bool, objectives: int, constraints: bool) -> dict[str, Any]:
+def _facts(negatives: bool, objectives: int, constraints: bool, asha: bool) -> dict[str, Any]:
     objective: Any = {"metric": "dice_mean", "mode": "max"}
     if objectives == 2:
         objective = [objective, {"metric": "num_segmented", "mode": "min"}]
     bounds = [{"metric": "recall", "min": 0.9}, {"metric": "f1", "min": 0.1}]
-    more = {"constraints": bounds} if constraints else {}
+    more: dict[str, Any] = {"constraints": bounds} if constraints else {}
+    if asha:
+        more["scheduler"] = {"name": "asha", "min_epochs": 5, "reduction": 3, "keep": 3, "compare": "segmentation"}
     counts = {"positive": 40, "negative": 10 if negatives else 0, "segmented": 30}
     return {
         "schema": 1,
