@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from model.arrays import Bools, Floats, Ints
 from model.counts import scores_of
 from model.curves import Curve, area_under_roc, average_precision, curve
-from model.thresholds import logit, sigmoid
+from model.thresholds import GRID, logit, sigmoid
 from tuner.report import style, words
 from tuner.report.inputs import Json
 from tuner.report.style import HALF, THIRD
@@ -136,6 +136,8 @@ def pixel_precision_recall(validation: Judged, test: Judged) -> Any:
         ("test", test, style.WINNER, "-"),
     ):
         pooled = one.at(grid).pooled()
+        if not pooled.truth.any():
+            continue
         drawn = pooled.predicted[0] > 0
         axes.plot(pooled.recall()[0][drawn], pooled.precision()[0][drawn], line, color=colour, label=name)
     if test.selected.predicted.sum():
@@ -244,7 +246,7 @@ def by_epoch(
 
 def best_threshold(validation: Judged) -> tuple[float, float]:
     """The probability at which validation's mean Dice is highest, and that Dice."""
-    grid = logit_grid([validation])
+    grid = np.union1d(logit_grid([validation]), logit(GRID))
     dice = validation.at(grid).dice().mean(axis=0)
     best = int(dice.argmax())
     return float(sigmoid(grid[best])), float(dice[best])
