@@ -61,8 +61,8 @@ def by_size(test: Judged, baseline: Judged | None, gallery: Gallery) -> list[Blo
         caption = f"Dice of positive test images by {name} of their defects; bars: means of the thirds of the table."
         pictures.append(gallery.figure(figure, f"dice-by-{name}", caption))
     text = (
-        "The width of an image's cracks is the area of its mask over the length of the mask's centre line, in px at the "
-        f"network's input size. {words.plural(len(rows), 'positive test image')} with a mask in thirds."
+        "The width of an image's cracks is the area of its mask over the length of the mask's centre line, in px at "
+        f"the network's input size. {words.plural(len(rows), 'positive test image')} with a mask in thirds."
     )
     return [Text(text), Tables(shown), Pictures(pictures)]
 

@@ -18,8 +18,8 @@ _PARTS = (4, 10)
 """least and most parts"""
 
 WHAT_A_SCORE_IS = (
-    "The score is the sigmoid of the decision's logit. How many defects training shows and how much the decision's loss "
-    "weighs are set by the method and change by epoch, not by how often defects occur: the score ranks images, and is "
+    "The score is the sigmoid of the decision's logit. How many defects training shows and how much the decision's "
+    "loss weighs are set by the method and change by epoch, not by how often defects occur: the score ranks images, and is "
     "no probability unless the diagram says so."
 )
 
@@ -31,7 +31,7 @@ def figures(test: Judged) -> Json | None:
     if test.decisions is None or labels.all() or not labels.any():
         return None
     scores, truth = sigmoid(test.split.decision_logits), labels.astype(np.float64)
-    parts = []
+    parts: list[Json] = []
     if len(labels) >= _A_PART * _PARTS[0]:
         for rows in equal_parts(scores, min(_PARTS[1], len(labels) // _A_PART)):
             share, groups = float(truth[rows].mean()), contributing(rows, test.groups)
@@ -69,9 +69,7 @@ def blocks(test: Judged, found: Json | None, gallery: Gallery) -> list[Block]:
         ["expected calibration error", words.figure(found["ece"]), ""],
         ["base rate: share of test images with a defect", words.figure(found["base_rate"]), ""],
     ]
-    table = Table(
-        ["", "test", "95 % interval"], rows, "Calibration of the decision on test images", frozenset({1, 2})
-    )
+    table = Table(["", "test", "95 % interval"], rows, "Calibration of the decision on test images", frozenset({1, 2}))
     pictures = [
         gallery.figure(charts.score_histogram(test), "scores", "Scores of test images by label."),
     ]

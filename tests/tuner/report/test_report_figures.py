@@ -148,7 +148,9 @@ def test_thresholds_chosen_on_test_are_stamped_everywhere(make_run) -> None:
         assert captions
         assert all(line.count("thresholds chosen on test") == 1 for line in captions)
     assert "Chosen on test, carried by the winner" in sections["Thresholds"]
-    assert sections["Thresholds"].count("chosen on test") == 1  # the rules; those of the trial's record are validation's
+    assert (
+        sections["Thresholds"].count("chosen on test") == 1
+    )  # the rules; those of the trial's record are validation's
     assert "and no estimates: their thresholds were chosen on the images they are judged on" in sections["Thresholds"]
 
 

@@ -138,7 +138,10 @@ def decision_figures(files: Files) -> dict[str, float]:
     levels = np.unique(logits)[::-1]
     counted = [[(logits[side] == level).sum() for level in levels] for side in (labels, ~labels)]
     return {
-        **{"tp": tp, "fp": fp, "fn": fn, "tn": tn},
+        "tp": tp,
+        "fp": fp,
+        "fn": fn,
+        "tn": tn,
         "decision_auc": ((pairs > 0) + (pairs == 0) / 2).mean(),
         "decision_ap": area(*map(np.array, counted)),
         "decision_accuracy": (tp + tn) / len(labels),
@@ -177,8 +180,11 @@ def test_means_follow_from_the_lines_of_predictions(usual, split) -> None:
         np.array([float(row[name]) for row in rows]) for name in ("dice", "iou", "precision", "recall")
     )
     expected = {
-        **{"dice_mean": dice.mean(), "dice_std": dice.std(), "dice_positive_mean": dice[label].mean()},
-        **{"iou_mean": iou.mean(), "iou_std": iou.std()},
+        "dice_mean": dice.mean(),
+        "dice_std": dice.std(),
+        "dice_positive_mean": dice[label].mean(),
+        "iou_mean": iou.mean(),
+        "iou_std": iou.std(),
     }
     if split == "test":
         decided = np.array([row["decision"] == "1" for row in rows])
