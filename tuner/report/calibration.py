@@ -19,8 +19,8 @@ _PARTS = (4, 10)
 
 WHAT_A_SCORE_IS = (
     "The score is the sigmoid of the decision's logit. How many defects training shows and how much the decision's "
-    "loss weighs are set by the method and change by epoch, not by how often defects occur: the score ranks images, and is "
-    "no probability unless the diagram says so."
+    "loss weighs are set by the method and change by epoch, not by how often defects occur: the score ranks images, "
+    "and is no probability unless the diagram says so."
 )
 
 

@@ -86,8 +86,8 @@ def blocks(test: Judged, example_names: Sequence[str]) -> list[Block]:
     text = (
         f"Over the whole test split: {counts} (decided negative, or an empty mask), {alarms} among "
         f"{words.plural(int((~test.split.labels).sum()), 'image')} without one (decided positive, or a mask that is "
-        "not empty). Missed ones are sorted by their truth, false alarms by their mask, poor masks by Dice. Picture is the "
-        "number of the file in dices/; full names are in predictions.csv."
+        "not empty). Missed ones are sorted by their truth, false alarms by their mask, poor masks by Dice. Picture is "
+        "the number of the file in dices/; full names are in predictions.csv."
     )
     return [Table(header, rows, "The worst failures on test images", numeric), Text(text)]
 
