@@ -17,12 +17,14 @@ import numpy as np
 from scipy import special, stats
 
 from model.arrays import Array, Bools, Floats
+from model.curves import area_under_roc, average_precision, curve
 from model.intervals import (
     Interval,
     Ratio,
     ap_interval,
     auc_interval,
     difference_interval,
+    jackknife_difference_interval,
     jackknife_interval,
     rate_interval,
     ratio_interval,
@@ -176,6 +178,36 @@ def rankings(rng: np.random.Generator, replications: int) -> Iterator[str]:
                     yield row(what, size, truth, intervals, plain)
 
 
+def ranking_differences(rng: np.random.Generator, replications: int) -> Iterator[str]:
+    """Differences of AUC and AP of two models whose scores of one image have correlation 0.7."""
+    for first, second, mixed in ((0.95, 0.9, 0.0), (0.99, 0.97, 0.0), (0.99, 0.97, 0.05)):
+        shifts = np.sqrt(2) * stats.norm.ppf([first, second])
+        for images in (33, 100):
+            labels_N = np.arange(2 * images) < images
+            swapped_RN = rng.random((replications, 2 * images)) < mixed
+            noise_2RN = rng.standard_normal((2, *swapped_RN.shape))
+            noise_2RN = np.sqrt(0.7) * rng.standard_normal(swapped_RN.shape) + np.sqrt(0.3) * noise_2RN
+            scores_2RN = noise_2RN + shifts[:, None, None] * (labels_N ^ swapped_RN)
+            gains_RJ2 = np.subtract(*(np.array([leave_one_out(labels_N, s) for s in ours]) for ours in scores_2RN))
+            true = np.subtract(*(ranking_truths(shift, mixed, images, images) for shift in shifts))
+            draws_2 = [ranking_draws(np.random.default_rng(1), labels_N, s[:_RANKING_REPLICATIONS]) for s in scores_2RN]
+            plain_2R2 = np.percentile(draws_2[0] - draws_2[1], [2.5, 97.5], axis=-1).transpose(2, 1, 0)
+            for kind, name in enumerate(("AUC", "AP")):
+                gains_RJ = gains_RJ2[..., kind]
+                intervals = [jackknife_difference_interval(float(gains[0]), gains[1:]) for gains in gains_RJ]
+                what = f"paired difference, {name} {first} - {second}" + (
+                    f", {100 * mixed:.0f} % swapped" if mixed else ""
+                )
+                yield row(what, f"{images} + {images}", true[kind], intervals, plain_2R2[kind])
+
+
+def leave_one_out(labels_N: Bools, scores_N: Floats) -> Floats:
+    """(1 + N, 2) AUC and AP, then the same without each image."""
+    kept = [np.ones(len(labels_N), bool), *~np.eye(len(labels_N), dtype=bool)]
+    curves = [curve(labels_N[rows], scores_N[rows]) for rows in kept]
+    return np.array([(area_under_roc(points), average_precision(points)) for points in curves])
+
+
 def ranking_truths(shift: float, mixed: float, positives: int, negatives: int) -> tuple[float, float]:
     """AUC and AP of endless data with the same share of positives."""
     grid = np.linspace(shift + 9, -9, 100_001)
@@ -187,9 +219,14 @@ def ranking_truths(shift: float, mixed: float, positives: int, negatives: int) -
 
 def ranking_percentiles(rng: np.random.Generator, labels_N: Bools, scores_RN: Floats) -> Floats:
     """(2, R, 2) plain percentiles of AUC and AP."""
+    return np.percentile(ranking_draws(rng, labels_N, scores_RN), [2.5, 97.5], axis=-1).transpose(2, 1, 0)
+
+
+def ranking_draws(rng: np.random.Generator, labels_N: Bools, scores_RN: Floats) -> Floats:
+    """(R, 2, D) AUC and AP of bootstrap draws, the same draws of images for all replications."""
     images = len(labels_N)
     counts_DN = rng.multinomial(images, np.full(images, 1 / images), size=_PERCENTILE_DRAWS // 2).astype(np.float64)
-    bounds = []
+    drawn = []
     for scores_N in scores_RN:
         order = np.argsort(-scores_N)
         drawn_DN, positive_N = counts_DN[:, order], labels_N[order]
@@ -198,8 +235,8 @@ def ranking_percentiles(rng: np.random.Generator, labels_N: Bools, scores_RN: Fl
         false_DN = drawn_DN - hits_DN
         aucs = (true_DN * false_DN).sum(axis=1) / (true_DN[:, -1] * false_DN.sum(axis=1))
         aps = (hits_DN * true_DN / np.maximum(all_DN, 1)).sum(axis=1) / true_DN[:, -1]
-        bounds.append(np.percentile([aucs, aps], [2.5, 97.5], axis=1).T)
-    return np.stack(bounds, axis=1)
+        drawn.append([aucs, aps])
+    return np.array(drawn)
 
 
 def pooled_areas(rng: np.random.Generator, replications: int) -> Iterator[str]:
@@ -223,14 +260,55 @@ def pooled_areas(rng: np.random.Generator, replications: int) -> Iterator[str]:
             yield row(name, f"{groups}", truth, intervals, np.array(plain))
 
 
+def pooled_differences(rng: np.random.Generator, replications: int) -> Iterator[str]:
+    """Differences of AP and ODS of all pixels pooled, of two models that share two thirds of an image's brightness."""
+    truths = np.subtract(*(areas_of(one.sum(axis=1))[:, 0] for one in paired_histograms(rng, 1, 40_000)))
+    for groups in (24, 60):
+        first_RG2L, second_RG2L = paired_histograms(rng, replications, groups)
+        parts = []
+        for histograms_RG2L in (first_RG2L, second_RG2L):
+            whole_R2L = histograms_RG2L.sum(axis=1)
+            parts.append((areas_of(whole_R2L), areas_of(whole_R2L[:, None] - histograms_RG2L)))
+        values, without = (a - b for a, b in zip(*parts, strict=True))
+        plain = []
+        for one_G2L, other_G2L in zip(*(h[:_RANKING_REPLICATIONS] for h in (first_RG2L, second_RG2L)), strict=True):
+            counts_DG = rng.multinomial(groups, np.full(groups, 1 / groups), size=_PERCENTILE_DRAWS // 2)
+            drawn = np.subtract(*(areas_of(np.tensordot(counts_DG, h, axes=1)) for h in (one_G2L, other_G2L)))
+            plain.append(np.percentile(drawn, [2.5, 97.5], axis=1).T)
+        for kind, name in enumerate(("pixel AP", "ODS")):
+            pairs = zip(values[kind], without[kind], strict=True)
+            intervals = [jackknife_difference_interval(float(v), w) for v, w in pairs]
+            yield row(f"paired difference, {name}", f"{groups}", truths[kind], intervals, np.array(plain)[:, kind])
+
+
+def paired_histograms(rng: np.random.Generator, replications: int, groups: int) -> tuple[Array, Array]:
+    """`pixel_histograms` of two models: the same truths, the second one's defects stand out less."""
+    pixels = 300
+    shape = (replications, groups, 1)
+    inside = rng.random((replications, groups, pixels)) < rng.beta(2, 30, shape)
+    bright, shade, noise = rng.standard_normal(shape), rng.standard_normal(shape), rng.standard_normal(inside.shape)
+    out = []
+    for contrast in (1.5, 1.3):
+        own = rng.standard_normal(shape)
+        shift = inside * (contrast + 0.8 * (np.sqrt(2 / 3) * bright + np.sqrt(1 / 3) * own)) + 0.5 * shade
+        mixed = np.sqrt(0.7) * noise + np.sqrt(0.3) * rng.standard_normal(inside.shape)
+        out.append(histograms(inside, np.clip(63 - 12 * (mixed + shift), 0, 127).astype(np.int64)))
+    return out[0], out[1]
+
+
 def pixel_histograms(rng: np.random.Generator, replications: int, groups: int) -> Array:
     """(R, G, 2, 128) pixels outside and inside the truth of an image a group, by score, the highest first."""
     pixels = 300
     shape = (replications, groups, 1)
     inside = rng.random((replications, groups, pixels)) < rng.beta(2, 30, shape)
     shift = inside * (1.5 + 0.8 * rng.standard_normal(shape)) + 0.5 * rng.standard_normal(shape)
-    levels = np.clip(63 - 12 * (rng.standard_normal(inside.shape) + shift), 0, 127).astype(np.int64)
-    image = np.arange(replications * groups).reshape(shape)
+    return histograms(inside, np.clip(63 - 12 * (rng.standard_normal(inside.shape) + shift), 0, 127).astype(np.int64))
+
+
+def histograms(inside: Bools, levels: Array) -> Array:
+    """(R, G, 2, 128) pixels (R, G, P) outside and inside the truth by level."""
+    replications, groups, _ = inside.shape
+    image = np.arange(replications * groups).reshape(replications, groups, 1)
     bins = (image * 2 + inside) * 128 + levels
     return np.bincount(bins.ravel(), minlength=replications * groups * 256).reshape(replications, groups, 2, 128)
 
@@ -254,7 +332,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     print("| figure | images | coverage, % | mean width | without interval, % | percentiles, coverage, % |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for table in (means, differences, rates, rankings, pooled_areas):
+    for table in (means, differences, rates, rankings, pooled_areas, ranking_differences, pooled_differences):
         for line in table(rng, options.replications):
             print(line, flush=True)
     print(

@@ -8,7 +8,8 @@ Which method for which figure, and why not one for all:
   (Wilson's interval covers 87 % at 33 images and a rate of 0.996.)
 - `auc_interval` and `ap_interval` take the spread from a model, which also holds where no error was seen, or from the
   data, whichever is larger.
-- `jackknife_interval` for the two figures that are areas or optima over all pixels.
+- `jackknife_interval` for the two figures that are areas or optima over all pixels, and
+  `jackknife_difference_interval` for differences of two models in these, in AUC and in AP.
 `python -m bench.coverage` measures how often each holds the truth.
 
 Shapes: N images, G groups, D draws, K ratios. groups_N are integer codes. Every function gives (low, high) or None;
@@ -207,6 +208,20 @@ def jackknife_interval(value: float, without_G: Array) -> Interval | None:
     reach = stats.t.ppf(1 - _TAIL, groups - 1) * error
     low, high = special.expit(special.logit(value) + np.array([-reach, reach]))
     return float(low), float(high)
+
+
+def jackknife_difference_interval(value: float, without_G: Array) -> Interval | None:
+    """The same for a difference of two such figures of the same images, AUC and AP among them, as it is: `without_G` is
+    the difference without one group after another. Of AUC this is DeLong's (1988) paired variance over groups, but for
+    his divisors. None below MIN_GROUPS groups, for NaN, and where no group makes a difference.
+    """
+    groups = len(without_G)
+    moved = np.abs(np.asarray(without_G) - np.median(without_G)) > _ROUNDING
+    if groups < MIN_GROUPS or not np.isfinite(np.append(without_G, value)).all() or not moved.any():
+        return None
+    error = np.sqrt((groups - 1) * np.var(without_G))
+    reach = float(stats.t.ppf(1 - _TAIL, groups - 1) * error)
+    return max(value - reach, -1.0), min(value + reach, 1.0)
 
 
 def _bootstrap_t(

@@ -15,6 +15,7 @@ from model.intervals import (
     decision_f1_interval,
     difference_interval,
     f1_of_jaccard,
+    jackknife_difference_interval,
     jackknife_interval,
     mean_interval,
     rate_interval,
@@ -83,6 +84,30 @@ def test_coverage_of_the_jackknife(images) -> None:
 @pytest.mark.parametrize("without", [[0.5] * 30, [0.4, 0.6] * 9, [0.0, 0.5] * 15, [1.0, 0.5] * 15, [np.nan, 0.5] * 15])
 def test_where_the_jackknife_says_nothing(without) -> None:
     assert jackknife_interval(0.5, np.array(without)) is None
+
+
+def test_the_jackknife_of_a_difference_is_students_for_means_and_delongs_for_auc() -> None:
+    rng = np.random.default_rng(3)
+    gains = rng.normal(0.1, 0.2, 40)
+    found = jackknife_difference_interval(gains.mean(), (gains.sum() - gains) / 39)
+    assert found == pytest.approx(stats.t.interval(0.95, 39, gains.mean(), stats.sem(gains)))
+    labels = np.arange(200) < 100
+    scores = rng.normal(0, 1, (2, 200)) * 0.5 + rng.normal(0, 1, 200) + 1.5 * labels
+    placed = [score[labels][:, None] > score[~labels] for score in scores]
+    gain = placed[0].astype(float) - placed[1]
+    delong = sum(gain.mean(axis=axis).var(ddof=1) / 100 for axis in (0, 1))
+
+    def without(rows: np.ndarray) -> float:
+        return float(np.subtract(*(area_under_roc(curve(labels[rows], score[rows])) for score in scores)))
+
+    low, high = jackknife_difference_interval(gain.mean(), np.array([without(row) for row in ~np.eye(200, dtype=bool)]))
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 199) * np.sqrt(delong), rel=0.02)
+    assert (high + low) / 2 == pytest.approx(gain.mean())
+
+
+@pytest.mark.parametrize("without", [[0.1] * 30, [0.0, 0.2] * 9, [np.nan, 0.1] * 15])
+def test_where_the_jackknife_of_a_difference_says_nothing(without) -> None:
+    assert jackknife_difference_interval(0.1, np.array(without)) is None
 
 
 def test_coverage_in_groups() -> None:

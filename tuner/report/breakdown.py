@@ -11,7 +11,7 @@ import numpy as np
 from model.arrays import Array, Bools, Floats, Ints
 from model.intervals import Ratio, contributing, difference_interval, ratio_interval
 from tuner.report import charts, tables, words
-from tuner.report.gallery import Block, Gallery, Pictures, Table, Text
+from tuner.report.gallery import Block, Gallery, Pictures, Table, Tables, Text
 from tuner.report.tables import Judged
 
 _LEAST = 6
@@ -50,22 +50,21 @@ def by_size(test: Judged, baseline: Judged | None, gallery: Gallery) -> list[Blo
         ("width", widths(test)[rows], "mean width, px", "{:.1f} to {:.1f}", "mean crack width, px (logarithmic)"),
         ("area", shares(test)[rows], "area, %", "{:.2f} to {:.2f}", "defect, % of the image (logarithmic)"),
     )
-    blocks: list[Block] = []
-    pictures = []
+    shown, pictures = [], []
     for name, values, column, form, axis in kinds:
         parts = equal_parts(values, 3)
         alike = " (too much alike for thirds)" if len(parts) < 3 else ""
         caption = f"Positive test images by {name} of their defects{alike}"
         named = [(form.format(values[part].min(), values[part].max()), rows[part]) for part in parts]
-        blocks.append(_table(test, other, column, named, caption, f"by-{name}"))
+        shown.append(_table(test, other, column, named, caption, f"by-{name}"))
         figure = charts.dice_by_size(test, other, rows, values, parts, axis)
         caption = f"Dice of positive test images by {name} of their defects; bars: means of the thirds of the table."
         pictures.append(gallery.figure(figure, f"dice-by-{name}", caption))
     text = (
-        "The width of an image's cracks is the area of its mask over the length of the mask's centre line, in px at the "
-        f"network's input size. {words.plural(len(rows), 'positive test image')} with a mask in thirds."
+        "The width of an image's cracks is the area of its mask over the length of the mask's centre line, in px at "
+        f"the network's input size. {words.plural(len(rows), 'positive test image')} with a mask in thirds."
     )
-    return [Text(text), *blocks, Pictures(pictures)]
+    return [Text(text), Tables(shown), Pictures(pictures)]
 
 
 def by_source(test: Judged, baseline: Judged | None) -> Table | None:

@@ -18,9 +18,9 @@ _PARTS = (4, 10)
 """least and most parts"""
 
 WHAT_A_SCORE_IS = (
-    "The score is the sigmoid of the decision's logit, from a network whose training weighs images with and without a "
-    "defect alike and gives the decision a weight that changes by epoch: it ranks images, and is no probability unless "
-    "the diagram says so."
+    "The score is the sigmoid of the decision's logit. How many defects training shows and how much the decision's "
+    "loss weighs are set by the method and change by epoch, not by how often defects occur: the score ranks images, "
+    "and is no probability unless the diagram says so."
 )
 
 
@@ -31,7 +31,7 @@ def figures(test: Judged) -> Json | None:
     if test.decisions is None or labels.all() or not labels.any():
         return None
     scores, truth = sigmoid(test.split.decision_logits), labels.astype(np.float64)
-    parts = []
+    parts: list[Json] = []
     if len(labels) >= _A_PART * _PARTS[0]:
         for rows in equal_parts(scores, min(_PARTS[1], len(labels) // _A_PART)):
             share, groups = float(truth[rows].mean()), contributing(rows, test.groups)
@@ -60,8 +60,8 @@ def blocks(test: Judged, found: Json | None, gallery: Gallery) -> list[Block]:
     if found is None:
         if test.decisions is None:
             return []
-        kind = "with" if not test.split.labels.any() else "without"
-        return [Text(f"The calibration of the decision is not judged: no test image is {kind} a defect.")]
+        which = "no test image has" if not test.split.labels.any() else "all test images have"
+        return [Text(f"The calibration of the decision is not judged: {which} a defect.")]
     parts = found["parts"]
     rows = [
         ["Brier score", words.figure(found["brier"]), words.interval(found["brier_ci95"]) or words.NONE],

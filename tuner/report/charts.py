@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from model.arrays import Bools, Floats, Ints
 from model.counts import scores_of
 from model.curves import Curve, area_under_roc, average_precision, curve
-from model.thresholds import logit, sigmoid
+from model.thresholds import GRID, logit, sigmoid
 from tuner.report import style, words
 from tuner.report.inputs import Json
 from tuner.report.style import HALF, THIRD
@@ -136,6 +136,8 @@ def pixel_precision_recall(validation: Judged, test: Judged) -> Any:
         ("test", test, style.WINNER, "-"),
     ):
         pooled = one.at(grid).pooled()
+        if not pooled.truth.any():
+            continue
         drawn = pooled.predicted[0] > 0
         axes.plot(pooled.recall()[0][drawn], pooled.precision()[0][drawn], line, color=colour, label=name)
     if test.selected.predicted.sum():
@@ -244,7 +246,7 @@ def by_epoch(
 
 def best_threshold(validation: Judged) -> tuple[float, float]:
     """The probability at which validation's mean Dice is highest, and that Dice."""
-    grid = logit_grid([validation])
+    grid = np.union1d(logit_grid([validation]), logit(GRID))
     dice = validation.at(grid).dice().mean(axis=0)
     best = int(dice.argmax())
     return float(sigmoid(grid[best])), float(dice[best])
@@ -258,12 +260,10 @@ def dice_by_size(
     alpha = 0.5 if len(rows) < 300 else 0.25
     for name, one, colour, _ in _named(test, baseline):
         dice = one.dice[rows]
-        axes.plot(values, dice, "o", color=colour, alpha=alpha, markersize=4, markeredgewidth=0)
+        axes.plot(values, dice, "o", color=colour, alpha=alpha, markersize=4, markeredgewidth=0, label=name)
         for part in parts:
-            ends, mean = [values[part].min(), values[part].max()], dice[part].mean()
-            axes.plot(ends, [mean, mean], color=style.PAPER, linewidth=4, solid_capstyle="butt")
-            axes.plot(ends, [mean, mean], color=colour, linewidth=2.2, solid_capstyle="butt")
-        axes.plot([], [], "o", color=colour, markersize=4, label=name)
+            ends = [values[part].min(), values[part].max()]
+            axes.plot(ends, [dice[part].mean()] * 2, color=colour, linewidth=2.2, zorder=1.5)
     _log_axis(axes, values)
     axes.set(ylim=_SHARE, xlabel=xlabel, ylabel="Dice of an image")
     style.legend(axes)
@@ -284,15 +284,19 @@ def _log_axis(axes: Any, values: Floats) -> None:
 
 
 def reliability(bins: Sequence[Json]) -> Any:
-    """Share of images with a defect against the mean score, by parts of the test images."""
+    """Share of images with a defect against the mean score, by parts of the test images. The scores are on a logit
+    scale, since most of them may lie near 1."""
     figure, axes = style.panel()
-    axes.plot([0, 1], [0, 1], color=style.BASELINE, linewidth=1, label="a score that is a probability")
-    x, y = (np.array([part[key] for part in bins]) for key in ("score", "share"))
+    x = np.clip(logit(np.array([part["score"] for part in bins])), -20, 20)
+    grid = np.linspace(min(-5.0, x.min() - 0.5), max(5.0, x.max() + 0.5), 201)
+    axes.plot(grid, sigmoid(grid), color=style.BASELINE, linewidth=1.2, label="a score that is a probability")
+    y = np.array([part["share"] for part in bins])
     low, high = np.array([part["ci95"] for part in bins]).T
     axes.errorbar(
         x, y, [y - low, high - y], fmt="o", color=style.WINNER, elinewidth=1.2, capsize=2.5, label="test images"
     )
-    axes.set(xlim=_SHARE, ylim=_SHARE, xlabel="score (mean of a part)", ylabel="share with a defect")
+    _probability_axis(axes, grid)
+    axes.set(ylim=_SHARE, xlabel="score, mean of a part (on a logit scale)", ylabel="share with a defect")
     style.legend(axes)
     return figure
 

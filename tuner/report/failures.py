@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.arrays import Bools, Ints
+from model.arrays import Array, Bools, Ints
 from model.thresholds import sigmoid
 from tuner.report import words
 from tuner.report.gallery import Block, Table, Text
@@ -36,7 +36,7 @@ def find(test: Judged) -> Failures:
     alarm = ~defect & ((predicted > 0) | (decided if test.decisions is not None else False))
     poor = defect & ~missed & (test.dice < 1)
 
-    def ordered(rows_N: Bools, *keys: Ints) -> Ints:
+    def ordered(rows_N: Bools, *keys: Array) -> Ints:
         return np.array([n for n in np.lexsort(keys) if rows_N[n]], np.int64)
 
     return Failures(
@@ -85,9 +85,9 @@ def blocks(test: Judged, example_names: Sequence[str]) -> list[Block]:
     alarms = words.plural(len(found.false_alarms), "false alarm")
     text = (
         f"Over the whole test split: {counts} (decided negative, or an empty mask), {alarms} among "
-        f"{words.plural(int((~test.split.labels).sum()), 'image')} without one (decided positive, or a mask that is not "
-        "empty). Missed ones are sorted by their truth, false alarms by their mask, poor masks by Dice. Picture is the "
-        "number of the file in dices/; full names are in predictions.csv."
+        f"{words.plural(int((~test.split.labels).sum()), 'image')} without one (decided positive, or a mask that is "
+        "not empty). Missed ones are sorted by their truth, false alarms by their mask, poor masks by Dice. Picture is "
+        "the number of the file in dices/; full names are in predictions.csv."
     )
     return [Table(header, rows, "The worst failures on test images", numeric), Text(text)]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tuner.report.gallery import Page, Table, Tables
 
-_HEAD = r"""% Tables of the report on a hyperparameter search, written by `tuner report`; numbers are those of index.html.
+_HEAD = r"""% Tables of the report on a hyperparameter search, by `tuner report`; numbers are those of index.html.
 % Preamble: \usepackage{booktabs}    Text: \input{tables}, or copy the tables that you want.
 % Labels are tab:test, tab:data, tab:configuration, tab:rules and so on; wide tables fit with \small or \resizebox.
 % Characters that LaTeX's standard fonts lack stand as their code, [U+88C2].
@@ -30,7 +30,7 @@ _MARKS = {
     "]": "{]}",
     "*": "{*}",
     "±": r"\ensuremath{\pm}",
-    "×": r"\ensuremath{\times}",
+    "\N{MULTIPLICATION SIGN}": r"\ensuremath{\times}",
     "²": r"\ensuremath{^2}",
     "°": r"\ensuremath{^\circ}",
     "µ": r"\ensuremath{\mu}",
@@ -51,7 +51,7 @@ _MARKS = {
     "Ø": r"\O{}",
     "ł": r"\l{}",
     "Ł": r"\L{}",
-    "ı": r"\i{}",
+    "\N{LATIN SMALL LETTER DOTLESS I}": r"\i{}",
 } | {mark: "\\" + mark for mark in "{}$&#_%"}
 _ACCENTS = {
     "\u0300": "`",
@@ -113,8 +113,9 @@ def _character(letter: str) -> str:
         return _MARKS[letter]
     if " " <= letter <= "~":
         return letter
-    base, *accents = unicodedata.normalize("NFD", letter)
-    if len(accents) == 1 and accents[0] in _ACCENTS and base.isascii() and base.isalpha():
-        dotless = f"\\{base}" if base in "ij" and accents[0] not in "\u0327" else base
-        return f"{{\\{_ACCENTS[accents[0]]}{{{dotless}}}}}"
+    plain = unicodedata.normalize("NFD", letter)
+    base, accent = plain[0], plain[1:]
+    if accent in _ACCENTS and base.isascii() and base.isalpha():
+        dotless = f"\\{base}" if base in "ij" and accent != "\u0327" else base
+        return f"{{\\{_ACCENTS[accent]}{{{dotless}}}}}"
     return f"{{[}}U+{ord(letter):04X}{{]}}"

@@ -67,7 +67,7 @@ def _way(replayed: Json) -> Way:
 
 def _ways(mine: Way, stored: list[Way]) -> list[Way]:
     """Every rule with the winner's treatment of masks, and its rule with every other treatment that was tried."""
-    rule, factor, *treatment = mine
+    rule, factor = mine[:2]
     factors = {1} | {way[1] for way in [*stored, mine] if way[0] == "pr_curve"}
     rules = [("min_of_max", 1), *(("pr_curve", n) for n in sorted(factors)), ("grid", 1)]
     others = sorted({way[2:] for way in stored} - {mine[2:]})

@@ -16,7 +16,7 @@ import numpy as np
 
 from model.arrays import Array, Bools, Floats, Ints
 from model.counts import Selected
-from model.curves import average_precision
+from model.curves import area_under_roc, average_precision, curve
 from model.intervals import (
     MIN_GROUPS,
     Interval,
@@ -26,6 +26,7 @@ from model.intervals import (
     contributing,
     decision_f1_interval,
     difference_interval,
+    jackknife_difference_interval,
     jackknife_interval,
     mean_interval,
     rate_interval,
@@ -48,6 +49,8 @@ TEST_KEYS = (
 )
 """What metrics.json always had; the rest of METRICS stands behind."""
 ALL_KEYS = (*TEST_KEYS, *(key for key in METRICS if key not in TEST_KEYS))
+AREAS = ("pixel_ap", "ods", "decision_ap", "decision_auc")
+"""Figures that are areas or optima, no ratios of sums over images."""
 PREDICTION_COLUMNS = (*("name", "split", "group", "label", "score", "decision", "dice", "iou", "precision", "recall"),)
 
 
@@ -179,20 +182,32 @@ class Judged:
         if self.figures["decision_auc"] is not None:
             found["decision_auc"] = auc_interval(labels, self.split.decision_logits, groups)
             found["decision_ap"] = ap_interval(labels, self.split.decision_logits, groups)
-        if contributing(self.selected.truth[:, 0], groups) >= MIN_GROUPS:
-            found["pixel_ap"] = jackknife_interval(self.figures["pixel_ap"] or 0.0, self._pixel_ap_without())
-            found["ods"] = jackknife_interval(self.figures["ods"] or 0.0, self._ods_without())
+        for key in ("pixel_ap", "ods"):
+            if self.has_groups_for(key):
+                found[key] = jackknife_interval(self.figures[key] or 0.0, self.without_groups[key])
         return {key: interval for key in ALL_KEYS if (interval := found.get(key)) and self.figures[key] is not None}
 
-    def _pixel_ap_without(self) -> Floats:
-        """(G,) pixel AP without one group after another"""
-        return np.array([average_precision(c) for c in self.split.counts.curves_without(self._kept, self.groups)])
+    def has_groups_for(self, key: str) -> bool:
+        """Whether enough groups contribute to one of the figures of AREAS."""
+        labels = self.split.labels
+        kinds = (labels, ~labels) if key.startswith("decision") else (self.selected.truth[:, 0] > 0,)
+        return all(contributing(kind, self.groups) >= MIN_GROUPS for kind in kinds)
 
-    def _ods_without(self) -> Floats:
-        """(G,) ODS without one group after another"""
+    @cached_property
+    def without_groups(self) -> dict[str, Floats]:
+        """(G,) each of the figures of AREAS without one group after another"""
+        groups = range(self.groups.max() + 1)
         pooled = self._swept.pooled()
-        each = (self._swept.rows(self.groups == group).pooled() for group in range(self.groups.max() + 1))
-        return np.array([best_f1(Selected(*(a - b for a, b in zip(pooled, one, strict=True)))) for one in each])
+        each = (self._swept.rows(self.groups == group).pooled() for group in groups)
+        others = [self.groups != group for group in groups]
+        decisions = [curve(self.split.labels[rows], self.split.decision_logits[rows]) for rows in others if rows.any()]
+        pixels = self.split.counts.curves_without(self._kept, self.groups)
+        return {
+            "pixel_ap": np.array([average_precision(points) for points in pixels]),
+            "ods": np.array([best_f1(Selected(*(a - b for a, b in zip(pooled, one, strict=True)))) for one in each]),
+            "decision_ap": np.array([average_precision(points) for points in decisions]),
+            "decision_auc": np.array([area_under_roc(points) for points in decisions]),
+        }
 
 
 @dataclass(frozen=True)
@@ -235,8 +250,8 @@ def results(run: EvaluatedRun) -> Results:
 
 
 def differences(results: Results) -> dict[str, Difference]:
-    """By figure, of those that are a ratio of sums over images. Nothing without a baseline of its own. ValueError if
-    the images of the two differ."""
+    """By figure, of those that are a ratio of sums over images and those of AREAS. Nothing without a baseline of its
+    own. ValueError if the images of the two differ."""
     winner, baseline = results.test, results.baseline_test
     if baseline is None or baseline is winner:
         return {}
@@ -249,6 +264,14 @@ def differences(results: Results) -> dict[str, Difference]:
             continue
         interval = difference_interval(winner.ratios[key][0], baseline.ratios[key][0], winner.groups)
         found[key] = Difference(ours - theirs, interval)
+    for key in AREAS:
+        ours, theirs = winner.figures[key], baseline.figures[key]
+        if ours is not None and theirs is not None:
+            interval = None
+            if winner.has_groups_for(key):
+                without = winner.without_groups[key] - baseline.without_groups[key]
+                interval = jackknife_difference_interval(ours - theirs, without)
+            found[key] = Difference(ours - theirs, interval)
     return found
 
 

@@ -42,6 +42,8 @@ def test(results: Results, metrics: Json, gallery: Gallery) -> Section:
         )
     if pictures:
         blocks.append(Pictures(pictures))
+    if metrics["test"]["tp"] is not None and metrics["test"]["decision_auc"] is None:
+        blocks.append(Text("ROC and precision-recall need test images with a defect and without; one kind is missing."))
     blocks.append(Pictures(_pixel_pictures(results, gallery)))
     if judged.split.labels.any():
         blocks.append(Pictures(_dice_pictures(judged, baseline, gallery)))
@@ -127,18 +129,13 @@ def _lacks_interval(judged: Json, key: str) -> bool:
 
 def _pixel_pictures(results: Results, gallery: Gallery) -> list[Picture]:
     validation, test = results.validation, results.test
-    return [
-        gallery.figure(
-            charts.pixel_precision_recall(validation, test),
-            "pixel-precision-recall",
-            "Precision and recall over all pixels of a split.",
-        ),
-        gallery.figure(
-            charts.dice_by_threshold(validation, test),
-            "dice-by-threshold",
-            "Mean Dice against the segmentation threshold.",
-        ),
-    ]
+    pictures = []
+    if test.selected.truth.any():
+        caption = "Precision and recall over all pixels of a split."
+        figure = charts.pixel_precision_recall(validation, test)
+        pictures.append(gallery.figure(figure, "pixel-precision-recall", caption))
+    caption = "Mean Dice against the segmentation threshold."
+    return [*pictures, gallery.figure(charts.dice_by_threshold(validation, test), "dice-by-threshold", caption)]
 
 
 def _dice_pictures(test: Judged, baseline: Judged | None, gallery: Gallery) -> list[Picture]:
@@ -308,7 +305,9 @@ def images(run: EvaluatedRun, results: Results, gallery: Gallery) -> Section:
     """Failures, and examples from the worst to the best; writes dices/ on the way."""
     values = examples.dice(run.examples)
     order = np.argsort(values, kind="stable")
-    defects = [rank for rank, k in enumerate(order) if run.examples.truth[k].any()] or [*range(len(order))]
+    defects = [rank for rank, k in enumerate(order) if run.examples.truth[k].any()]
+    kind = "examples with a defect" if defects else "examples, none of which has a defect"
+    defects = defects or [*range(len(order))]
     shown = {defects[0]: "worst", defects[len(defects) // 2]: "median", defects[-1]: "best"}
     pictures, every = [], []
     for rank, k in enumerate(order):
@@ -316,7 +315,7 @@ def images(run: EvaluatedRun, results: Results, gallery: Gallery) -> Section:
         file = examples.file_name(rank + 1, float(values[k]), run.examples.names[k])
         every.append(gallery.example(pixels, file, run.examples.names[k]))
         if rank in shown:
-            caption = f"The {shown[rank]} of the examples with a defect: {run.examples.names[k]}, Dice {values[k]:.3f}."
+            caption = f"The {shown[rank]} of the {kind}: {run.examples.names[k]}, Dice {values[k]:.3f}."
             pictures.append(Pictures([gallery.image(pixels, f"example-{shown[rank]}", caption)]))
     text = (
         f"{words.plural(len(order), 'test image')}, sorted by Dice from the worst to the best; dices/ beside this page "

@@ -54,8 +54,11 @@ def crack(rng: np.random.Generator) -> np.ndarray:
     return cv2.polylines(np.zeros((SIDE, SIDE), np.uint8), [points], False, 1, int(rng.integers(1, 4))) > 0
 
 
-def make_split(name: str, count: int, negatives: int, quality: float, seed: int) -> Made:
-    """`quality` is how far the logits of defects lie above the others. The images depend on the seed alone."""
+def make_split(
+    name: str, count: int, negatives: int, quality: float, seed: int, empty: frozenset[str], groups: int | None
+) -> Made:
+    """`quality` is how far the logits of defects lie above the others. The images depend on the seed alone. `empty` may
+    hold truth and mask."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) >= negatives
     truths = np.array([crack(rng) if label else np.zeros((SIDE, SIDE), bool) for label in labels])
@@ -71,11 +74,11 @@ def make_split(name: str, count: int, negatives: int, quality: float, seed: int)
     names[-1] = EVIL
     return Made(
         names,
-        [f"photo{k // 2}" for k in range(count)],
+        [f"photo{k // 2 if groups is None else k % groups}" for k in range(count)],
         labels,
         images,
-        truths,
-        logits,
+        truths & ("truth" not in empty),
+        logits - 50 * ("mask" in empty),
         decision_logits.astype(np.float32),
     )
 
@@ -139,6 +142,31 @@ def make_history(epochs: int, top: float, negatives: bool) -> list[dict[str, Any
     return history
 
 
+def make_replays(epoch: int, value: float, negatives: bool) -> list[dict[str, Any]]:
+    """The trial's own way first; pr_curve/5 is best at another epoch."""
+    ways = [
+        ("pr_curve", 2, False, 1.0, epoch, -0.5),
+        ("pr_curve", 3, False, 1.0, epoch, -0.3),
+        ("pr_curve", 5, False, 1.0, epoch + 1, -0.2),
+        ("min_of_max", 1, False, 1.0, epoch + 1, -1.0),
+        ("pr_curve", 2, True, 1.0, epoch, -0.4),
+        ("pr_curve", 2, False, 0.5, epoch, -0.5),
+    ]
+    return [
+        {
+            "threshold_rule": rule,
+            "threshold_factor": factor,
+            "blacken": blacken,
+            "lower_threshold": lower,
+            "best_by": "objective",
+            "value": value,
+            "epoch": at,
+            "thresholds": make_thresholds(negatives, logit) | {"rule": rule, "factor": factor, "blacken": blacken},
+        }
+        for rule, factor, blacken, lower, at, logit in ways
+    ]
+
+
 def make_records(
     trials: int, negatives: bool, objectives: int, recall_beyond: list[float] | None
 ) -> list[dict[str, Any]]:
@@ -190,8 +218,8 @@ def make_records(
                 "seconds": seconds,
                 "device_seconds": seconds * 0.5,
                 "thresholds": make_thresholds(negatives, -0.5) if done else None,
-                "replays": [],
                 "rules": {"min_of_max": top - 0.2, "pr_curve/2": top, "grid": top + 0.01} if done else {},
+                "replays": make_replays(best + 1, value, negatives) if done else [],
                 "replayed_from": "abc123-0001" if number == 7 else None,
                 "history": history,
             }
@@ -244,20 +272,33 @@ def write_run(
     chosen_on: str = "validation",
     recall_beyond: list[float] | None = None,
     asha: bool = False,
+    validations: int = 12,
+    negative_tests: int | None = None,
+    negative_validations: int = 4,
+    empty: frozenset[str] = frozenset(),
+    groups: int | None = None,
 ) -> dict[str, Made]:
     """Writes a run directory and returns what the winner was judged on. `recall_beyond`: how far each trial violates a
-    constraint on recall; `asha`: the space has that scheduler, with rungs at epochs 5 and 15."""
+    constraint on recall; `asha`: the space has that scheduler, with rungs at epochs 5 and 15; `empty`: truth or mask, of
+    all images; `groups`: how many a split has (two images each if not said); `negatives`: whether the data have any,
+    and then how many the splits do."""
     evaluation = directory / "evaluation"
     evaluation.mkdir(parents=True)
     records = make_records(trials, negatives, objectives, recall_beyond)
     baseline, winner = records[0]["trial"], records[0 if baseline_wins else 1]["trial"]
-    without = {"validation": 4, "test": tests // 2} if negatives else {"validation": 0, "test": 0}
+    without = {"validation": 0, "test": 0}
+    if negatives:
+        without = {
+            "validation": negative_validations,
+            "test": tests // 2 if negative_tests is None else negative_tests,
+        }
     logit = float(to_half(np.array(-0.6)))
     thresholds = make_thresholds(negatives, logit) | {"chosen_on": chosen_on}
     made = {}
     for role in ["winner"] if baseline_wins else ["winner", "baseline"]:
-        for split, images, seed in (("validation", 12, 1), ("test", tests, 2)):
-            made[f"{role}-{split}"] = make_split(split, images, without[split], 1.0 if role == "winner" else 0.8, seed)
+        quality = 1.0 if role == "winner" else 0.8
+        for split, images, seed in (("validation", validations, 1), ("test", tests, 2)):
+            made[f"{role}-{split}"] = make_split(split, images, without[split], quality, seed, empty, groups)
             write_split(evaluation / f"{role}-{split}.npz", made[f"{role}-{split}"], thresholds)
     chosen = {
         record["trial"]: {

@@ -62,7 +62,7 @@ def test_keys_are_those_of_the_interface(usual) -> None:
     metrics = usual.metrics
     assert set(metrics) == {
         *("schema", "run", "best", "validation", "test", "baseline", "search", "data"),
-        *("difference", "thresholds_chosen_on", "test_openings", "front", "state", "evaluated"),
+        *("difference", "thresholds_chosen_on", "test_openings", "front", "state", "evaluated", "rules", "calibration"),
     }
     assert (metrics["thresholds_chosen_on"], metrics["test_openings"]) == ("validation", 1)
     assert (metrics["schema"], metrics["run"]) == (1, "walls <b>")
@@ -148,7 +148,10 @@ def test_thresholds_chosen_on_test_are_stamped_everywhere(make_run) -> None:
         assert captions
         assert all(line.count("thresholds chosen on test") == 1 for line in captions)
     assert "Chosen on test, carried by the winner" in sections["Thresholds"]
-    assert sections["Thresholds"].count("chosen on test") == 0  # what every rule gives was chosen on validation
+    assert (
+        sections["Thresholds"].count("chosen on test") == 1
+    )  # the rules; those of the trial's record are validation's
+    assert "and no estimates: their thresholds were chosen on the images they are judged on" in sections["Thresholds"]
 
 
 @pytest.mark.parametrize("name", ["winner-test.npz", "examples.npz", "selection.json", "architecture.json"])
