@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from model.config import ARCHITECTURES, REFERENCES
 from tuner import records
