@@ -44,6 +44,7 @@ def best_by_device_time(named: Sequence[tuple[str, Run]]) -> Any:
                 *zip(*points, strict=True), where="post", label=words.shorten(style.drawable(name), 28), **_look(n)
             )
             axes.plot(*points[0], ".", color=_look(n)["color"])
+    axes.set_xlim(0, None)
     axes.set_xlabel(f"time on devices ({unit_name})")
     metrics = dict.fromkeys(words.metric(run.objectives[0]["metric"]) for _, run in named)
     axes.set_ylabel(" / ".join(metrics) + ", validation")

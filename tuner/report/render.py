@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html as html_text
 import re
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -53,7 +54,7 @@ def plain(page: Page) -> str:
     """The same blocks for a terminal: aligned columns, no pictures."""
     parts = [page.title, page.subtitle]
     for section in page.sections:
-        parts += [_plain_table(block) if isinstance(block, Table) else block.text
+        parts += [_plain_table(block) if isinstance(block, Table) else textwrap.fill(block.text, 100)
                   for block in section.blocks if isinstance(block, Table | Text)]  # fmt: skip
     return "\n\n".join(parts)
 

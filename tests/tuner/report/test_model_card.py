@@ -12,7 +12,7 @@ from tuner.report import inputs, model_card, render, tables
 
 
 def card(directory: Path, **parts: Any) -> str:
-    run = inputs.read(directory)
+    run = inputs.read_evaluated(directory)
     parts = {"sizes": {}, "exports": {}} | parts
     return render.markdown(model_card.build(run, tables.metrics(run, tables.results(run)), **parts))
 
@@ -48,12 +48,3 @@ def test_text_from_users_is_escaped(usual: Any) -> None:
 def test_it_warns(make_run: Any, options: dict[str, Any], message: str) -> None:
     directory, _ = make_run(tests=12, **options)
     assert message in card(directory)
-
-
-def test_the_command_holds_what_the_space_does_not() -> None:
-    facts = {"data_path": "synthetic", "options": {"concurrent": 2, "gpus_per_trial": 0.5, "trials": 9}}
-    assert model_card.reproducing_command(facts) == (
-        "tuner search space.yaml --data synthetic --concurrent 2 --gpus-per-trial 0.5"
-    )
-    facts = {"data_path": "/home/x", "options": {"warm_start": "runs/a"}}
-    assert model_card.reproducing_command(facts) == "tuner search space.yaml --data DATA --warm-start RUN"
