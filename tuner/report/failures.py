@@ -73,7 +73,7 @@ def blocks(test: Judged, example_names: Sequence[str]) -> list[Block]:
     scores = sigmoid(test.split.decision_logits)
     for kind, n in chosen:
         name = test.split.names[n]
-        row = [kind, words.shorten(" ".join(name.split()), 40)]
+        row = [kind.replace(" ", "\N{NO-BREAK SPACE}"), words.shorten(" ".join(name.split()), 36)]
         row += [words.shorten(sources[n], 24)] if has_sources else []
         row += [f"{ranks[name]:03d}" if name in ranks else words.NONE]
         row += [f"{test.selected.truth[n, 0]:,}", f"{test.selected.predicted[n, 0]:,}", words.figure(test.dice[n])]
@@ -104,7 +104,7 @@ def what_happened(test: Judged, n: int) -> str:
 
 def _mask(truth: int, predicted: int, hits: int) -> str:
     if truth == 0:
-        return "mask empty" if predicted == 0 else "pixels marked where the truth has none"
+        return "mask empty" if predicted == 0 else "marked where nothing is"
     if predicted == 0:
         return "mask empty"
     if hits == 0:

@@ -202,7 +202,7 @@ def test_what_happened_is_said(judged) -> None:
     assert failures._mask(100, 25, 25) == "75 % of the defect not found"
     assert failures._mask(100, 400, 100) == "75 % of the mask false"
     assert failures._mask(100, 100, 20) == "20 % of the defect found, 80 % of the mask false"
-    assert failures._mask(0, 7, 0) == "pixels marked where the truth has none"
+    assert failures._mask(0, 7, 0) == "marked where nothing is"
 
 
 # Calibration
@@ -268,7 +268,7 @@ DEGENERATE = {
         "No figures by width and area of defects: 0 positive test images with a mask, 6 are needed.",
     ),
     "one group": ({"groups": 1}, "no expected calibration error: 8 test images, 40 are needed."),
-    "no truth": ({"empty": frozenset({"truth"})}, "pixels marked where the truth has none"),
+    "no truth": ({"empty": frozenset({"truth"})}, "marked where nothing is"),
     "no mask": ({"empty": frozenset({"mask"})}, "mask empty"),
     "neither": ({"empty": frozenset({"truth", "mask"})}, "No figures by width and area of defects"),
     "the winner is the baseline": ({"baseline_wins": True}, "nothing better than the baseline"),
