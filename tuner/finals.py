@@ -34,7 +34,7 @@ from tuner.trial import take_device
 logger = logging.getLogger(__name__)
 
 SHOWN_EXAMPLES = 24
-"""Test images whose maps are kept for the report, from the worst to the best by Dice."""
+"""Test images whose maps are kept for the report."""
 
 
 @dataclass(frozen=True)
@@ -214,21 +214,30 @@ def _split_arrays(cache: Cache, scores: Scores, thresholds: Thresholds) -> dict[
     }
 
 
-def _example_rows(scores: Scores, thresholds: Thresholds) -> list[int]:
-    """Rows from the worst Dice to the best; a third are the worst failures, the rest spread over all ranks."""
-    dice = thresholds.select(scores.counts, scores.decision_logits).dice()[:, 0]
+def example_rows(scores: Scores, thresholds: Thresholds) -> list[int]:
+    """Rows from the worst Dice to the best. Half are the failures that the report names: missed defects, false alarms,
+    poor masks; the rest are spread over all ranks."""
+    selected = thresholds.select(scores.counts, scores.decision_logits)
+    dice, predicted, truth = selected.dice()[:, 0], selected.predicted[:, 0], selected.truth[:, 0]
     ranked = np.argsort(dice, kind="stable")
     if len(ranked) <= SHOWN_EXAMPLES:
         return [int(n) for n in ranked]
-    worst = SHOWN_EXAMPLES // 3
-    spread = np.linspace(worst, len(ranked) - 1, SHOWN_EXAMPLES - worst).round().astype(int)
-    return [int(n) for n in ranked[[*range(worst), *spread]]]
+    decided = thresholds.decide(scores.decision_logits)
+    judged = thresholds.decision_logit is not None
+    missed = scores.labels & (~decided | (predicted == 0))
+    alarm = ~scores.labels & ((predicted > 0) | (decided & judged))
+    kinds = ((missed, -truth), (alarm, -predicted), (scores.labels & ~missed, dice))
+    each = SHOWN_EXAMPLES // 2 // len(kinds)
+    rows = {int(n) for mine, key in kinds for n in [n for n in np.argsort(key, kind="stable") if mine[n]][:each]}
+    others = [int(n) for n in ranked if n not in rows]
+    rows |= {others[k] for k in np.linspace(0, len(others) - 1, SHOWN_EXAMPLES - len(rows)).round().astype(int)}
+    return [int(n) for n in ranked if n in rows]
 
 
 def _example_arrays(
     network: SegDecNet, cache: Cache, config: RunConfig, device: torch.device, thresholds: Thresholds, scores: Scores
 ) -> dict[str, Array]:
-    rows = _example_rows(scores, thresholds)
+    rows = example_rows(scores, thresholds)
     answers = predict(network, cache.images[rows], config, device)
     decisions, logits = (torch.cat(part).cpu().numpy() for part in zip(*answers, strict=True))
     masks = [thresholds.mask(*answer) for answer in zip(logits, decisions, strict=True)]

@@ -17,10 +17,11 @@ BEYOND = "constraints not met"
 
 def evaluated(run: EvaluatedRun, results: Results, metrics: Json, gallery: Gallery) -> Section:
     rows = examples.best_rows(run.examples, 4)
+    with_defect = " with a defect" if run.examples.truth.any() else ""
     strip = gallery.image(
         examples.headline_strip(run.examples, rows),
         "best-examples",
-        "Test images with a defect that the winner segments best: input, and the answer laid over it.",
+        f"Test images{with_defect} that the winner segments best: input, and the answer laid over it.",
     )
     blocks: list[Block] = [Cards(_cards(run, metrics)), Text(verdict(run, results)), Pictures([strip])]
     head = Section("top", "", blocks)
