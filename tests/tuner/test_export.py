@@ -266,7 +266,7 @@ def test_weights_that_were_not_judged_are_not_exported(run: Run) -> None:
 def test_a_run_without_a_winner_is_refused(run: Run) -> None:
     (run.directory / "evaluation" / "selection.json").unlink()
     for what in ("onnx", "torch", "report"):
-        with pytest.raises(ValueError, match="the winner is not judged yet; run `tuner finals"):
+        with pytest.raises(ValueError, match="its winner is not evaluated yet; run `tuner finals"):
             export_run(run, what)
 
 

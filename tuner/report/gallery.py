@@ -122,7 +122,7 @@ def stamped(section: Section, stamp: str) -> Section:
             case Cards():
                 return replace(block, cards=[replace(c, label=words(c.label)) for c in block.cards])
             case Fold():
-                return replace(block, blocks=[mark(one) for one in block.blocks])
+                return replace(block, title=words(block.title), blocks=[mark(one) for one in block.blocks])
             case _:
                 return block
 

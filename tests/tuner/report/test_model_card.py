@@ -25,7 +25,7 @@ def test_it_says_what_a_reviewer_asks(usual: Any) -> None:
     dice = f"| Dice, all images | {usual.metrics['test']['dice_mean']:.3f} |"
     assert dice in text
     assert "fingerprint beef" in text
-    assert "    tuner search space.yaml --data DATA\n" in text
+    assert "    tuner search space.yaml --data DATA --seed 0\n" in text
     assert "Tiles cost 0.01 Dice." in text
     assert "Nothing is exported yet" in text
 
