@@ -144,6 +144,14 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def predict(options: argparse.Namespace) -> int:
+    from tuner.predict import predict
+
+    outcome = predict(options.model, options.images, options.out, options.mm_per_px, options.console)
+    print(outcome)
+    return 1 if outcome.counts["failed"] else 0
+
+
 def trial(options: argparse.Namespace) -> int:
     from tuner.single import run_trial
 
@@ -375,6 +383,15 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(report, "report", "write the report from the run directory", "tuner report runs/demo")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
     made.add_argument("--out", metavar="DIR", help="where to; RUN/report if not given")
+
+    made = verb(predict, "predict", "masks, overlays and sizes of cracks for new images",
+                "tuner predict runs/demo photos 'more/**/*.jpg' --out cracks --mm-per-px 0.2")  # fmt: skip
+    made.add_argument("model", metavar="MODEL", help="the folder of a run, its best/, or an exported .onnx file")
+    made.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders with all below them, or patterns")
+    made.add_argument(
+        "--out", metavar="DIR", required=True, help="a new folder, or one of earlier predictions, which it replaces"
+    )
+    made.add_argument("--mm-per-px", metavar="F", type=_positive, help="gives lengths and areas in mm too")
 
     made = verb(plan, "plan", "check a space and its data, time a few steps, forecast hours and memory; no run is made",
                 "tuner plan demo --data synthetic")  # fmt: skip
