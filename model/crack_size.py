@@ -22,6 +22,10 @@ _RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
 _STRAIGHT, _DIAGONAL, _CORNER = 0.980, 1.406, 0.091
 
 
+_SMALL = 64
+"""px; parts whose box has no longer side are measured together"""
+
+
 class CrackSize(NamedTuple):
     """Of all cracks of a mask together."""
 
@@ -35,24 +39,29 @@ class CrackSize(NamedTuple):
 
 
 def measure(mask_HW: Array) -> CrackSize:
-    """Part by part, each in its own box."""
+    """A large part is measured in its own box, since thinning costs an area times the largest width; all small ones
+    together, since there may be a hundred thousand of them."""
     count, labels_HW, boxes, _ = cv2.connectedComponentsWithStats((np.asarray(mask_HW) > 0).astype(np.uint8))
-    area, length, widest = 0, 0.0, 0.0
-    for part in range(1, count):
-        left, top, width, height, pixels = boxes[part].tolist()
-        box_HW = labels_HW[top : top + height, left : left + width] == part
-        part_length, part_width = _measure_part(np.pad(box_HW, 1))
-        area, length, widest = area + pixels, length + part_length, max(widest, part_width)
-    return CrackSize(count - 1, area, length, *((area / length, widest) if area else (None, None)))
+    boxes, area = boxes[1:], int(boxes[1:, cv2.CC_STAT_AREA].sum())
+    is_small = boxes[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(axis=1, initial=0) <= _SMALL
+    measured = [_measure(np.concatenate([[False], is_small])[labels_HW])] if is_small.any() else []
+    for part in np.flatnonzero(~is_small).tolist():
+        left, top, width, height, _ = boxes[part].tolist()
+        measured.append(_measure(labels_HW[top : top + height, left : left + width] == part + 1))
+    if not measured:
+        return CrackSize(0, 0, 0.0, None, None)
+    length = sum(one for one, _ in measured)
+    return CrackSize(count - 1, area, length, area / length, max(widest for _, widest in measured))
 
 
-def _measure_part(mask_HW: Array) -> tuple[float, float]:
-    """Length and largest width of one part, with background around it."""
+def _measure(mask_HW: Array) -> tuple[float, float]:
+    """Length of all parts together, and the largest width."""
     # Imported on use: a machine that only trains needs no scikit-image.
     from skimage.morphology import skeletonize
 
-    to_edge_HW = cv2.distanceTransform(mask_HW.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    line_HW = np.asarray(skeletonize(mask_HW, method="lee") > 0)
+    mask_HW = np.pad(mask_HW, 1)
+    line_HW = np.asarray(skeletonize(mask_HW, method="lee")).view(np.bool_)
+    to_edge_HW = cv2.distanceTransform(mask_HW.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     _remove_spurs(line_HW, to_edge_HW)
     rows, columns, links_8P = _links(line_HW)
     steps_P = links_8P.sum(axis=0)
@@ -77,10 +86,11 @@ def _links(line_HW: Array) -> tuple[Ints, Ints, Array]:
 def _widths(line_HW: Array, to_edge_HW: Array, rows: Ints, columns: Ints) -> Floats:
     """(P,) width at each px of a line: its distance to the background and that of the neighbour beside the line that
     is farthest from it. In a crack of an even width the line lies on one of two middle px, and the other is as far."""
-    beside_8P = np.stack(
-        [np.where(line_HW[rows + dy, columns + dx], 0, to_edge_HW[rows + dy, columns + dx]) for dy, dx in _RING]
-    )
-    return np.asarray(to_edge_HW[rows, columns] + beside_8P.max(axis=0), np.float64)
+    beside_P = np.zeros(len(rows), np.float32)
+    for dy, dx in _RING:
+        there = rows + dy, columns + dx
+        np.maximum(beside_P, np.where(line_HW[there], 0, to_edge_HW[there]), out=beside_P)
+    return np.asarray(to_edge_HW[rows, columns] + beside_P, np.float64)
 
 
 def _remove_spurs(line_HW: Array, to_edge_HW: Array) -> None:
@@ -88,22 +98,28 @@ def _remove_spurs(line_HW: Array, to_edge_HW: Array) -> None:
     or fork into the corners of an end, and reach out of the crack by less than a fifth of its width."""
     rows, columns, links_8P = _links(line_HW)
     steps_P = links_8P.sum(axis=0)
-    if steps_P.max(initial=0) < 3:
-        return
-    index = {place: p for p, place in enumerate(zip(rows.tolist(), columns.tolist(), strict=True))}
-    farthest = float(to_edge_HW.max()) * 2**0.5
-    for end in np.flatnonzero(steps_P == 1).tolist():
-        branch, before = [end], -1
-        while steps_P[branch[-1]] < 3 and len(branch) <= farthest + 2:
-            at = branch[-1]
-            ways = [_RING[k] for k in np.flatnonzero(links_8P[:, at])]
-            ahead = [index[rows[at] + dy, columns[at] + dx] for dy, dx in ways]
-            ahead = [p for p in ahead if p != before]
-            if not ahead:
-                break
-            before = at
-            branch.append(ahead[0])
-        root = branch.pop()
-        out = np.hypot(rows[end] - rows[root], columns[end] - columns[root])
-        if steps_P[root] > 2 and out <= 2**0.5 * to_edge_HW[rows[root], columns[root]]:
-            line_HW[rows[branch], columns[branch]] = False
+    neighbours_2P = _two_neighbours(line_HW, rows, columns, links_8P)
+    ends = np.flatnonzero(steps_P == 1)
+    at, before, walking = ends.copy(), ends.copy(), np.arange(len(ends))
+    walked = [(walking, ends)]
+    farthest = 2**0.5 * float(to_edge_HW.max(initial=0))
+    while len(walking) and len(walked) <= farthest + 1:
+        one, other = neighbours_2P[:, at[walking]]
+        ahead = np.where(one == before[walking], other, one)
+        before[walking], at[walking] = at[walking], ahead
+        walking, ahead = walking[steps_P[ahead] == 2], ahead[steps_P[ahead] == 2]
+        walked.append((walking, ahead))
+    out = np.hypot(rows[ends] - rows[at], columns[ends] - columns[at])
+    is_spur = (steps_P[at] > 2) & (out <= 2**0.5 * to_edge_HW[rows[at], columns[at]])
+    gone = np.concatenate([places[is_spur[walkers]] for walkers, places in walked])
+    line_HW[rows[gone], columns[gone]] = False
+
+
+def _two_neighbours(line_HW: Array, rows: Ints, columns: Ints, links_8P: Array) -> Ints:
+    """(2, P) the first and the last px that each is linked to, itself where it is alone."""
+    # px are in the order of the image, so that a search finds one by its place
+    places = rows * line_HW.shape[1] + columns
+    steps = np.array([dy * line_HW.shape[1] + dx for dy, dx in _RING])
+    first, last = links_8P.argmax(axis=0), 7 - links_8P[::-1].argmax(axis=0)
+    wanted = np.stack([places + np.where(links_8P.any(axis=0), steps[one], 0) for one in (first, last)])
+    return np.asarray(np.searchsorted(places, wanted), np.int64)
