@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.config import RunConfig
@@ -41,7 +42,7 @@ def load_model(directory: Path, device: torch.device) -> tuple[SegDecNet, RunCon
         thresholds = Thresholds.from_dict(json.loads((directory / "thresholds.json").read_text()))
         network = build(config.architecture, width=config.width, norm=config.norm)
         network.load_state_dict(load_file(directory / "model.safetensors"))
-    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{directory} must hold model.safetensors, config.json and thresholds.json of one model ({error})"
         ) from error

@@ -99,7 +99,7 @@ def _load_onnx(file: Path) -> Deployed:
 
 def _deployed(answer: Answer, size: tuple[int, int], images: Mapping[str, int] | None, source: Path) -> Deployed:
     note = ""
-    if images is None:
+    if not images:
         note = (
             f"{source} does not say how large its training images were (it is of an earlier version); taking the size "
             f"of the network's input, {size[0]}x{size[1]} px"

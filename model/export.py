@@ -1,17 +1,53 @@
-"""A network and its thresholds as one module that answers as training judged: from pixels of an image file to a mask.
+"""A network and its thresholds as one module that answers as training judged, and that module as a file.
 
-Shapes: N images, H x W px.
+Shapes: N images, H x W px. onnx, onnxscript and onnxruntime are imported on use: a machine that trains has none.
 """
 
 from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.arrays import Array
+from model.config import STRIDE, input_size_problem
 from model.counts import to_half
 from model.network import SegDecNet
 from model.thresholds import Thresholds
+
+METADATA = "segdec_tuner"
+"""key of the JSON text that a file carries about itself"""
+
+OPSET = 20
+"""of ONNX: what these networks need, and not newer, so that runtimes of 2024 read the files too"""
+
+_SMALL = 128
+"""px; a side below it gives a map of one position at the end of the decision branch, which torch.export treats apart"""
+
+
+class Answers(NamedTuple):
+    """What a deployable model says of N images."""
+
+    probability: Array
+    """(N, H, W) float32 that a pixel is of a defect"""
+    mask: Array
+    """(N, H, W) uint8, 1 where it is taken for one"""
+    score: Array
+    """(N,) float32 that an image has a defect"""
+    defect: Array
+    """(N,) bool, whether it is taken to have one"""
+
+
+Answerer = Callable[[Array], Answers]
+"""answers images, uint8 (N, H, W, 3) RGB"""
 
 
 class Deployable(nn.Module):
@@ -36,10 +72,14 @@ class Deployable(nn.Module):
         decision = thresholds.decision_logit
         self._image = None if decision is None else least_single(float(to_half(np.float64(decision))))
 
-    def forward(self, image_NHWC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(probability, mask, score, defect)"""
+        return self.decide(*self.logits(image))
+
+    def logits(self, image_NHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the decision (N,) and of the segmentation (N, H, W)."""
         decision_N1, segmentation_N1HW = self.network(image_NHWC.permute(0, 3, 1, 2).float() / 255)
-        return self.decide(decision_N1[:, 0], segmentation_N1HW[:, 0])
+        return decision_N1[:, 0], segmentation_N1HW[:, 0]
 
     def decide(self, decision_N: Tensor, segmentation_NHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same from the network's logits, which are finite."""
@@ -58,6 +98,12 @@ class Deployable(nn.Module):
         else:
             score_N, defect_N = torch.sigmoid(decision_N), positive_N
         return torch.sigmoid(segmentation_NHW), found_NHW.to(torch.uint8), score_N, defect_N
+
+    def from_edge(self, segmentation_NHW: Tensor) -> Tensor:
+        """(N, H, W) how far each logit is from a number at which a pixel's answer turns."""
+        edges = {edge for edge in (self._pixel, self._lowered) if np.isfinite(edge)}
+        distances = [(segmentation_NHW - edge).abs() for edge in edges]
+        return torch.stack(distances).amin(dim=0) if distances else torch.full_like(segmentation_NHW, torch.inf)
 
 
 def least_single(threshold: float) -> float:
@@ -78,3 +124,105 @@ def least_single(threshold: float) -> float:
     middle = np.float32((float(half) + float(below)) / 2)
     is_even = half.view(np.uint16) & 1 == 0  # to which a number in the middle is rounded
     return float(middle if is_even else np.nextafter(middle, np.float32(np.inf)))
+
+
+def trace(module: Deployable, height: int, width: int) -> torch.export.ExportedProgram:
+    """The module as a graph for any number of images of any size that is a multiple of 8 px. A side must be at least
+    128 px, or below that where the network's input is."""
+
+    def side(name: str, length: int) -> Any:
+        eighths = torch.export.Dim(name, min=_SMALL // STRIDE)
+        if length < _SMALL:
+            eighths = torch.export.Dim(name, min=_SMALL // 2 // STRIDE, max=_SMALL // STRIDE - 1)
+        return STRIDE * eighths
+
+    assert input_size_problem(height, width) is None
+    sizes = {0: torch.export.Dim("n", min=1), 1: side("h", height), 2: side("w", width)}
+    example = torch.zeros(
+        2, height, width, 3, dtype=torch.uint8
+    )  # a size of 1 would be taken for one that never changes
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module, (example,), dynamic_shapes={"image": sizes})
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names folders of this machine
+    return program
+
+
+def other_size(images_NHWC: Array) -> Array:
+    """The images, mirrored on at their right and lower edges up to another size that a traced module takes."""
+    grown = [(0, STRIDE if side >= _SMALL else 0) for side in images_NHWC.shape[1:3]]
+    return np.pad(images_NHWC, [(0, 0), *grown, (0, 0)], mode="reflect")
+
+
+def to_torch(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+    """The file that `torch.export.load` reads, in any process; `about` lies in it as extra file METADATA."""
+    file = io.BytesIO()
+    with _quiet():
+        torch.export.save(program, file, extra_files={METADATA: _text(about)})
+    return file.getvalue()
+
+
+def to_onnx(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+    """The file for onnxruntime, weights inside; `about` is METADATA among its properties."""
+    import onnx
+
+    with _quiet():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=["image"],
+            output_names=list(Answers._fields),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert exported is not None
+    model = exported.model_proto
+    graph = model.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer, graph):
+        del part.metadata_props[:]  # they name folders of this machine
+    del graph.value_info[:]
+    for one in (*graph.input, *graph.output):
+        for dimension, letter in zip(one.type.tensor_type.shape.dim, "NHW", strict=False):
+            dimension.dim_param = letter
+    onnx.helper.set_model_props(model, {METADATA: _text(about)})
+    onnx.checker.check_model(model, full_check=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def run_torch(data: bytes) -> Answerer:
+    """Answers with a file of `to_torch`."""
+    with _quiet():
+        module = torch.export.load(io.BytesIO(data)).module()
+
+    def answer(images_NHWC: Array) -> Answers:
+        with torch.inference_mode():
+            return Answers(*(one.numpy() for one in module(torch.from_numpy(images_NHWC))))
+
+    return answer
+
+
+def run_onnx(data: bytes) -> Answerer:
+    """Answers with a file of `to_onnx`, on the processor."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return lambda images_NHWC: Answers(*session.run(list(Answers._fields), {"image": images_NHWC}))
+
+
+def _text(about: dict[str, Any]) -> str:
+    return json.dumps(about, allow_nan=False, sort_keys=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns of its own parts and of packages that these networks do not need."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -41,8 +41,8 @@ class Sizes:
 
     @classmethod
     def of(cls, input_size: Size, images: Mapping[str, int] | None) -> Sizes:
-        """From `images.json`; without it, of training images that had the size of the input."""
-        if images is None:
+        """From `images.json`; without, of training images that had the size of the input."""
+        if not images:
             return cls(input_size, input_size, input_size)
         median, largest = ((images[f"{kind}height"], images[f"{kind}width"]) for kind in ("", "largest_"))
         return cls(input_size, median, largest)

@@ -144,6 +144,16 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def export(options: argparse.Namespace) -> int:
+    from tuner.export import export_run
+    from tuner.run import load_search
+
+    run = load_search(options.run)
+    with options.console.status("exporting, then comparing the file with the network on test images"):
+        print(export_run(run, options.format))
+    return 0
+
+
 def predict(options: argparse.Namespace) -> int:
     from tuner.predict import predict
 
@@ -383,6 +393,17 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(report, "report", "write the report from the run directory", "tuner report runs/demo")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
     made.add_argument("--out", metavar="DIR", help="where to; RUN/report if not given")
+
+    made = verb(export, "export", "write the best network as one file that needs nothing else, or all of it as one zip",
+                "tuner export runs/demo --format onnx")  # fmt: skip
+    made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument(
+        "--format",
+        choices=("onnx", "torch", "report"),
+        required=True,
+        help="onnx: RUN/best/model.onnx; torch: RUN/best/model.pt2, for torch.export.load; report: a zip in RUN with "
+        "report, model, configuration and the command that reproduces them",
+    )
 
     made = verb(predict, "predict", "masks, overlays and sizes of cracks for new images",
                 "tuner predict runs/demo photos 'more/**/*.jpg' --out cracks --mm-per-px 0.2")  # fmt: skip

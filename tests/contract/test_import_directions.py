@@ -39,6 +39,8 @@ def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
     assert users_of("wandb_workspaces") == {"tuner/tracking/wandb_views.py"}
     assert users_of("tensorboardX") == {"tuner/tracking/tensorboard.py"}
+    for name in ("onnx", "onnxruntime"):
+        assert users_of(name) == {"model/export.py"}
 
 
 def test_the_model_knows_nothing_of_the_tuner() -> None:
@@ -62,6 +64,10 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/use.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.trial")),
         ("tuner/records.py", ("ray", "optuna", "torch")),
         ("tuner/finals.py", ("optuna", "wandb")),
+        (
+            "tuner/export.py",
+            ("ray", "optuna", "wandb", "tuner.search", "tuner.sampler", "tuner.pipeline", "tuner.finals"),
+        ),
         ("tuner/plan.py", ("ray", "optuna", "wandb", "torch", "tuner.search", "tuner.sampler", "tuner.pipeline")),
         ("tuner/timing.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.sampler", "tuner.run")),
     ],
@@ -85,10 +91,10 @@ def test_trackers_decide_nothing() -> None:
 
 @pytest.mark.slow
 def test_the_model_imports_without_ray_optuna_and_wandb() -> None:
-    """In a fresh interpreter in which importing them, or albumentations, fails."""
+    """In a fresh interpreter in which importing them, albumentations or what exports fails."""
     code = f"""
 import sys
-for name in {(*HEAVY, "albumentations")!r}:
+for name in {(*HEAVY, "albumentations", "onnx", "onnxscript", "onnxruntime")!r}:
     sys.modules[name] = None
 import pkgutil, importlib, model
 for module in pkgutil.iter_modules(model.__path__):

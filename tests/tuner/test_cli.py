@@ -19,7 +19,7 @@ from tests.tuner.conftest import small_space
 from tuner import cli, pipeline
 
 VERBS = (
-    ["search"], ["trial"], ["resume"], ["status"], ["dashboard"], ["finals"], ["report"], ["plan"], ["data", "check"],
+    ["search"], ["trial"], ["resume"], ["status"], ["dashboard"], ["finals"], ["report"], ["export"], ["plan"], ["data", "check"],
     ["data", "synth"], ["data", "convert"], ["data", "cache"], ["sync"],
     ["wandb-sweep"], ["schema"],
 )  # fmt: skip

@@ -1,0 +1,212 @@
+"""What leaves a run: its best network as one file that answers as the evaluation did, or all of it in one zip."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from model import checkpoint, export
+from model.config import RunConfig
+from model.export import Answerer, Deployable
+from model.files import write_atomically, write_json
+from model.parity import Judged, Mismatch, Parity, compare
+from model.thresholds import Thresholds
+from tuner import report
+from tuner.records import SearchFailed
+from tuner.report import inputs, model_card, render, tables
+from tuner.run import Run
+
+MODEL_FORMATS = ("onnx", "torch")
+FORMATS = (*MODEL_FORMATS, "report")
+
+_FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+_COMPARED = "exports.json"
+"""beside the exported files: their digests, and how far each is from the network"""
+
+_EXTRA = ("onnx", "onnxscript", "onnxruntime")
+_LONGEST_NAME = 100
+_MEMBER_TIME = (1980, 1, 1, 0, 0, 0)
+"""of all files in a zip: the same content is the same file"""
+
+
+def export_run(run: Run, what: str) -> Path:
+    """Writes one of FORMATS into the run's directory; the file. Needs the run's lock.
+
+    ValueError for a run that has no judged winner, or lacks a package; SearchFailed if the file would not answer as
+    the network does, and then none is left.
+    """
+    with run.locked():
+        return _export_report(run) if what == "report" else _export_model(run, what)
+
+
+def _export_model(run: Run, what: str) -> Path:
+    if what == "onnx" and (missing := _missing_packages()):
+        raise ValueError(
+            f"exporting to ONNX needs the packages {', '.join(_EXTRA)}, found no {', '.join(missing)}; "
+            "run: pip install 'segdec-tuner[export]'"
+        )
+    judged = inputs.read(run.directory)
+    best = run.directory / "best"
+    module = _deployable(best, judged)
+    shown = judged.examples
+    program = export.trace(module, *shown.image.shape[1:3])
+    to_file: Callable[..., bytes] = export.to_onnx if what == "onnx" else export.to_torch
+    run_file: Callable[[bytes], Answerer] = export.run_onnx if what == "onnx" else export.run_torch
+    data = to_file(program, _about(run, judged, best))
+    try:
+        parity = compare(module, run_file(data), Judged(shown.names, shown.image, shown.probability, shown.mask))
+    except Mismatch as error:
+        raise SearchFailed(str(error)) from error
+    path = best / _FILES[what]
+    write_atomically(path, data)
+    write_json(best / _COMPARED, _exports(best) | {path.name: _compared(data, parity, what)})
+    _write_card(run, judged)
+    return path
+
+
+def _missing_packages() -> list[str]:
+    return [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+
+
+def _deployable(best: Path, judged: inputs.Run) -> Deployable:
+    """ValueError if best/ is no model, or not the one that was judged: network, thresholds and figures are one
+    thing."""
+    network, config, thresholds = checkpoint.load_model(best, torch.device("cpu"))
+    wanted = RunConfig.from_dict(judged.winner.config), Thresholds.from_dict(judged.winner.thresholds)
+    if (config, thresholds) != wanted:
+        raise ValueError(
+            f"{best} must hold the network that was judged, with the configuration and the thresholds of "
+            "evaluation/selection.json, found others; restore the folder from a copy of the run, or remove "
+            "evaluation/selection.json and run `tuner finals`, which opens the test split again"
+        )
+    return Deployable(network, thresholds)
+
+
+def _about(run: Run, judged: inputs.Run, best: Path) -> dict[str, Any]:
+    """What a file says of itself, so that prediction can bring a photo to the right scale."""
+    config = judged.winner.config
+    return {
+        "schema": 1,
+        "input": {"height": config["input_height"], "width": config["input_width"]},
+        "images": _read(best / "images.json"),
+        "thresholds": _read(best / "thresholds.json"),
+        "architecture": config["architecture"],
+        "width": config["width"],
+        "run": run.name,
+        "trial": judged.winner.trial,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; nothing where there is none: runs from before there was best/images.json have none. ValueError if
+    it is broken."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, found something else ({error}); restore it or remove it") from error
+    return found
+
+
+def _compared(data: bytes, parity: Parity, what: str) -> dict[str, Any]:
+    package = "onnxruntime" if what == "onnx" else "torch"
+    return {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "with": f"{package} {metadata.version(package)}",
+        "compared": asdict(parity),
+    }
+
+
+def _exports(best: Path) -> dict[str, Any]:
+    """What is known of the exported files that are there and are still as they were written."""
+    found = _read(best / _COMPARED)
+    return {
+        name: found[name] for name in _FILES.values() if name in found and _digest(best / name) == found[name]["sha256"]
+    }
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def _write_card(run: Run, judged: inputs.Run) -> None:
+    best = run.directory / "best"
+    metrics = tables.metrics(judged, tables.results(judged))
+    card = model_card.build(judged, metrics, _read(best / "images.json"), _exports(best))
+    write_atomically(best / "README.md", render.markdown(card).encode())
+
+
+def _export_report(run: Run) -> Path:
+    """One zip with the report, the model and what reproduces them."""
+    judged = inputs.read(run.directory)
+    _deployable(run.directory / "best", judged)
+    if not (run.directory / "report" / "index.html").exists():
+        report.write(run.directory)
+    if _missing_packages():
+        _write_card(run, judged)
+    elif _FILES["onnx"] not in _exports(run.directory / "best"):
+        _export_model(run, "onnx")
+    name = f"{_safe(run.name)}-report"
+    path = run.directory / f"{name}.zip"
+    building = path.with_name(f".{path.name}.part")
+    with building.open("wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, data in _members(run, judged):
+                info = zipfile.ZipInfo(f"{name}/{member}", _MEMBER_TIME)
+                info.external_attr, info.create_system = 0o100644 << 16, 3  # a plain file, on any system
+                archive.writestr(info, data, zipfile.ZIP_DEFLATED)
+        file.flush()
+        os.fsync(file.fileno())
+    building.replace(path)
+    return path
+
+
+def _members(run: Run, judged: inputs.Run) -> Iterator[tuple[str, bytes]]:
+    """Names inside the zip and what they hold, in order. W&B's files, the study and the checkpoints stay out."""
+    yield "README.md", _read_me(run, judged).encode()
+    yield "space.yaml", yaml.safe_dump(judged.space, sort_keys=False, allow_unicode=True).encode()
+    for name in ("run.json", "records.jsonl", "splits.json"):
+        if (run.directory / name).is_file():
+            yield name, (run.directory / name).read_bytes()
+    for folder in ("best", "evaluation", "report"):
+        for path in sorted((run.directory / folder).rglob("*")):
+            if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
+                yield path.relative_to(run.directory).as_posix(), path.read_bytes()
+
+
+def _read_me(run: Run, judged: inputs.Run) -> str:
+    facts = judged.facts
+    model = "" if (run.directory / "best" / _FILES["onnx"]).exists() else (
+        "There is no model.onnx, for the packages that make it were not installed: pip install "
+        "'segdec-tuner[export]', then tuner export with --format onnx.\n\n"
+    )  # fmt: skip
+    where = "" if facts["data_path"] == "synthetic" else (
+        f"DATA is the folder of the data set; its fingerprint must be {judged.data['fingerprint']}. "
+    )  # fmt: skip
+    return (
+        f"# Report of run {render.escape(facts['name'])}\n\n"
+        "report/index.html is the report; best/README.md says what the model is and how it is used.\n\n"
+        f"{model}"
+        "This makes such a run again:\n\n"
+        f"    pip install segdec-tuner=={facts['versions']['segdec-tuner']}\n"
+        f"    {model_card.reproducing_command(facts)}\n\n"
+        f"{where}Trials that run at once end in an order of their own, so a search with several at a time does not "
+        "repeat to the bit; the data, the splits and the training of a configuration do, on the same device.\n\n"
+        "`tuner report` and `tuner export` take this folder, unpacked, as a run.\n"
+    )
+
+
+def _safe(name: str) -> str:
+    """A name for a file, whatever the run's folder is called."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._-")[:_LONGEST_NAME] or "run"
