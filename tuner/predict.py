@@ -33,6 +33,8 @@ _REMARKS = ("note", "error")
 _CRACK = (213, 94, 0)
 """Vermillion of Okabe and Ito, as in reports (`tuner.report.style.RED`); the photo below it is grey."""
 _OPACITY = 0.6
+_JPEG = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+"""A line of one px keeps its colour, which JPEG otherwise stores for four px at once."""
 _JPEG_SIDE = 65_500
 """px; a JPEG file cannot have more"""
 
@@ -112,7 +114,7 @@ def _predict_one(
         _write(folder / "masks" / f"{photo.name}.png", found.mask_HW * np.uint8(255), [cv2.IMWRITE_PNG_COMPRESSION, 3])
         overlay_HWC = _overlay(image_HWC, found.mask_HW)
         kind = ".jpg" if max(overlay_HWC.shape) <= _JPEG_SIDE else ".png"
-        _write(folder / "overlays" / f"{photo.name}{kind}", overlay_HWC, [])
+        _write(folder / "overlays" / f"{photo.name}{kind}", overlay_HWC, _JPEG if kind == ".jpg" else [])
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # no later photo would fare better
             raise
