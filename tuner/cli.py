@@ -168,6 +168,14 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def predict(options: argparse.Namespace) -> int:
+    from tuner.predict import predict
+
+    outcome = predict(options.model, options.images, options.out, options.mm_per_px, options.console)
+    print(outcome)
+    return 1 if outcome.counts["failed"] else 0
+
+
 def trial(options: argparse.Namespace) -> int:
     from tuner.single import run_trial
 
@@ -416,6 +424,15 @@ def _parser() -> argparse.ArgumentParser:
         help="onnx: RUN/best/model.onnx; torch: RUN/best/model.pt2, for torch.export.load; report: a zip in RUN with "
         "report, model, configuration and the command that reproduces them",
     )
+
+    made = verb(predict, "predict", "masks, overlays and sizes of cracks for new images",
+                "tuner predict runs/demo photos 'more/**/*.jpg' --out cracks --mm-per-px 0.2")  # fmt: skip
+    made.add_argument("model", metavar="MODEL", help="the folder of a run, its best/, or an exported .onnx file")
+    made.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders with all below them, or patterns")
+    made.add_argument(
+        "--out", metavar="DIR", required=True, help="a new folder, or one of earlier predictions, which it replaces"
+    )
+    made.add_argument("--mm-per-px", metavar="F", type=_positive, help="gives lengths and areas in mm too")
 
     made = verb(plan, "plan", "check a space and its data, time a few steps, forecast hours and memory; no run is made",
                 "tuner plan demo --data synthetic")  # fmt: skip

@@ -70,6 +70,10 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
             ("ray", "optuna", "wandb", "tuner.search", "tuner.sampler", "tuner.pipeline", "tuner.finals"),
         ),
         ("tuner/plan.py", ("ray", "optuna", "wandb", "torch", "tuner.search", "tuner.sampler", "tuner.pipeline")),
+        ("tuner/predict.py", (*HEAVY, "torch", "tuner.run", "tuner.search", "tuner.report", "model.export")),
+        ("tuner/photos.py", (*HEAVY, "torch", "tuner.run", "tuner.predict")),
+        ("model/tiles.py", ("torch", "onnxruntime")),
+        ("model/crack_size.py", ("torch", "model.tiles")),
         ("tuner/timing.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.sampler", "tuner.run")),
     ],
 )

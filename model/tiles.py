@@ -1,0 +1,169 @@
+"""Photos of any size, answered by a network that has seen images of one size.
+
+Shapes: N images, H x W px; sizes are (height, width). A photo that is no larger than training's largest image is
+stretched to the network's input, as training images were. A larger one is cut into tiles of the size that training
+images had (the median) before they were stretched, and each tile goes the way of a training image: so a crack has as
+many px as in training, and FeatureNorm and the decision, which see a whole input, see one as they were taught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import cv2
+import numpy as np
+
+from model.arrays import Array
+from model.inspection import resize_image
+
+Size = tuple[int, int]
+Answer = Callable[[Array], tuple[Array, Array, Array, Array]]
+"""uint8 (N, H, W, 3) -> probability (N, H, W), mask (N, H, W) of 0 and 1, score (N), defect (N)"""
+
+OVERLAP = 1 / 4
+"""Neighbouring tiles share at least this part of a side. See bench/RESULTS.md: without, seams cost Dice; more costs
+time alone."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a network was trained on, px."""
+
+    input: Size
+    """of the network"""
+    median: Size
+    """of image files in training"""
+    largest: Size
+    """sides of image files in training"""
+
+    @classmethod
+    def of(cls, input_size: Size, images: Mapping[str, int] | None) -> Sizes:
+        """From `images.json`; without, of training images that had the size of the input."""
+        if not images:
+            return cls(input_size, input_size, input_size)
+        median, largest = ((images[f"{kind}height"], images[f"{kind}width"]) for kind in ("", "largest_"))
+        return cls(input_size, median, largest)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tile along one axis, px of the photo."""
+
+    start: int
+    stop: int
+    """what is cut out, [start, stop); beyond the photo it is mirrored"""
+    first: int
+    last: int
+    """what the tile answers, [first, last)"""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a network says of a photo."""
+
+    mask_HW: Array
+    """uint8 of 0 and 1, of the photo's own size"""
+    score: float
+    """the largest of the tiles'"""
+    defect: bool
+    """whether a tile has one"""
+    tiles: int
+
+
+def spans(length: int, tile: int) -> list[Span]:
+    """Tiles that cover `length` px, evenly spread, the first and the last flush with the ends.
+
+    Each px is answered by the tile whose middle is nearest. A photo narrower than a tile is mirrored at both ends: that
+    leaves what FeatureNorm measures nearly as it is, where a border of one colour would not, and cracks their width.
+    """
+    if length <= tile:
+        start = -((tile - length) // 2)
+        return [Span(start, start + tile, 0, length)]
+    count = int(np.ceil((length - OVERLAP * tile) / (tile * (1 - OVERLAP))))
+    starts = [round(k * (length - tile) / (count - 1)) for k in range(count)]
+    seams = [0, *((a + tile + b) // 2 for a, b in pairwise(starts)), length]
+    return [Span(start, start + tile, *ends) for start, ends in zip(starts, pairwise(seams), strict=True)]
+
+
+def cuts(size: Size, sizes: Sizes) -> list[tuple[Span, Span]]:
+    """The tiles of a photo: rows and columns of each."""
+    if all(side <= most for side, most in zip(size, sizes.largest, strict=True)):
+        return [(Span(0, size[0], 0, size[0]), Span(0, size[1], 0, size[1]))]
+    rows, columns = (spans(side, tile) for side, tile in zip(size, sizes.median, strict=True))
+    return [(row, column) for row in rows for column in columns]
+
+
+def segment(
+    photo_HWC: Array, answer: Answer, sizes: Sizes, told: Callable[[int, int], Any] | None = None
+) -> Segmentation:
+    """One tile after another, so that a network's memory does not grow with the photo. `told` hears of every tile.
+
+    FloatingPointError if the network returns a number that is not finite.
+    """
+    mask_HW = np.zeros(photo_HWC.shape[:2], np.uint8)
+    tiles = cuts((photo_HWC.shape[0], photo_HWC.shape[1]), sizes)
+    score, defect = -np.inf, False
+    for done, (rows, columns) in enumerate(tiles, start=1):
+        tile_HWC = _cut(photo_HWC, rows, columns)
+        probability, mask, scores, defects = answer(resize_image(tile_HWC, sizes.input)[None])
+        if not (np.isfinite(scores).all() and np.isfinite(probability).all()):
+            raise FloatingPointError("the network returned a number that is not finite")
+        own_HW = bring_back(mask[0], tile_HWC.shape[:2])
+        mask_HW[rows.first : rows.last, columns.first : columns.last] = own_HW[
+            rows.first - rows.start : rows.last - rows.start,
+            columns.first - columns.start : columns.last - columns.start,
+        ]
+        score, defect = max(score, float(scores[0])), defect or bool(defects[0])
+        if told:
+            told(done, len(tiles))
+    return Segmentation(mask_HW, score, defect, len(tiles))
+
+
+def _cut(photo_HWC: Array, rows: Span, columns: Span) -> Array:
+    height, width = photo_HWC.shape[:2]
+    inside = photo_HWC[max(0, rows.start) : rows.stop, max(0, columns.start) : columns.stop]
+    before, after = (-rows.start, rows.stop - height), (-columns.start, columns.stop - width)
+    top, bottom, left, right = (max(0, beyond) for beyond in (*before, *after))
+    if not any((top, bottom, left, right)):
+        return np.ascontiguousarray(inside)
+    return cv2.copyMakeBorder(inside, top, bottom, left, right, cv2.BORDER_REFLECT_101)
+
+
+def bring_back(mask_HW: Array, size: Size) -> Array:
+    """A mask of the network's input at the size of what was stretched to it.
+
+    Where that is larger, a px takes the answer nearest to it; where it is smaller, it is set when half of it is: lines
+    neither swell nor shrink.
+    """
+    smaller = (min(mask_HW.shape[0], size[0]), min(mask_HW.shape[1], size[1]))
+    if mask_HW.shape != smaller:
+        covered = cv2.resize(mask_HW.astype(np.float32), smaller[::-1], interpolation=cv2.INTER_AREA)
+        mask_HW = (covered >= 0.499).astype(np.uint8)
+    return cv2.resize(mask_HW, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def tiled_against_whole(
+    answer: Answer, images: Sequence[Array], truths: Sequence[Array], sizes: Sizes
+) -> dict[str, float]:
+    """Mean Dice of tiled prediction and of one pass over each whole image, on images larger than training's.
+
+    Images have training's scale and sides that the network takes, truths are (H, W) of 0 and 1. Empty on empty is 1.
+    `agreement` is the mean Dice of the two predictions with each other.
+    """
+    assert sizes.median == sizes.input, "one pass over the whole would have another scale"
+    rows = []
+    for image_HWC, truth_HW in zip(images, truths, strict=True):
+        tiled_HW = segment(image_HWC, answer, sizes).mask_HW
+        whole_HW = answer(image_HWC[None])[1][0]
+        rows.append([dice(truth_HW, tiled_HW), dice(truth_HW, whole_HW), dice(whole_HW, tiled_HW)])
+    means = np.mean(rows, axis=0)
+    return {"images": len(rows)} | dict(zip(("tiled", "whole", "agreement"), map(float, means), strict=True))
+
+
+def dice(a_HW: Array, b_HW: Array) -> float:
+    """Of two masks of 0 and 1; empty on empty is 1."""
+    total = np.count_nonzero(a_HW) + np.count_nonzero(b_HW)
+    return 2 * np.count_nonzero((a_HW > 0) & (b_HW > 0)) / total if total else 1.0

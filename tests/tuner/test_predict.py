@@ -1,0 +1,425 @@
+"""`tuner predict` on real files, with a small network of random weights."""
+
+import csv
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
+from rich.console import Console
+
+from model import deployed, export, tiles
+from model.arrays import Array
+from model.checkpoint import load_model, save_model
+from model.config import RunConfig
+from model.crack_size import measure
+from model.files import write_json
+from model.inspection import decode_image, resize_image
+from model.network import build
+from model.thresholds import Thresholds
+from tuner import photos
+from tuner.cli import main
+from tuner.predict import _CRACK, cell, predict
+from tuner.report import style
+
+pytestmark = pytest.mark.timeout(300)  # torch takes its time to make an ONNX file
+
+ROOT = Path(__file__).parents[2]
+HEIGHT, WIDTH = 64, 128
+IMAGES = {"height": 64, "width": 128, "largest_height": 80, "largest_width": 160}
+
+
+def surface(height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Array:
+    """RGB: a smooth surface with a dark line."""
+    rng = np.random.default_rng(seed)
+    grain = cv2.GaussianBlur(rng.normal(0, 60, (height, width, 3)).astype(np.float32), (0, 0), 2)
+    out = (150 + grain).clip(0, 255).astype(np.uint8)
+    cv2.line(out, (0, height // 3), (width, height // 2), (30, 30, 30), 3)
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model whose masks have some pixels."""
+    folder = tmp_path_factory.mktemp("run") / "best"
+    torch.manual_seed(0)
+    config = RunConfig(width=0.25, input_height=HEIGHT, input_width=WIDTH)
+    network = build(config.architecture, width=config.width).eval()
+    images = torch.from_numpy(np.stack([surface(seed=k) for k in range(4)])).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        decisions, logits = network(images / 255)
+    thresholds = Thresholds("grid", 1, float(logits.quantile(0.9)), float(decisions.mean()))
+    save_model(folder, network.state_dict(), config, thresholds, epoch=1)
+    write_json(folder / "images.json", IMAGES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a file that needs no torch."""
+    network, _, thresholds = load_model(model, torch.device("cpu"))
+    program = export.trace(export.Deployable(network, thresholds), HEIGHT, WIDTH)
+    about = {"schema": 1, "input": {"height": HEIGHT, "width": WIDTH}, "images": IMAGES}
+    file = tmp_path_factory.mktemp("exported") / "model.onnx"
+    file.write_bytes(export.to_onnx(program, about))
+    return file
+
+
+def save(path: Path, image: Array | None = None, **how: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(surface() if image is None else image).save(path, **how)
+    return path
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def run(model: Path, *images: Path | str, out: Path, **options: Any) -> list[dict[str, str]]:
+    predict(str(model), [str(one) for one in images], str(out), options.get("mm_per_px"), Console(file=io.StringIO()))
+    return rows(out)
+
+
+def mask_of(out: Path, name: str) -> Array:
+    return np.asarray(Image.open(out / "masks" / f"{name}.png"))
+
+
+def test_a_photo_gets_the_networks_own_mask_and_its_size(model: Path, tmp_path: Path) -> None:
+    file = save(tmp_path / "photo.png")
+    (row,) = run(model, file, out=tmp_path / "out", mm_per_px=0.5)
+    _, mask, score, defect = deployed.load(model).answer(surface()[None])
+    assert mask.any()
+    assert np.array_equal(mask_of(tmp_path / "out", "photo.png"), mask[0] * 255)
+    size = measure(mask[0])
+    assert size.width_mean is not None
+    assert row["file"] == "photo.png"
+    assert (row["height_px"], row["width_px"], row["tiles"]) == ("64", "128", "1")
+    assert (int(row["cracks"]), int(row["area_px"]), int(row["defect"])) == (size.cracks, mask.sum(), int(defect[0]))
+    assert float(row["score"]) == pytest.approx(score[0], rel=1e-5)
+    assert float(row["area_share"]) == pytest.approx(mask.mean(), rel=1e-5)
+    assert float(row["length_px"]) == pytest.approx(size.length, abs=0.01)
+    assert float(row["length_mm"]) == pytest.approx(0.5 * size.length, rel=1e-5)
+    assert float(row["width_mean_mm"]) == pytest.approx(0.5 * size.width_mean, rel=1e-5)
+    assert float(row["area_mm2"]) == pytest.approx(0.25 * size.area, rel=1e-5)
+    assert (row["note"], row["error"]) == ("", "")
+
+
+def test_a_large_photo_is_answered_in_tiles(model: Path, tmp_path: Path) -> None:
+    photo = surface(200, 300)
+    (row,) = run(model, save(tmp_path / "photo.png", photo), out=tmp_path / "out")
+    network = deployed.load(model)
+    found = tiles.segment(photo, network.answer, network.sizes)
+    assert int(row["tiles"]) == found.tiles > 1
+    assert np.array_equal(mask_of(tmp_path / "out", "photo.png"), found.mask_HW * 255)
+    assert "length_mm" not in row
+
+
+def test_a_photo_smaller_or_a_little_larger_than_the_input_is_stretched(model: Path, tmp_path: Path) -> None:
+    photo = surface(80, 90)
+    (row,) = run(model, save(tmp_path / "photo.png", photo), out=tmp_path / "out")
+    _, mask, _, _ = deployed.load(model).answer(resize_image(photo, (HEIGHT, WIDTH))[None])
+    assert row["tiles"] == "1"
+    assert np.array_equal(mask_of(tmp_path / "out", "photo.png"), tiles.bring_back(mask[0], (80, 90)) * 255)
+
+
+def test_the_overlay_is_grey_where_nothing_is_and_coloured_where_the_mask_is(model: Path, tmp_path: Path) -> None:
+    run(model, save(tmp_path / "photo.png"), out=tmp_path / "out")
+    overlay = decode_image(tmp_path / "out" / "overlays" / "photo.png.jpg").astype(int)
+    mask = mask_of(tmp_path / "out", "photo.png") > 0
+    colourful = overlay.max(axis=2) - overlay.min(axis=2)
+    assert colourful[mask].mean() > 80  # also where it is one px wide
+    assert colourful[~mask].mean() < 20
+    assert to_rgb(style.RED) == pytest.approx(np.array(_CRACK) / 255)
+
+
+def test_all_three_forms_of_a_model_answer_alike_and_onnx_needs_no_torch(
+    model: Path, onnx_file: Path, tmp_path: Path
+) -> None:
+    file = save(tmp_path / "photo.png", surface(150, 200))
+    assert run(model.parent, file, out=tmp_path / "a") == run(model, file, out=tmp_path / "b")
+    code = f"""
+import sys
+sys.modules["torch"] = None
+from tuner.cli import main
+sys.exit(main(["predict", {str(onnx_file)!r}, {str(file)!r}, "--out", {str(tmp_path / "c")!r}]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+    ours, theirs = rows(tmp_path / "a")[0], rows(tmp_path / "c")[0]
+    assert float(theirs["score"]) == pytest.approx(float(ours["score"]), abs=1e-4)
+    assert (mask_of(tmp_path / "a", "photo.png") != mask_of(tmp_path / "c", "photo.png")).mean() < 1e-3
+    assert theirs["tiles"] == ours["tiles"]
+
+
+def test_a_model_of_an_earlier_version_is_taken_at_its_inputs_size_and_that_is_said(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, tmp_path / "best")
+    (tmp_path / "best" / "images.json").unlink()
+    file = save(tmp_path / "photo.png", surface(66, 128))
+    assert main(["predict", str(tmp_path), str(file), "--out", str(tmp_path / "out")]) == 0
+    assert rows(tmp_path / "out")[0]["tiles"] == "2"
+    assert "taking the size of the network's input, 64x128 px" in " ".join(capsys.readouterr().err.split())
+
+
+def test_folders_patterns_and_files_are_found_once_each_with_their_own_names(model: Path, tmp_path: Path) -> None:
+    photo = surface()
+    for name in (
+        "a/x.jpg",
+        "b/x.jpg",
+        "b/x.png",
+        "b/deep/er/y.TIF",
+        "b/z.webp",
+        "b/w.bmp",
+        "b/.hidden.jpg",
+        "b/._x.jpg",
+    ):
+        save(tmp_path / "in" / name, photo)
+    (tmp_path / "in" / "b" / "notes.txt").write_text("no image")
+    arguments = (
+        tmp_path / "in" / "a" / "x.jpg",
+        tmp_path / "in" / "a",
+        f"{tmp_path}/in/b/**/*.*",
+        tmp_path / "in" / "b",
+    )
+    found = run(model, *arguments, out=tmp_path / "out")
+    assert sorted(row["file"] for row in found) == [
+        "a/x.jpg", "b/deep/er/y.TIF", "b/w.bmp", "b/x.jpg", "b/x.png", "b/z.webp",
+    ]  # fmt: skip
+    masks = {str(path.relative_to(tmp_path / "out" / "masks")) for path in (tmp_path / "out" / "masks").rglob("*.png")}
+    assert masks == {row["file"] + ".png" for row in found}
+
+
+def test_a_second_run_does_not_read_what_the_first_has_written(model: Path, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.png")
+    out = tmp_path / "in" / "out"
+    first = run(model, tmp_path / "in", out=out)
+    assert run(model, tmp_path / "in", out=out) == first
+    assert run(model, f"{tmp_path}/in/**/*.png", out=out) == first
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(model: Path, tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    file = save(tmp_path / "photo.png", exif=exif)
+    (row,) = run(model, file, out=tmp_path / "out")
+    turned = orientation > 4
+    assert (row["height_px"], row["width_px"]) == (("128", "64") if turned else ("64", "128"))
+    assert mask_of(tmp_path / "out", "photo.png").shape == ((128, 64) if turned else (64, 128))
+    upright = np.asarray(Image.open(file).transpose(_TURNS[orientation]) if orientation > 1 else Image.open(file))
+    assert np.array_equal(photos.read(file)[0], upright)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _grey_16(path: Path) -> None:
+    cv2.imwrite(str(path), surface()[..., 0].astype(np.uint16) * 256 + 17)
+
+
+def _colour_16(path: Path) -> None:
+    cv2.imwrite(str(path), surface()[..., ::-1].astype(np.uint16) * 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "is_grey", "error"),
+    [
+        ("grey.png", lambda path: save(path, surface()[..., 0]), True, 0),
+        ("grey16.png", _grey_16, True, 0),
+        ("grey16.tif", _grey_16, True, 0),
+        ("colour16.png", _colour_16, False, 0),
+        ("colour16.tif", _colour_16, False, 1),
+        ("alpha.png", lambda path: save(path, np.dstack([surface(), np.zeros((HEIGHT, WIDTH), np.uint8)])), False, 0),
+        ("palette.png", lambda path: Image.fromarray(surface()).quantize(256).save(path), False, 20),
+        ("cmyk.jpg", lambda path: Image.fromarray(surface()).convert("CMYK").save(path, quality=100), False, 8),
+        ("cmyk.tif", lambda path: Image.fromarray(surface()).convert("CMYK").save(path), False, 1),
+    ],
+)
+def test_every_kind_of_file_is_read_as_training_reads_it(
+    tmp_path: Path, name: str, write: Callable[[Path], None], is_grey: bool, error: int
+) -> None:
+    write(tmp_path / name)
+    image, note = photos.read(tmp_path / name)
+    wanted = np.repeat(surface()[..., :1], 3, axis=2) if is_grey else surface()
+    assert image.shape == (HEIGHT, WIDTH, 3)
+    assert np.abs(image.astype(int) - wanted).max() <= error
+    assert np.array_equal(image, decode_image(tmp_path / name))
+    assert note == ""
+
+
+def test_16_bit_from_a_12_bit_camera_is_read_as_in_training_and_that_is_said(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "camera.png"
+    cv2.imwrite(str(file), surface()[..., 0].astype(np.uint16) * 16)
+    (row,) = run(model, file, out=tmp_path / "out")
+    assert row["note"].startswith(f"16 bit whose largest value is {16 * int(surface()[..., 0].max())} of 65535")
+    assert row["error"] == ""
+    save(tmp_path / "night.png", np.full((HEIGHT, WIDTH, 3), 3, np.uint8))
+    assert photos.read(tmp_path / "night.png")[1] == ""
+
+
+def test_of_several_pages_the_first_is_read_and_that_is_said(tmp_path: Path) -> None:
+    pages = [Image.fromarray(surface(seed=k)) for k in range(3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    image, note = photos.read(tmp_path / "pages.tif")
+    assert np.array_equal(image, surface())
+    assert note == "3 pages, of which the first was read"
+
+
+def test_broken_files_are_told_counted_and_do_not_stop_the_rest(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for k, suffix in enumerate(("jpg", "png", "tif", "bmp", "webp")):
+        file = save(tmp_path / "in" / f"{k}-cut.{suffix}")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    (tmp_path / "in" / "5-empty.jpg").touch()
+    (tmp_path / "in" / "6-text.png").write_text("no image")
+    huge = tmp_path / "in" / "7-huge.png"
+    Image.new("1", (20_000, 20_000)).save(huge)
+    cv2.imwrite(str(tmp_path / "in" / "8-float.tif"), np.zeros((HEIGHT, WIDTH), np.float32))
+    save(tmp_path / "in" / "9-good.png")
+    assert main(["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
+    found = rows(tmp_path / "out")
+    assert [row["file"] for row in found if not row["error"]] == ["9-good.png"]
+    assert len(found) == 10
+    assert [row["score"] for row in found[:9]] == [""] * 9
+    said = capfd.readouterr()
+    for row in found[:9]:
+        assert f"{row['file']}: {row['error']}" in said.err
+    assert len(said.err.splitlines()) == 9  # and nothing of OpenCV's own
+    assert "must have at most 150,000,000 px" in found[7]["error"]
+    assert said.out.endswith("10 images, " + f"{found[9]['defect']} with a defect, 9 failed\n")
+
+
+EVIL = (
+    '=cmd|"x"!A1.png', "+1.png", "-x.png", "@sum.png", "\tx.png", "a'b\"c<d>&e.png", "two\nlines.png", "white space.png",
+    "日本語 ß.png", "[bold]x.png", "\x1b[31mred.png", "a,b;c.png", "%41.png",
+)  # fmt: skip
+
+
+def test_no_name_does_harm(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in EVIL:
+        save(tmp_path / "in" / name)
+    (tmp_path / "in" / "\x1b[31mbroken\n.png").touch()
+    assert main(["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
+    found = {os.path.normpath(row["file"]) for row in rows(tmp_path / "out") if not row["error"]}
+    assert found == set(EVIL)
+    assert not [row for row in rows(tmp_path / "out") if row["file"][0] in "=+-@\t\r"]
+    assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {f"{name}.png" for name in EVIL}
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert len(said.splitlines()) == 1
+    assert cell("a/=x.png") == "a/=x.png"
+
+
+def test_bytes_that_are_no_text_make_no_table_that_is_none(model: Path, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "good.png").rename(os.fsdecode(os.fsencode(tmp_path / "in") + b"/\xff.png"))
+    (row,) = run(model, tmp_path / "in", out=tmp_path / "out")
+    assert (row["file"], row["error"]) == ("\\udcff.png", "")
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "message"),
+    [
+        (["nothing.jpg"], "out", "no such file or folder, and no pattern"),
+        (["empty"], "out", "no image in there; images are files *.jpg, "),
+        (["in/*.gif"], "out", "no image in there"),
+        (["in"], "in", "--out must not hold the images"),
+        (["in/a.png"], ".", "--out must not hold the images"),
+        (["link"], "in", "--out must not hold the images"),
+        (["in"], "full", "found full with masks in it"),
+        (["in"], "file", "--out must be a folder, found the file file"),
+    ],
+)
+def test_bad_input_ends_with_one_message_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    images: list[str], out: str, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "in" / "a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full" / "masks").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("in")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["predict", str(model), *images, "--out", out]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_no_model_is_bad_input(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(save(tmp_path / "a.png"))
+    (tmp_path / "x.onnx").write_bytes(b"none")
+    (tmp_path / "run").mkdir()
+    for words, message in (
+        ("run", "which has no best/model.safetensors; `tuner finals RUN` leaves best/"),
+        ("x.onnx", "must be a model that `tuner export` made"),
+        ("y.onnx", "no such file; `tuner export RUN --format onnx` makes one"),
+        ("a.png", "which is none of them"),
+    ):
+        assert main(["predict", str(tmp_path / words), file, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", str(model), file, "--out", str(tmp_path / "out"), "--mm-per-px", "0"])
+    assert stopped.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_keeps_what_is_done_and_says_so(model: Path, tmp_path: Path) -> None:
+    for k in range(40):
+        save(tmp_path / "in" / f"{k:02}.png", surface(200, 300))
+    words = [sys.executable, "-m", "tuner", "predict", model, tmp_path / "in", "--out", tmp_path / "out"]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    table = tmp_path / "out" / "predictions.csv"
+    ends = time.monotonic() + 50
+    while time.monotonic() < ends and not (table.exists() and len(table.read_text().splitlines()) >= 3):
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    done = len(rows(tmp_path / "out"))
+    assert 2 <= done < 40
+    assert f"stopped at once; {done} of 40 images are in {table}; the same command begins anew" in said
+    assert len(said.splitlines()) == 1
+    for row in rows(tmp_path / "out"):
+        assert mask_of(tmp_path / "out", row["file"]).shape == (200, 300)
+
+
+def test_progress_is_shown_on_a_terminal_alone(model: Path, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "[red]x.png", surface(200, 300))
+    (tmp_path / "in" / "y.png").touch()
+    shown = io.StringIO()
+    predict(
+        str(model),
+        [str(tmp_path / "in")],
+        str(tmp_path / "out"),
+        None,
+        Console(file=shown, force_terminal=True, width=120),
+    )
+    assert "[red]x.png, tile" in shown.getvalue()
+    assert "y.png: cannot be decoded" in shown.getvalue()
+
+
+def test_an_onnx_file_says_what_it_was_trained_on(onnx_file: Path) -> None:
+    assert deployed.load(onnx_file).sizes == tiles.Sizes((64, 128), (64, 128), (80, 160))
+    assert deployed.ONNX_KEY == export.METADATA

@@ -1,0 +1,240 @@
+"""`tuner predict` as a story: find the photos, load the model, and for each photo write what it says of it."""
+
+from __future__ import annotations
+
+import csv
+import errno
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model import deployed, tiles
+from model.arrays import Array
+from model.crack_size import CrackSize, measure
+from model.files import write_atomically
+from tuner.photos import Photo, find, read
+
+TABLE = "predictions.csv"
+_COLUMNS = (
+    "file", "height_px", "width_px", "tiles", "score", "defect", "cracks", "area_px", "area_share", "length_px",
+    "width_mean_px", "width_max_px",
+)  # fmt: skip
+_IN_MM = ("length_mm", "width_mean_mm", "width_max_mm", "area_mm2")
+_REMARKS = ("note", "error")
+
+_CRACK = (213, 94, 0)
+"""Vermillion of Okabe and Ito, as in reports (`tuner.report.style.RED`); the photo below it is grey."""
+_OPACITY = 0.6
+_JPEG = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+"""A line of one px keeps its colour, which JPEG otherwise stores for four px at once."""
+_JPEG_SIDE = 65_500
+"""px; a JPEG file cannot have more"""
+
+
+@dataclass
+class Outcome:
+    """How predictions went."""
+
+    out: Path
+    images: int
+    counts: Counter[str]
+    """`defect` and `failed`"""
+
+    def __str__(self) -> str:
+        failed = f", {self.counts['failed']} failed" if self.counts["failed"] else ""
+        return f"{shown(self.out / TABLE)}: {self.images} images, {self.counts['defect']} with a defect{failed}"
+
+
+def predict(model: str, images: Sequence[str], out: str, mm_per_px: float | None, console: Console) -> Outcome:
+    """Writes masks/, overlays/ and predictions.csv into `out`; a broken file is told and does not stop the rest."""
+    folder = Path(out)
+    photos = find(images, folder)
+    _check_is_free(folder)
+    network = deployed.load(Path(model))
+    if network.note:
+        console.print(network.note, style="yellow", markup=False, highlight=False)
+    outcome = Outcome(folder, len(photos), Counter())
+    done = 0
+    with _table(folder, mm_per_px) as table, _progress(console, len(photos)) as told:
+        try:
+            for photo in photos:
+                row = _predict_one(photo, network, folder, mm_per_px, told.of(photo, done))
+                table.add(row)
+                outcome.counts["defect"] += row.get("defect") == 1
+                outcome.counts["failed"] += "error" in row
+                if problem := row.get("error") or row.get("note"):
+                    told.say(photo, problem)
+                done += 1
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"{done} of {len(photos)} images are in {shown(folder / TABLE)}; the same command begins anew"
+            ) from stop
+    return outcome
+
+
+def _check_is_free(folder: Path) -> None:
+    """ValueError for a folder with something else in it: masks/ may be somebody's data set."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"--out must be a folder, found the file {folder}; take another name")
+    others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if others and not _is_ours(folder / TABLE):
+        raise ValueError(
+            f"--out must be a new folder, an empty one or one of earlier predictions, found {folder} with "
+            f"{min(others)} in it; take another name"
+        )
+
+
+def _is_ours(table: Path) -> bool:
+    try:
+        with table.open("rb") as file:
+            return file.read(80).startswith(",".join(_COLUMNS[:4]).encode())
+    except OSError:
+        return False
+
+
+def _predict_one(
+    photo: Photo, network: deployed.Deployed, folder: Path, mm_per_px: float | None, told: Any
+) -> dict[str, Any]:
+    """The photo's row; its mask and overlay are written before."""
+    row: dict[str, Any] = {"file": cell(photo.name)}
+    try:
+        image_HWC, note = read(photo.path)
+        found = tiles.segment(image_HWC, network.answer, network.sizes, told)
+        size = measure(found.mask_HW)
+        _write(folder / "masks" / f"{photo.name}.png", found.mask_HW * np.uint8(255), [cv2.IMWRITE_PNG_COMPRESSION, 3])
+        overlay_HWC = _overlay(image_HWC, found.mask_HW)
+        kind = ".jpg" if max(overlay_HWC.shape) <= _JPEG_SIDE else ".png"
+        _write(folder / "overlays" / f"{photo.name}{kind}", overlay_HWC, _JPEG if kind == ".jpg" else [])
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # no later photo would fare better
+            raise
+        return row | {"error": _said(error, photo)}
+    except (ValueError, FloatingPointError, MemoryError, cv2.error) as error:
+        return row | {"error": _said(error, photo)}
+    return row | _figures(found, size, mm_per_px) | ({"note": note} if note else {})
+
+
+def _said(error: Exception, photo: Photo) -> str:
+    """An error's message without the file's name, which stands before it."""
+    return str(error).removeprefix(f"{photo.path}: ") or type(error).__name__
+
+
+def _figures(found: tiles.Segmentation, size: CrackSize, mm_per_px: float | None) -> dict[str, Any]:
+    """The cells of one photo; those that cannot exist are left out."""
+    height, width = found.mask_HW.shape
+    cells = {
+        "height_px": height,
+        "width_px": width,
+        "tiles": found.tiles,
+        "score": f"{found.score:.6g}",
+        "defect": int(found.defect),
+        "cracks": size.cracks,
+        "area_px": size.area,
+        "area_share": f"{size.area / found.mask_HW.size:.6g}",
+    }
+    lengths = {"length": size.length, "width_mean": size.width_mean, "width_max": size.width_max}
+    for name, value in lengths.items():
+        if value is not None:
+            cells[f"{name}_px"] = f"{value:.2f}"
+            if mm_per_px:
+                cells[f"{name}_mm"] = f"{value * mm_per_px:.6g}"
+    if mm_per_px:
+        cells["area_mm2"] = f"{size.area * mm_per_px**2:.6g}"
+    return cells
+
+
+def _overlay(image_HWC: Array, mask_HW: Array) -> Array:
+    """BGR: the photo in grey, the crack in a colour that no grey is like. Written over the photo, to save memory."""
+    grey_HW = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY)
+    cv2.cvtColor(grey_HW, cv2.COLOR_GRAY2BGR, dst=image_HWC)
+    found = mask_HW > 0
+    under = grey_HW[found].astype(np.float32)[:, None] * (1 - _OPACITY)
+    image_HWC[found] = (under + _OPACITY * np.array(_CRACK[::-1], np.float32)).astype(np.uint8)
+    return image_HWC
+
+
+def _write(path: Path, pixels: Array, how: list[int]) -> None:
+    """A grey or BGR image, whole or not at all."""
+    ok, data = cv2.imencode(path.suffix, pixels, how)
+    assert ok
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data.tobytes())
+
+
+def cell(name: str) -> str:
+    """A file's name as a cell: a spreadsheet would run one that begins as a formula does, so it gets a ./ before it,
+    which names the same file. Bytes that are no text are written as \\udcNN."""
+    name = name.encode(errors="backslashreplace").decode()
+    return f"./{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+
+
+def shown(path: Path | str) -> str:
+    """A file's name in a message: on one line, without what steers a terminal."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+class _Table:
+    """predictions.csv, a line at a time, so that a kill leaves those that are done."""
+
+    def __init__(self, file: TextIO, columns: Sequence[str]) -> None:
+        self._file = file
+        self._lines = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        self._lines.writeheader()
+        self._file.flush()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._lines.writerow(row)
+        self._file.flush()
+
+
+@contextmanager
+def _table(folder: Path, mm_per_px: float | None) -> Iterator[_Table]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / TABLE).open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        yield _Table(file, [*_COLUMNS, *(_IN_MM if mm_per_px else ()), *_REMARKS])
+
+
+class _Told:
+    """Says how far it is, on a terminal alone, and what went wrong, anywhere."""
+
+    def __init__(self, console: Console, progress: Progress | None, images: int) -> None:
+        self._console, self._progress = console, progress
+        self._task = progress.add_task("", total=images) if progress else None
+
+    def of(self, photo: Photo, before: int) -> Any:
+        """Hears of the tiles of one photo."""
+
+        def told(done: int, tiles: int) -> None:
+            if self._progress is not None and self._task is not None:
+                what = shown(photo.name)[-50:] + (f", tile {done} of {tiles}" if tiles > 1 else "")
+                self._progress.update(self._task, completed=before + done / tiles, description=what)
+
+        return told
+
+    def say(self, photo: Photo, problem: str) -> None:
+        self._console.print(
+            f"{shown(photo.name)}: {shown(problem)}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+@contextmanager
+def _progress(console: Console, images: int) -> Iterator[_Told]:
+    if not console.is_terminal:
+        yield _Told(console, None, images)
+        return
+    words = TextColumn("{task.description}", markup=False)
+    with Progress(
+        words, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as bar:
+        yield _Told(console, bar, images)
