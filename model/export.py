@@ -5,6 +5,7 @@ Shapes: N images, H x W px. onnx, onnxscript and onnxruntime are imported on use
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from model.arrays import Array
 from model.config import STRIDE, input_size_problem
 from model.counts import to_half
-from model.network import SegDecNet
+from model.network import FeatureNorm, SegDecNet
 from model.thresholds import Thresholds
 
 METADATA = "segdec_tuner"
@@ -148,24 +149,43 @@ def trace(module: Deployable, height: int, width: int) -> torch.export.ExportedP
     return program
 
 
+def std_mean_by_rows(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """What FeatureNorm takes from a map, added up within rows and then over rows. onnxruntime adds one number to the
+    next: over a whole map at once its rounding errors are five times as large."""
+
+    def mean_of(values_BCHW: Tensor) -> Tensor:
+        return values_BCHW.mean(dim=3, keepdim=True).mean(dim=2, keepdim=True)
+
+    mean = mean_of(x_BCHW)
+    positions = x_BCHW.shape[2] * x_BCHW.shape[3]
+    apart = x_BCHW - mean
+    return torch.sqrt(mean_of(apart * apart) * (positions / (positions - 1))), mean
+
+
 def other_size(images_NHWC: Array) -> Array:
     """The images, mirrored on at their right and lower edges up to another size that a traced module takes."""
     grown = [(0, STRIDE if side >= _SMALL else 0) for side in images_NHWC.shape[1:3]]
     return np.pad(images_NHWC, [(0, 0), *grown, (0, 0)], mode="reflect")
 
 
-def to_torch(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
-    """The file that `torch.export.load` reads, in any process; `about` lies in it as extra file METADATA."""
+def to_torch(module: Deployable, height: int, width: int, about: dict[str, Any]) -> bytes:
+    """The file that `torch.export.load` reads, in any process; `about` lies in it as extra file METADATA. `height` and
+    `width` are the network's input."""
     file = io.BytesIO()
     with _quiet():
-        torch.export.save(program, file, extra_files={METADATA: _text(about)})
+        torch.export.save(trace(module, height, width), file, extra_files={METADATA: _text(about)})
     return file.getvalue()
 
 
-def to_onnx(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+def to_onnx(module: Deployable, height: int, width: int, about: dict[str, Any]) -> bytes:
     """The file for onnxruntime, weights inside; `about` is METADATA among its properties."""
     import onnx
 
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        if isinstance(part, FeatureNorm):
+            part.std_mean = std_mean_by_rows
+    program = trace(module, height, width)
     with _quiet():
         exported = torch.onnx.export(
             program,

@@ -22,6 +22,10 @@ _NARROWEST = 8
 """Channels that the width factor leaves: layers of 8 are cheap, and the decoder needs them to draw."""
 
 
+def _std_mean(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.std_mean(x_BCHW, dim=(2, 3), keepdim=True)
+
+
 class FeatureNorm(nn.Module):
     """Normalises each channel of each image over its positions.
 
@@ -33,12 +37,13 @@ class FeatureNorm(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.kind = "root_std"
+        self.std_mean = _std_mean
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x = x_BCHW.float() if x_BCHW.dtype in (torch.bfloat16, torch.float16) else x_BCHW
-        std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
+        std, mean = self.std_mean(x)
         spread = std + 0.001
         factor = torch.rsqrt(spread) if self.kind == "root_std" else spread.reciprocal()
         return ((x - mean) * (self.scale * factor) + self.bias).to(x_BCHW.dtype)

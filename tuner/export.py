@@ -62,10 +62,9 @@ def _export_model(run: Run, what: str) -> Path:
     best = run.directory / "best"
     module = _deployable(best, judged)
     shown = judged.examples
-    program = export.trace(module, *shown.image.shape[1:3])
     to_file: Callable[..., bytes] = export.to_onnx if what == "onnx" else export.to_torch
     run_file: Callable[[bytes], Answerer] = export.run_onnx if what == "onnx" else export.run_torch
-    data = to_file(program, _about(run, judged, best))
+    data = to_file(module, *shown.image.shape[1:3], _about(run, judged, best))
     try:
         parity = compare(module, run_file(data), Judged(shown.names, shown.image, shown.probability, shown.mask))
     except Mismatch as error:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -140,6 +141,13 @@ def test_from_a_space_to_a_report(place: Path) -> None:
     status = json.loads(out)
     assert (code, status["state"], status["trials"], status["running"]) == (0, "finished", 4, 0)
     assert status["best"]["value"] == best["value"]
+
+    code, out, err = call(place, "export", "runs/small", "--format", "report")
+    assert (code, out) == (0, "runs/small/small-report.zip\n"), err
+    compared = json.loads((place / "runs/small/best/exports.json").read_text())["model.onnx"]["compared"]
+    assert compared["probability"] <= 1e-4
+    assert compared["unlike_judged"] <= 1e-5 * compared["pixels"]  # single precision there and here
+    assert zipfile.is_zipfile(place / "runs/small/small-report.zip")
 
     code, _, err = call_here(place, "finals", "runs/small")
     assert code == 2

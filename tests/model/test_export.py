@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from model.counts import to_half
-from model.export import Answers, Deployable, least_single, run_onnx, run_torch, to_onnx, to_torch, trace
+from model.export import Answers, Deployable, least_single, run_onnx, run_torch, std_mean_by_rows, to_onnx, to_torch
 from model.network import build
 from model.parity import Judged, Mismatch, compare
 from model.thresholds import Thresholds
@@ -100,14 +100,23 @@ ANSWERS_OF_ALL = [
 def test_files_answer_as_the_network_at_any_size(architecture, width, norm, size, thresholds) -> None:
     torch.manual_seed(0)
     module = Deployable(build(architecture, width=width, norm=norm), thresholds)
-    program = trace(module, *size)
     other = tuple(side + 64 if side >= 128 else side + 8 for side in size)
-    for answer in (run_torch(to_torch(program, {})), run_onnx(to_onnx(program, {}))):
+    for answer in (run_torch(to_torch(module, *size, {})), run_onnx(to_onnx(module, *size, {}))):
         for sides in (size, other):
             # A fresh network makes noise of noise: many pixels lie near the edge, and few of them may flip.
             found = compare(module, answer, judged(module, *sides))
             assert found.edge_pixels <= 1e-4 * found.pixels
             assert (found.probability, found.score) <= (1e-4, 1e-4)
+
+
+@given(hnp.arrays(np.float32, (2, 3, 4, 5), elements=st.floats(-100, 100, width=32)))
+def test_statistics_by_rows_are_those_of_feature_norm(x) -> None:
+    for found, wanted in zip(
+        std_mean_by_rows(torch.from_numpy(x)),
+        torch.std_mean(torch.from_numpy(x), dim=(2, 3), keepdim=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
 class Answering:

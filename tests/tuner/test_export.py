@@ -228,8 +228,8 @@ def test_the_zip_holds_what_is_to_be_handed_over(exported: Run, tmp_path: Path) 
 def is_tampered(function: Any, change: Any) -> Any:
     """An export whose file is not the network."""
 
-    def to_onnx(program: Any, about: dict[str, Any]) -> bytes:
-        model = onnx.load_model_from_string(function(program, about))
+    def to_onnx(*arguments: Any) -> bytes:
+        model = onnx.load_model_from_string(function(*arguments))
         change(model.graph)
         return model.SerializeToString()
 
