@@ -44,8 +44,11 @@ def dice(run: Path) -> None:
     examples = np.load(run / "evaluation" / "examples.npz")
     quarters = _shuffled(examples["image"], examples["truth"])
     alone = [[network.answer(image[None])[1][0] for image in images] for images, _ in quarters]
-    scores = [tiles.dice(_mosaic(truths), _mosaic(masks)) for (_, truths), masks in zip(quarters, alone, strict=True)]
-    sets = {"mosaics of test examples": [(_mosaic(images), _mosaic(truths)) for images, truths in quarters]}
+    scores = [
+        tiles.dice(tiles.mosaic(truths), tiles.mosaic(masks))
+        for (_, truths), masks in zip(quarters, alone, strict=True)
+    ]
+    sets = {"mosaics of test examples": [(tiles.mosaic(images), tiles.mosaic(truths)) for images, truths in quarters]}
     if json.loads((run / "run.json").read_text())["data_path"] == "synthetic":
         sets["synthetic"] = _synthetic(side)
     print("| images | overlap | tiles | tiled | whole at once | each by itself | tiled against whole |")
@@ -69,10 +72,6 @@ def _shuffled(images: Array, truths: Array) -> list[tuple[Array, Array]]:
     rng = np.random.default_rng(0)
     orders = [rng.permutation(len(images))[: len(images) // 4 * 4].reshape(-1, 4) for _ in range(3)]
     return [(images[four], truths[four]) for order in orders for four in order]
-
-
-def _mosaic(four: Array | list[Array]) -> Array:
-    return np.concatenate([np.concatenate(four[:2], axis=1), np.concatenate(four[2:], axis=1)])
 
 
 def _synthetic(side: tuple[int, int]) -> list[tuple[Array, Array]]:

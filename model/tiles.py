@@ -163,6 +163,11 @@ def tiled_against_whole(
     return {"images": len(rows)} | dict(zip(("tiled", "whole", "agreement"), map(float, means), strict=True))
 
 
+def mosaic(four: Array | Sequence[Array]) -> Array:
+    """Four images or masks of one size as one of twice their sides."""
+    return np.concatenate([np.concatenate(four[:2], axis=1), np.concatenate(four[2:], axis=1)])
+
+
 def dice(a_HW: Array, b_HW: Array) -> float:
     """Of two masks of 0 and 1; empty on empty is 1."""
     total = np.count_nonzero(a_HW) + np.count_nonzero(b_HW)
