@@ -170,7 +170,7 @@ def _tiling(module: Deployable, judged: inputs.EvaluatedRun) -> str:
     alone = [tiles.dice(truth, tiles.mosaic(shown.mask[four])) for four, truth in zip(fours, truths, strict=True)]
     return (
         f"`tuner predict` answers photos that are larger than training's in tiles. Measured on {len(fours)} mosaics of "
-        f"four test images each, twice the network's input in height and width: mean Dice {found['tiled']:.3f} in tiles, "
+        f"four test images each, of twice the input's height and width: mean Dice {found['tiled']:.3f} in tiles, "
         f"{found['whole']:.3f} in one pass over the whole, {np.mean(alone):.3f} with each image answered by itself. "
         "Mosaics have edges where images meet, as no photo has."
     )
