@@ -110,11 +110,12 @@ def _predict_one(
     try:
         image_HWC, note = read(photo.path)
         found = tiles.segment(image_HWC, network.answer, network.sizes, told)
-        size = measure(found.mask_HW)
         _write(folder / "masks" / f"{photo.name}.png", found.mask_HW * np.uint8(255), [cv2.IMWRITE_PNG_COMPRESSION, 3])
+        kind = ".jpg" if max(found.mask_HW.shape) <= _JPEG_SIDE else ".png"
         overlay_HWC = _overlay(image_HWC, found.mask_HW)
-        kind = ".jpg" if max(overlay_HWC.shape) <= _JPEG_SIDE else ".png"
         _write(folder / "overlays" / f"{photo.name}{kind}", overlay_HWC, _JPEG if kind == ".jpg" else [])
+        del image_HWC, overlay_HWC  # measuring takes the most memory beside the network
+        size = measure(found.mask_HW)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # no later photo would fare better
             raise

@@ -39,8 +39,8 @@ def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
     assert users_of("wandb_workspaces") == {"tuner/tracking/wandb_views.py"}
     assert users_of("tensorboardX") == {"tuner/tracking/tensorboard.py"}
-    for name in ("onnx", "onnxruntime"):
-        assert users_of(name) == {"model/export.py"}
+    assert users_of("onnx") == {"model/export.py"}
+    assert users_of("onnxruntime") == {"model/export.py", "model/deployed.py"}
 
 
 def test_the_model_knows_nothing_of_the_tuner() -> None:
