@@ -324,10 +324,20 @@ def write_run(
     return made
 
 
+EXAMPLES = 16
+
+
 def _write_examples(path: Path, test: Made, logit: float) -> None:
+    """Evenly over the ranks, and the one with the evil name."""
     masks = to_half(test.logits).astype(np.float64) >= logit
     hits = (masks & test.truths).sum(axis=(1, 2))
     order = np.argsort(2 * hits / np.maximum(masks.sum(axis=(1, 2)) + test.truths.sum(axis=(1, 2)), 1))
+    if len(order) > EXAMPLES:
+        spread = {
+            *np.linspace(0, len(order) - 1, EXAMPLES - 1).round().astype(int),
+            order.tolist().index(len(order) - 1),
+        }
+        order = order[sorted(spread)]
     np.savez(
         path,
         names=np.array(test.names)[order],
