@@ -147,11 +147,12 @@ def bring_back(mask_HW: Array, size: Size) -> Array:
 
 def tiled_against_whole(
     answer: Answer, images: Sequence[Array], truths: Sequence[Array], sizes: Sizes
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Mean Dice of tiled prediction and of one pass over each whole image, on images larger than training's.
 
     Images have training's scale and sides that the network takes, truths are (H, W) of 0 and 1. Empty on empty is 1.
-    `agreement` is the mean Dice of the two predictions with each other.
+    `positives` are of the images with a defect alone; `agreement` is the mean Dice of the two predictions with each
+    other. None for what cannot exist.
     """
     assert sizes.median == sizes.input, "one pass over the whole would have another scale"
     rows = []
@@ -159,8 +160,18 @@ def tiled_against_whole(
         tiled_HW = segment(image_HWC, answer, sizes).mask_HW
         whole_HW = answer(image_HWC[None])[1][0]
         rows.append([dice(truth_HW, tiled_HW), dice(truth_HW, whole_HW), dice(whole_HW, tiled_HW)])
-    means = np.mean(rows, axis=0)
-    return {"images": len(rows)} | dict(zip(("tiled", "whole", "agreement"), map(float, means), strict=True))
+    positive = [row for row, truth_HW in zip(rows, truths, strict=True) if truth_HW.any()]
+    tiled, whole, agreement = np.mean(rows, axis=0).tolist()
+    tiled_positives, whole_positives = np.mean(positive, axis=0).tolist()[:2] if positive else (None, None)
+    return {
+        "images": len(rows),
+        "tiled": tiled,
+        "whole": whole,
+        "agreement": agreement,
+        "positives": len(positive),
+        "tiled_positives": tiled_positives,
+        "whole_positives": whole_positives,
+    }
 
 
 def mosaic(four: Array | Sequence[Array]) -> Array:

@@ -157,4 +157,8 @@ def test_tiled_is_compared_with_whole() -> None:
     photos = [noise(128, 128), np.full((128, 128, 3), 200, np.uint8)]
     truths = [(photo[..., 0] < 60).astype(np.uint8) for photo in photos]
     found = tiles.tiled_against_whole(pixelwise, photos, truths, Sizes.of((64, 64), None))
-    assert found == {"images": 2, "tiled": 1, "whole": 1, "agreement": 1}
+    assert found == {
+        "images": 2, "tiled": 1, "whole": 1, "agreement": 1, "positives": 1, "tiled_positives": 1, "whole_positives": 1,
+    }  # fmt: skip
+    found = tiles.tiled_against_whole(pixelwise, photos[1:], truths[1:], Sizes.of((64, 64), None))
+    assert (found["tiled"], found["positives"], found["tiled_positives"]) == (1, 0, None)
