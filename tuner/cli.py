@@ -411,8 +411,9 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(compare, "compare", "set searches side by side, with paired intervals on the test images they share",
                 "tuner compare runs/demo runs/demo-wide --out comparison")  # fmt: skip
     made.add_argument("run", metavar="RUN", nargs="+", help="folders of runs; each is compared with the first")
-    made.add_argument("--out", metavar="DIR", help="write a page with figures there instead of tables to the terminal")
-    made.add_argument("--json", action="store_true", help="for programs")
+    form = made.add_mutually_exclusive_group()
+    form.add_argument("--out", metavar="DIR", help="write a page with figures there instead of tables to the terminal")
+    form.add_argument("--json", action="store_true", help="for programs")
 
     made = verb(export, "export", "write the best network as one file that needs nothing else, or all of it as one zip",
                 "tuner export runs/demo --format onnx")  # fmt: skip

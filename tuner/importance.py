@@ -13,6 +13,7 @@ trial of its own.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -56,12 +57,22 @@ def write(run_directory: Path, space: Space) -> None:
         logger.warning("the importance of parameters was not written: %s: %s", type(error).__name__, error)
 
 
+def is_current(run_directory: Path) -> bool:
+    """Whether it was written from as many records as there are: a session that was killed leaves an earlier one."""
+    try:
+        found = json.loads((run_directory / FILE).read_text())
+        return bool(found["records"] == len(records.read(run_directory)))
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+
+
 def of(space: Space, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What docs/run-directory.md says of importance.json; the same for the same records."""
     epoch = space.scheduler.min_epochs if space.scheduler.name != "none" else None
     points = _points(space, trials, epoch)
     varied = [name for name in space.search if len({repr(params.get(name)) for params, _ in points}) > 1]
-    found = {"schema": 1, "metric": space.objective.metric, "epoch": epoch, "trials": len(points)}
+    found = {"schema": 1, "metric": space.objective.metric, "records": len(trials)}
+    found |= {"epoch": epoch, "trials": len(points)}
     if len(points) < MIN_TRIALS or not varied or len({value for _, value in points}) == 1:
         return found | {"best": None, "parameters": []}
     best = max(_BEST_AT_LEAST, round(len(points) / 5))

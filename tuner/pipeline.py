@@ -71,7 +71,7 @@ def go_on(run: Run, console: Console | None = None) -> Run:
             if state != "finished":
                 with storage.explained(run.study):
                     state = _search(run, console)
-            elif not (run.directory / importance.FILE).exists():  # of an earlier version
+            elif not importance.is_current(run.directory):
                 importance.write(run.directory, run.space)
             if state == "finished" and not run.options.no_report:
                 if not (run.directory / "evaluation" / "selection.json").exists():

@@ -20,6 +20,7 @@ from model import deployed, tiles
 from model.arrays import Array
 from model.crack_size import CrackSize, measure
 from model.files import write_atomically
+from tuner.names import cell, quoting, shown
 from tuner.photos import Photo, find, read
 
 TABLE = "predictions.csv"
@@ -63,7 +64,7 @@ def predict(model: str, images: Sequence[str], out: str, mm_per_px: float | None
         console.print(network.note, style="yellow", markup=False, highlight=False)
     outcome = Outcome(folder, len(photos), Counter())
     done = 0
-    with _table(folder, mm_per_px) as table, _progress(console, len(photos)) as told:
+    with _table(folder, mm_per_px, photos) as table, _progress(console, len(photos)) as told:
         try:
             for photo in photos:
                 row = _predict_one(photo, network, folder, mm_per_px, told.of(photo, done))
@@ -172,25 +173,12 @@ def _write(path: Path, pixels: Array, how: list[int]) -> None:
     write_atomically(path, data.tobytes())
 
 
-def cell(name: str) -> str:
-    """A file's name as a cell: a spreadsheet would run one that begins as a formula does, so it gets a ./ before it,
-    which names the same file. Bytes that are no text are written as \\udcNN."""
-    name = name.encode(errors="backslashreplace").decode()
-    return f"./{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
-
-
-def shown(path: Path | str) -> str:
-    """A file's name in a message: on one line, without what steers a terminal."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
 class _Table:
     """predictions.csv, a line at a time, so that a kill leaves those that are done."""
 
-    def __init__(self, file: TextIO, columns: Sequence[str]) -> None:
+    def __init__(self, file: TextIO, columns: Sequence[str], quoting: int) -> None:
         self._file = file
-        self._lines = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        self._lines = csv.DictWriter(file, columns, restval="", lineterminator="\n", quoting=quoting)  # type: ignore[arg-type]
         self._lines.writeheader()
         self._file.flush()
 
@@ -200,10 +188,11 @@ class _Table:
 
 
 @contextmanager
-def _table(folder: Path, mm_per_px: float | None) -> Iterator[_Table]:
+def _table(folder: Path, mm_per_px: float | None, photos: Sequence[Photo]) -> Iterator[_Table]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / TABLE).open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        yield _Table(file, [*_COLUMNS, *(_IN_MM if mm_per_px else ()), *_REMARKS])
+        columns = [*_COLUMNS, *(_IN_MM if mm_per_px else ()), *_REMARKS]
+        yield _Table(file, columns, quoting(photo.name for photo in photos))
 
 
 class _Told:

@@ -30,7 +30,8 @@ from model.network import build
 from model.thresholds import Thresholds
 from tuner import photos
 from tuner.cli import main
-from tuner.predict import _CRACK, cell, predict
+from tuner.names import cell
+from tuner.predict import _CRACK, predict
 from tuner.report import style
 
 pytestmark = pytest.mark.timeout(300)  # torch takes its time to make an ONNX file

@@ -7,6 +7,7 @@ again anywhere, at any time, with the same figures. Before the winner is evaluat
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 
 import matplotlib
 
+from tuner.names import quoting
 from tuner.records import OPEN_TEST
 from tuner.report import calibration, comparison, inputs, latex, page, render, rules, style, tables
 from tuner.report.gallery import Gallery, Page
@@ -24,8 +26,12 @@ from tuner.report.gallery import Gallery, Page
 __all__ = ["write", "write_comparison"]
 
 _MARKS = ("index.html", "metrics.json")
+_WRITTEN = (*_MARKS, "report.md", "predictions.csv", "tables.tex", "figures", "dices", OPEN_TEST)
+"""what a report consists of; all else in its folder is somebody's, and stays"""
 _COMPARISON_MARKS = ("index.html", "comparison.json")
 """files by which a folder is known as a report, or as a comparison"""
+_ERRORS = "backslashreplace"
+"""A file's name may be no UTF-8. It is written as \\udcNN, which JSON reads back."""
 
 
 def write(run_directory: Path, out: Path | None = None) -> Path:
@@ -67,8 +73,10 @@ def _fill(run: inputs.Run, folder: Path) -> None:
     }
     _write_json(folder / "metrics.json", metrics)
     if evaluated and results:
-        with (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows(tables.predictions(evaluated, results))
+        names = [*results.validation.split.names, *results.test.split.names]
+        with (folder / "predictions.csv").open("w", newline="", encoding="utf-8", errors=_ERRORS) as file:
+            lines = csv.writer(file, lineterminator="\n", quoting=quoting(names))  # type: ignore[arg-type]
+            lines.writerows(tables.predictions(evaluated, results))
     with matplotlib.rc_context(style.RC):
         content = page.build(run, results, metrics, Gallery(folder))
     _write_pages(content, folder)
@@ -76,13 +84,13 @@ def _fill(run: inputs.Run, folder: Path) -> None:
 
 
 def _write_pages(content: Page, folder: Path) -> None:
-    (folder / "index.html").write_text(render.html(content, folder), encoding="utf-8")
-    (folder / "report.md").write_text(render.markdown(content), encoding="utf-8")
+    (folder / "index.html").write_text(render.html(content, folder), encoding="utf-8", errors=_ERRORS)
+    (folder / "report.md").write_text(render.markdown(content), encoding="utf-8", errors=_ERRORS)
 
 
 def _write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8", errors=_ERRORS)
 
 
 @contextmanager
@@ -90,10 +98,12 @@ def _replaced(target: Path, marks: Sequence[str]) -> Iterator[Path]:
     """An empty folder that takes the place of `target` when it is filled, or leaves it as it was."""
     _refuse_foreign(target, marks)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_after_kills(target)
     fresh = _sibling(target, "new")
     try:
         fresh.mkdir()
         yield fresh
+        _keep_foreign(target, fresh)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -107,6 +117,36 @@ def _refuse_foreign(target: Path, marks: Sequence[str]) -> None:
         raise ValueError(f"{target} is a file; name a folder for the report")
     if any(target.iterdir()) and not all((target / mark).is_file() for mark in marks):
         raise ValueError(f"{target} holds something that is not a report; name a new or an empty folder")
+
+
+def _keep_foreign(target: Path, fresh: Path) -> None:
+    """Somebody's notes beside an earlier report."""
+    for path in target.iterdir() if target.exists() else ():
+        if path.name not in (*_WRITTEN, *_COMPARISON_MARKS):
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, fresh / path.name)
+
+
+def _clear_after_kills(target: Path) -> None:
+    """What a process that was killed has left beside a report: an earlier one comes back if it has no successor."""
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.*")):
+        *_, pid, word = path.name.split(".")
+        if word not in ("new", "old") or not pid.isdigit() or _is_alive(int(pid)):
+            continue
+        if word == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sibling(target: Path, word: str) -> Path:

@@ -1,6 +1,6 @@
 """Several searches side by side, each from its run directory alone. Every one is compared with the first.
 
-Test figures are paired on the test images that two runs share: same name and same label.
+Test figures are paired on the test images that two runs share.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from model.arrays import Array, Ints
 from model.intervals import MIN_GROUPS, Interval, Ratio, contributing, difference_interval
+from tuner import records
 from tuner.report import comparison_charts, inputs, tables, words
 from tuner.report.gallery import Block, Gallery, Page, Pictures, Section, Table, Text
 from tuner.report.inputs import EvaluatedRun, Json, Run
@@ -83,15 +84,19 @@ def difference(search: Search, first: Search) -> Difference | None:
 
 
 def _shared(ours: Judged, theirs: Judged) -> tuple[Ints, Ints]:
-    """Rows of the images that both have, in the order of ours."""
-    there = {key: row for row, key in enumerate(_keys(theirs))}
-    pairs = [(row, there[key]) for row, key in enumerate(_keys(ours)) if key in there]
+    """Rows of the images that both have, in the order of ours: of one name and label and, where inputs have one size,
+    one mask by its number of px. Names alone are not enough: numbered images are in many sets."""
+    ours_of, theirs_of = ours.selected, theirs.selected
+    same_size = set(ours_of.pixels[:, 0].tolist()) == set(theirs_of.pixels[:, 0].tolist())
+
+    def keys(judged: Judged) -> list[tuple[str, bool, int]]:
+        truth = judged.selected.truth[:, 0] if same_size else np.zeros(len(judged.split), np.int64)
+        return list(zip(judged.split.names, map(bool, judged.split.labels), map(int, truth), strict=True))
+
+    there = {key: row for row, key in enumerate(keys(theirs))}
+    pairs = [(row, there[key]) for row, key in enumerate(keys(ours)) if key in there]
     found = np.array(pairs, np.int64).reshape(-1, 2)
     return found[:, 0], found[:, 1]
-
-
-def _keys(judged: Judged) -> list[tuple[str, bool]]:
-    return list(zip(judged.split.names, map(bool, judged.split.labels), strict=True))
 
 
 def _rows(ratio: Ratio, rows: Ints) -> Ratio:
@@ -142,7 +147,7 @@ def _caution(searches: Sequence[Search]) -> str:
     if len(sizes) > 1:
         text += (
             " The inputs have different sizes, and each mask is judged at the size of its own input: thin cracks are "
-            "harder to hit at a larger one."
+            "harder to hit at a larger one. Images are then matched by name and label alone."
         )
     if len({search.run.data["fingerprint"] for search in searches}) > 1:
         text += " The data are not the same: differences are of the test images that two runs share, if they share any."
@@ -150,6 +155,9 @@ def _caution(searches: Sequence[Search]) -> str:
         search.metrics["evaluated"] for search in searches
     ):
         text += " Not all are evaluated, or not in the same way."
+    for search in searches:
+        if search.run.chosen and search.run.chosen.is_beyond:
+            text += f" {search.name} does not meet its constraints: {records.beyond(search.run.chosen.violations)}."
     return text
 
 
@@ -179,7 +187,7 @@ def _differences(searches: Sequence[Search]) -> Block:
     found = {search.name: difference(search, first) for search in searches[1:]}
     shared = {name: one for name, one in found.items() if one is not None}
     if not shared:
-        return Text("No two of these were evaluated on the same test images, so there is no paired difference.")
+        return Text(f"None shares evaluated test images with {first.name}, so there is no paired difference to it.")
     rows = [
         ["shared test images", *(f"{one.images:,} in {words.plural(one.groups, 'group')}" for one in shared.values())]
     ]
@@ -204,6 +212,7 @@ def _search(searches: Sequence[Search]) -> Table:
 
     rows = [
         row("objective", lambda s: ", ".join(words.metric(one["metric"]) for one in s.run.objectives)),
+        row("constraints", lambda s: "; ".join(map(words.bound, s.run.constraints)) or "none"),
         row("winner", lambda s: s.run.chosen.trial if s.run.chosen else words.NONE),
         row("its value on validation", lambda s: words.figure(s.run.chosen.value, 4) if s.run.chosen else words.NONE),
         row("sampler", lambda s: part(s, "sampler", "name")),

@@ -76,7 +76,8 @@ class Card:
 
     label: str
     value: str
-    interval: str
+    interval: str | None
+    """empty where there is none; None where nobody asks for one"""
     note: str
 
 

@@ -21,7 +21,7 @@ def evaluated(run: EvaluatedRun, results: Results, metrics: Json, gallery: Galle
     strip = gallery.image(
         examples.headline_strip(run.examples, rows),
         "best-examples",
-        f"Test images{with_defect} that the winner segments best: input, and the answer laid over it.",
+        f"Of the examples{with_defect}, those that the winner segments best: input, and the answer laid over it.",
     )
     blocks: list[Block] = [Cards(_cards(run, metrics)), Text(verdict(run, results)), Pictures([strip])]
     head = Section("top", "", blocks)
@@ -39,7 +39,7 @@ def state(run: Run) -> str:
 
 
 _WHY_UNEVALUATED = {
-    "running": "The search had not ended when this was written; a later report shows more.",
+    "running": "The search had not ended when this was written: it runs, or it was killed, and `tuner resume` goes on.",
     "stopped": "The search was stopped; `tuner resume` goes on with it.",
     "failed": "The search failed; why stands under Search. `tuner resume` goes on with it.",
     "finished": "The search has ended, and its winner is not evaluated yet; `tuner finals` does it.",
@@ -74,7 +74,11 @@ def _validation_cards(metrics: Json) -> list[Card]:
         "decision_ap": "validation decision AP",
     }
     found = metrics["validation"]
-    return [Card(label, words.figure(found[key]), "", "") for key, label in labels.items() if found[key] is not None]
+    return [
+        Card(label, words.figure(found[key]), None, "chosen on it")
+        for key, label in labels.items()
+        if found[key] is not None
+    ]
 
 
 def _cards(run: EvaluatedRun, metrics: Json) -> list[Card]:

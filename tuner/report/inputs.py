@@ -187,7 +187,7 @@ def read(directory: Path, evaluation: str = "evaluation") -> Run:
         facts=_json(directory / "run.json"),
         records=list(_json_lines(directory / "records.jsonl")),
         openings=list(_json_lines(directory / "evaluation" / "openings.jsonl")),
-        importance=_json(directory / "importance.json") if (directory / "importance.json").is_file() else None,
+        importance=_importance(directory),
     )
     folder = directory / evaluation
     if not (folder / "selection.json").is_file():
@@ -220,6 +220,21 @@ def read_evaluated(directory: Path) -> EvaluatedRun:
             f"run `tuner finals {directory}` first"
         )
     return run
+
+
+def _importance(directory: Path) -> Json | None:
+    """None where no search has written it, or it is of another state of the records."""
+    path = directory / "importance.json"
+    if not path.is_file():
+        return None
+
+    def parse(path: Path) -> Json:
+        found: Json = _json(path)
+        for key in ("epoch", "trials", "best", "parameters", "records"):
+            found[key]
+        return found
+
+    return _parsed(path, parse, f"remove it; `tuner resume {directory}` writes it again")
 
 
 def _require(folder: Path, names: list[str], way_out: str) -> None:

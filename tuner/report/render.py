@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from tuner.names import shown
 from tuner.report.gallery import Block, Cards, Code, Fold, Page, Picture, Pictures, Table, Tables, Text
 
 
@@ -52,15 +53,15 @@ def markdown(page: Page) -> str:
 
 def plain(page: Page) -> str:
     """The same blocks for a terminal: aligned columns, no pictures."""
-    parts = [page.title, page.subtitle]
+    parts = [shown(page.title), shown(page.subtitle)]
     for section in page.sections:
-        parts += [_plain_table(block) if isinstance(block, Table) else textwrap.fill(block.text, 100)
+        parts += [_plain_table(block) if isinstance(block, Table) else textwrap.fill(shown(block.text), 100)
                   for block in section.blocks if isinstance(block, Table | Text)]  # fmt: skip
     return "\n\n".join(parts)
 
 
 def _plain_table(table: Table) -> str:
-    cells = [[" ".join(cell.split()) for cell in row] for row in (table.header, *table.rows)]
+    cells = [[shown(" ".join(cell.split())) for cell in row] for row in (table.header, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -69,7 +70,7 @@ def _plain_table(table: Table) -> str:
             for n, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
 
-    return "\n".join([table.caption, *map(line, cells)])
+    return "\n".join([shown(table.caption), *map(line, cells)])
 
 
 def escape(text: str) -> str:
@@ -88,7 +89,7 @@ def _block(block: Block) -> str:
         case Pictures():
             return "\n\n".join(f"![{Path(p.file).stem}]({p.file})\n\n{escape(p.caption)}" for p in block.pictures)
         case Cards():
-            rows = [[card.label, card.value, card.interval, card.note] for card in block.cards]
+            rows = [[card.label, card.value, card.interval or "", card.note] for card in block.cards]
             return _block(Table(["figure", "winner", "95 % interval", ""], rows, numeric=frozenset({1})))
         case Tables():
             return "\n\n".join(map(_table, block.tables))

@@ -94,6 +94,13 @@ def _importance(run: Run, gallery: Gallery) -> list[Block]:
                 "tuner resume writes it, also for a search that has finished."
             )
         ]
+    if found["records"] != len(run.records):
+        return [
+            Text(
+                f"importance.json was written when there were {words.plural(found['records'], 'record')}, and there are "
+                f"{len(run.records):,}: how much each parameter mattered is not shown; tuner resume writes it again."
+            )
+        ]
     at = "completed" if found["epoch"] is None else f"reached epoch {found['epoch']}"
     if not found["parameters"]:
         return [

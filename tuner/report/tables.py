@@ -35,6 +35,7 @@ from model.metrics import METRICS, SWEPT, best_f1, confusion, decision_figures, 
 from model.metrics import figures as metric_figures
 from model.thresholds import Thresholds, sigmoid
 from tuner import records
+from tuner.names import cell
 from tuner.report.inputs import EvaluatedCandidate, EvaluatedRun, Json, Run, Split
 
 Figure = float | int | None
@@ -379,7 +380,7 @@ def predictions(run: EvaluatedRun, results: Results) -> Iterator[tuple[Any, ...]
         for n in range(len(split)):
             shares = (column[n] for column in (judged.dice, judged.iou, precision, recall))
             yield (
-                *(split.names[n], name, split.groups[n], int(split.labels[n])),
+                *(cell(split.names[n]), name, cell(split.groups[n]), int(split.labels[n])),
                 f"{scores[n]:.6g}" if run.has_negatives else "",
                 int(decisions[n]) if decisions is not None else "",
                 *(f"{round(share, 9):.6g}" for share in shares),  # 0, not the 1e-18 that 1e-15 above and below leaves

@@ -15,7 +15,7 @@ def is_evaluated(directory: Path) -> bool:
     """Whether a run has a report on a winner that was evaluated; one on a search alone is not logged."""
     try:
         metrics = json.loads((directory / "report" / "metrics.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):  # none, or torn: the next report replaces it
         return False
     return bool(metrics.get("evaluated", True))  # reports of 0.1.0 had a winner
 
