@@ -24,9 +24,9 @@ OTHER_DEFINITIONS = (
     ("threshold", "a pixel or an image is a defect when its score is at least the threshold"),
     (
         "95 % interval",
-        "over groups of images, none below 20 but for the bars of the calibration: studentized bootstrap for means, pooled ratios and paired differences; "
-        "Clopper-Pearson with an effective number of images for the decision's rates; Newcombe 2006 for its AUC; "
-        "binomial among the positives for its AP; jackknife for pixel AP and ODS",
+        "over groups of images, none below 20 but for the bars of the calibration: studentized bootstrap for means, "
+        "pooled ratios and paired differences; Clopper-Pearson with an effective number of images for the decision's "
+        "rates; Newcombe 2006 for its AUC; binomial among the positives for its AP; jackknife for pixel AP and ODS",
     ),
 )
 
@@ -71,8 +71,8 @@ def _commands(run: Run) -> list[Block]:
         return [
             *blocks,
             Text(
-                f"{record['trial']} lies outside the search space, so tuner trial cannot train it. As the baseline it is "
-                "the first trial of every search of that space; this trains it alone:"
+                f"{record['trial']} lies outside the search space, so tuner trial cannot train it. As the baseline it "
+                "is the first trial of every search of that space; this trains it alone:"
             ),
             Code(f"{search_command(run)} --trials 1 --no-report"),
         ]

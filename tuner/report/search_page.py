@@ -97,7 +97,7 @@ def _importance(run: Run, gallery: Gallery) -> list[Block]:
     if found["records"] != len(run.records):
         return [
             Text(
-                f"importance.json was written when there were {words.plural(found['records'], 'record')}, and there are "
+                f"importance.json was written of {words.plural(found['records'], 'record')}, and there are "
                 f"{len(run.records):,}: how much each parameter mattered is not shown; tuner resume writes it again."
             )
         ]

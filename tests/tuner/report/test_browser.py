@@ -68,6 +68,23 @@ def probe(served: tuple[Path, str], tmp_path: Path, width: int, scheme: str) -> 
     return json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', page, re.DOTALL)[1]))
 
 
+def pages_of(pdf: bytes) -> int:
+    return len(re.findall(rb"/Type\s*/Page[^s]", pdf))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_paper_is_no_phone(usual, tmp_path: Path) -> None:
+    """Charts that stand side by side on a screen do so on paper: the phone's rules would make it half as long again."""
+    subprocess.run(
+        [*BROWSER[:-2], f"--user-data-dir={tmp_path}/browser", f"--print-to-pdf={tmp_path}/report.pdf",
+         f"file://{usual.report}/index.html"],
+        capture_output=True, check=True, timeout=100,
+    )  # fmt: skip
+    assert 5 < pages_of((tmp_path / "report.pdf").read_bytes()) < 40
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")

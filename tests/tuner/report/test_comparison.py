@@ -109,6 +109,39 @@ def test_a_page_replaces_an_earlier_one_and_nothing_else(usual, other: Path, tmp
     assert "holds something that is not" in err
 
 
+def test_images_of_one_name_and_other_masks_are_not_paired(usual, make_run, capsys) -> None:
+    """Numbered images are in many sets."""
+    foreign, made = make_run(tests=12)
+    first, second = comparison.read([usual.directory, foreign])
+    names = set(first.results.test.split.names) & set(second.results.test.split.names)
+    assert len(names) == 12
+    found = comparison.difference(second, first)
+    equal = sum(
+        a.any() == b.any() and a.sum() == b.sum()
+        for a, b in zip(made["winner-test"].truths[:-1], usual.made["winner-test"].truths, strict=False)
+    )
+    assert (found.images if found else 0) <= equal + 1 < 12
+
+
+def test_a_winner_that_misses_its_constraints_is_told(usual, make_run, capsys) -> None:
+    beyond, _ = make_run(tests=6, recall_beyond=[0.25, 0.125, *[0.5] * 6])
+    code, out, _ = call(capsys, usual.directory, beyond)
+    assert code == 0
+    assert "does not meet its constraints: recall 0.125 beyond its bound." in " ".join(out.split())
+    assert "pixel recall at least 0.9" in out
+
+
+def test_names_do_not_steer_the_terminal(usual, tmp_path: Path, capsys) -> None:
+    evil = tmp_path / "evil"
+    shutil.copytree(usual.directory, evil)
+    facts = json.loads((evil / "run.json").read_text())
+    (evil / "run.json").write_text(json.dumps(facts | {"name": "a\x1b]0;pwned\x07b"}))
+    code, out, _ = call(capsys, usual.directory, evil)
+    assert code == 0
+    assert "\x1b" not in out
+    assert "a\\x1b]0;pwned\\x07b" in out
+
+
 def test_searches_that_share_nothing_are_told(usual, other: Path, make_run, tmp_path: Path, capsys) -> None:
     stopped = tmp_path / "stopped"
     shutil.copytree(usual.directory, stopped)
@@ -116,7 +149,7 @@ def test_searches_that_share_nothing_are_told(usual, other: Path, make_run, tmp_
     bare, _ = make_run(trials=1, negatives=False, baseline_wins=True, tests=6)
     code, out, _ = call(capsys, usual.directory, stopped)
     assert code == 0
-    assert "so there is no paired difference" in out
+    assert "None shares evaluated test images with" in " ".join(out.split())
     assert "not evaluated" in out
     code, out, _ = call(capsys, usual.directory, bare)
     assert code == 0

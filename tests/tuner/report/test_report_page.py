@@ -1,7 +1,11 @@
 """The page, its pictures, and what happens to the folder."""
 
+import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -131,10 +135,41 @@ def test_writing_again_changes_nothing(bare, tmp_path) -> None:
     before = {path.name: path.read_bytes() for path in bare.report.iterdir() if path.is_file()}
     again = report.write(bare.directory, tmp_path / "elsewhere").parent
     assert {path.name: path.read_bytes() for path in again.iterdir() if path.is_file()} == before
-    (again / "stale.txt").write_text("of an earlier report")
+    (again / "notes.docx").write_text("somebody's")
+    (again / "figures/stale.png").write_text("of an earlier report")
     report.write(bare.directory, again)
-    assert not (again / "stale.txt").exists()
+    assert (again / "notes.docx").read_text() == "somebody's"
+    assert not (again / "figures/stale.png").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_a_report_that_a_kill_has_hidden_comes_back(bare, tmp_path) -> None:
+    """Killed between the two renames: the new report is not there yet, and the old one not any more."""
+    out = report.write(bare.directory, tmp_path / "out").parent
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead = int(done.stdout)
+    (out / "notes.txt").write_text("mine")
+    out.rename(tmp_path / f".out.{dead}.old")
+    (tmp_path / f".out.{dead}.new").mkdir()
+    (tmp_path / f".out.{os.getpid()}.new").mkdir()  # of a process that is alive
+    (tmp_path / f".out.{os.getpid()}.new").rmdir()
+    report.write(bare.directory, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_names_that_are_no_text_or_formulas_do_no_harm(make_run, tmp_path) -> None:
+    directory, _ = make_run(trials=2, tests=6)
+    names = [f"a\udcff{k}.jpg" for k in range(4)] + ["=1+1.jpg", "b\rc\nd.jpg"]
+    for file in ("winner-test.npz", "baseline-test.npz", "examples.npz"):
+        with np.load(directory / "evaluation" / file) as arrays:
+            held = dict(arrays)
+        np.savez(directory / "evaluation" / file, **held | {"names": np.array(names[: len(held["names"])])})
+    folder = report.write(directory).parent
+    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        found = [row["name"] for row in csv.DictReader(file) if row["split"] == "test"]
+    assert found == [*(f"a\\udcff{k}.jpg" for k in range(4)), "./=1+1.jpg", "b\rc\nd.jpg"]
+    assert "a\\udcff0.jpg" in (folder / "index.html").read_text(encoding="utf-8")
 
 
 def test_two_objectives_show_their_front(make_run) -> None:

@@ -47,7 +47,7 @@ def written(directory: Path) -> tuple[str, dict[str, Any]]:
     ("state", "said"),
     [
         ("stopped", "The search was stopped; \\`tuner resume\\` goes on with it. Best so far is trial abc123-0001"),
-        ("running", "The search had not ended when this was written"),
+        ("running", "it runs, or it was killed, and \\`tuner resume\\` goes on"),
         ("failed", "The search failed; why stands under Search."),
         ("finished", "its winner is not evaluated yet; \\`tuner finals\\` does it."),
     ],
@@ -95,6 +95,20 @@ def test_only_trials_that_were_stopped_early(unevaluated: Path) -> None:
     text, metrics = written(unevaluated)
     assert "there is no best configuration" in text
     assert metrics["search"]["stopped_early"] == 2
+
+
+def test_a_broken_importance_is_named_and_a_stale_one_is_not_shown(unevaluated: Path) -> None:
+    path = unevaluated / "importance.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"importance\.json is broken .* `tuner resume .*` writes it again"):
+        report.write(unevaluated)
+    one = {"name": "dilate", "importance": 1.0, "ci90": [0.9, 1.0], "chance": 0.1}
+    path.write_text(
+        json.dumps({"metric": "dice_mean", "epoch": 5, "trials": 12, "best": 5, "parameters": [one], "records": 12})
+    )
+    text, _ = written(unevaluated)
+    assert "importance.json was written of 12 records, and there are 8" in text
+    assert "Parameters that mattered" not in text
 
 
 def test_nothing_has_finished_yet(unevaluated: Path) -> None:
