@@ -158,6 +158,17 @@ def test_a_run_whose_folder_was_renamed_keeps_the_name_of_its_group(logged) -> N
     assert pipeline.watched(runs.load(moved)).name == DIRECTORY
 
 
+@pytest.mark.parametrize(("content", "is_logged"), [
+    ('{"evaluated": true}', True), ("{}", True), ('{"evaluated": false}', False), ("{", False),
+])  # fmt: skip
+def test_only_a_report_on_a_winner_is_logged(logged, content: str, is_logged: bool) -> None:
+    (logged / "report").mkdir()
+    (logged / "report/metrics.json").write_text(content)
+    run = runs.load(logged)
+    found = [outcome.what for outcome in sync_module.upload(run, pipeline.watched(run), dry_run=True)]
+    assert ("3fa91c-report" in found) == is_logged
+
+
 def test_a_dry_run_asks_nobody_and_writes_nothing(logged, server, capsys) -> None:
     assert not runs.load(logged).is_running()  # which makes the file of the lock
     before = files(logged)
