@@ -153,7 +153,7 @@ def dice_by_threshold(validation: Judged, test: Judged) -> Any:
     """Mean Dice of all images at every threshold."""
     figure, axes = style.panel()
     chosen = float(test.thresholds["segmentation_logit"])
-    grid = np.linspace(min(-7.0, chosen - 1), max(7.0, chosen + 1), 281)
+    grid = np.union1d(np.linspace(min(-7.0, chosen - 1), max(7.0, chosen + 1), 281), [chosen])
     for name, one, colour, line in (
         ("validation", validation, style.VALIDATION, "--"),
         ("test", test, style.WINNER, "-"),

@@ -78,8 +78,8 @@ class Judged:
         return self._applied.select(self.split.counts, self.split.decision_logits)
 
     def at(self, logits_K: Floats) -> Selected:
-        """What other segmentation thresholds select, arrays (N, K); blackened where that is asked for."""
-        return self.split.counts.at(logits_K).blackened(self._kept)
+        """What other segmentation thresholds select, arrays (N, K); lowered and blackened where that is asked for."""
+        return self._applied.select_at(logits_K, self.split.counts, self.split.decision_logits)
 
     @cached_property
     def _applied(self) -> Thresholds:
@@ -91,7 +91,8 @@ class Judged:
 
     @cached_property
     def _swept(self) -> Selected:
-        return self.at(SWEPT)
+        """Not lowered, as in the search: the figures over all thresholds are of plain ones."""
+        return self.split.counts.at(SWEPT).blackened(self._kept)
 
     @cached_property
     def dice(self) -> Floats:

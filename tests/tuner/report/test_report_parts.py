@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.thresholds import logit
+from model.thresholds import logit, sigmoid
 from tuner import report
-from tuner.report import breakdown, calibration, failures, inputs, latex, rules, style, tables, words
+from tuner.report import breakdown, calibration, charts, failures, inputs, latex, rules, style, tables, words
 from tuner.report.gallery import Gallery
 
 
@@ -96,6 +96,28 @@ def test_a_repeat_of_other_weights_has_no_thresholds_of_the_record(make_run) -> 
     run = inputs.read(directory)
     found = {(row["rule"], row["factor"]) for row in rules.replay(run, tables.results(run))}
     assert found == {("min_of_max", 1), ("pr_curve", 1), ("pr_curve", 2), ("grid", 1)}
+
+
+@pytest.mark.parametrize("blacken", [True, False])
+@pytest.mark.parametrize("lower", [1.0, 0.3])
+def test_dice_by_threshold_passes_through_the_stated_dice(judged, lower: float, blacken: bool) -> None:
+    """At a threshold that leaves masks of positives empty, so that lowering matters."""
+    high = float(np.quantile(judged.split.counts.largest()[judged.split.labels], 0.7))
+    changed = {"segmentation_logit": high, "segmentation_probability": float(sigmoid(high))}
+    changed |= {"lower_threshold": lower, "blacken": blacken}
+    one = replace(judged, thresholds=judged.thresholds | changed)
+    axes = charts.dice_by_threshold(one, one).axes[0]
+    for line in axes.lines[:2]:
+        at = line.get_xdata().tolist().index(high)
+        assert line.get_ydata()[at] == pytest.approx(one.figures["dice_mean"])
+    probability, best = charts.best_threshold(one)
+    again = replace(one, thresholds=one.thresholds | {"segmentation_logit": float(logit(probability))})
+    assert best == pytest.approx(again.figures["dice_mean"], abs=1e-3)
+    assert best >= one.figures["dice_mean"]
+    if lower < 1:
+        plain = replace(one, thresholds=one.thresholds | {"lower_threshold": 1.0})
+        assert one.figures["dice_mean"] > plain.figures["dice_mean"]
+        assert one.figures["ods"] == plain.figures["ods"]
 
 
 # Width and area
