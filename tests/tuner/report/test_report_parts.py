@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.failures import Failures
 from model.thresholds import logit, sigmoid
 from tuner import report
 from tuner.report import breakdown, calibration, charts, failures, inputs, latex, rules, style, tables, words
@@ -198,8 +199,8 @@ def test_failures_are_those_of_labels_and_masks(judged) -> None:
     [((9, 9, 9), (4, 4, 4)), ((1, 0, 30), (1, 0, 11)), ((0, 0, 0), (0, 0, 0)), ((2, 30, 4), (2, 6, 4))],
 )
 def test_a_kind_with_few_failures_leaves_its_rows_to_others(sizes, kept) -> None:
-    found = failures.Failures(*(np.arange(size) for size in sizes))
-    names = [kind for kind, _ in failures.shown(found)]
+    found = Failures(*(np.arange(size) for size in sizes))
+    names = [kind for kind, _ in found.shown()]
     assert tuple(names.count(kind) for kind in ("missed", "false alarm", "poor mask")) == kept
 
 
@@ -227,6 +228,10 @@ def test_what_happened_is_said(judged) -> None:
     assert failures._mask(100, 400, 100) == "75 % of the mask false"
     assert failures._mask(100, 100, 20) == "20 % of the defect found, 80 % of the mask false"
     assert failures._mask(0, 7, 0) == "marked where nothing is"
+    assert failures._mask(100, 100, 100) == "mask equals the truth"
+    assert failures._mask(1000, 1001, 999) == "mask nearly equals the truth"
+    assert failures._mask(1000, 996, 996) == "mask nearly equals the truth"
+    assert failures._mask(1000, 980, 980) == "2 % of the defect not found"
 
 
 # Calibration
