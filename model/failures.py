@@ -42,8 +42,8 @@ class Failures:
 def find(
     labels_N: Bools, decided_N: Bools | None, scores_N: Array, predicted_N: Ints, truth_N: Ints, dice_N: Floats
 ) -> Failures:
-    """`decided_N` is None where there is no decision; `scores_N` orders false alarms with equal masks; `predicted_N` and
-    `truth_N` are pixels."""
+    """`decided_N` is None where there is no decision; `scores_N` orders false alarms with equal masks; `predicted_N`
+    and `truth_N` are pixels."""
     defect = labels_N | (truth_N > 0)
     negative = np.zeros(len(defect), bool) if decided_N is None else ~decided_N
     positive = np.zeros(len(defect), bool) if decided_N is None else decided_N
