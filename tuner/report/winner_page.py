@@ -316,7 +316,7 @@ def images(run: EvaluatedRun, results: Results, gallery: Gallery) -> Section:
     median = float(np.median(dice))
     middle = min(defects, key=lambda rank: abs(values[order[rank]] - median))
     counted = words.plural(len(dice), "test image") + (" with a defect" if everywhere.any() else "")
-    shown = {middle: f"nearest to the median of all {counted} (Dice {median:.3f})"}
+    shown = {middle: f"example nearest to the median of all {counted} (Dice {median:.3f})"}
     shown |= {defects[-1]: f"best of the {kind}", defects[0]: f"worst of the {kind}"}
     pictures, every = [], []
     for rank, k in enumerate(order):
@@ -325,7 +325,7 @@ def images(run: EvaluatedRun, results: Results, gallery: Gallery) -> Section:
         every.append(gallery.example(pixels, file, run.examples.names[k]))
         if rank in shown:
             caption = f"The {shown[rank]}: {run.examples.names[k]}, Dice {values[k]:.3f}."
-            name = "median" if shown[rank].startswith("nearest") else shown[rank].split()[0]
+            name = "median" if shown[rank].startswith("example") else shown[rank].split()[0]
             pictures.append(Pictures([gallery.image(pixels, f"example-{name}", caption)]))
     text = (
         f"{_how_picked(run, results)} They are sorted by Dice from the worst to the best; dices/ beside this page "

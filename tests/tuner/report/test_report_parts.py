@@ -210,7 +210,8 @@ def test_examples_are_no_fair_sample_and_the_page_says_so(usual, judged) -> None
     dice = judged.dice[judged.selected.truth[:, 0] > 0]
     median = float(np.median(dice))
     said = re.search(
-        r"nearest to the median of all (\d+) test images with a defect \(Dice (.*?)\): .*, Dice (.*?)\.\n", text
+        r"The example nearest to the median of all (\d+) test images with a defect \(Dice (.*?)\): .*, Dice (.*?)\.\n",
+        text,
     )
     assert (int(said[1]), said[2]) == (len(dice), f"{median:.3f}")
     shown = run.examples.truth.any(axis=(1, 2))
