@@ -219,7 +219,7 @@ def _axis(axes: Any, place: int, ticks: Sequence[tuple[str, float]]) -> None:
     box = {"facecolor": style.PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
     for label, height in ticks:
         axes.plot([place - 0.015, place + 0.015], [height, height], color=style.MUTED, linewidth=0.9, zorder=6)
-        axes.annotate(style.drawable(label), (place, height), (-4, 0), textcoords="offset points", ha="right",
+        axes.annotate(label, (place, height), (-4, 0), textcoords="offset points", ha="right",
                       va="center", fontsize=7.5, color=style.INK, bbox=box, zorder=7)  # fmt: skip
 
 
@@ -236,7 +236,7 @@ class _Axis:
         if self.categories:
             self.categories += [v for v in dict.fromkeys(there) if v not in self.categories]
             count = len(self.categories)
-            labels = [words.shorten(words.setting(choice), 20) for choice in self.categories]
+            labels = [style.drawable(words.shorten(words.setting(choice), 20)) for choice in self.categories]
             self.ticks = [(_broken(label), (k + 0.5) / count) for k, label in enumerate(labels)]
             return
         if self._log:

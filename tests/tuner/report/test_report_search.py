@@ -298,6 +298,13 @@ def test_a_baseline_of_0_stands_below_a_logarithmic_axis(make_run) -> None:
     assert written(directory)[1] >= {"parallel-coordinates"}
 
 
+def test_long_choices_are_broken_into_lines(make_run) -> None:
+    run = inputs.read(make_run(tests=6)[0])
+    with matplotlib.rc_context(style.RC):
+        texts = [text.get_text() for text in trial_charts.parallel(run, None).axes[0].texts]
+    assert "segdecnet_\nplusplus" in texts
+
+
 @pytest.mark.parametrize(("chance", "shown"), [(0.3, 0.3), (1.2, 1.2), (7.0, 1.5)])
 def test_what_luck_reaches_is_in_the_picture(chance: float, shown: float) -> None:
     rows = [
