@@ -89,6 +89,14 @@ def mean_interval(ratios: Sequence[Ratio], groups_N: Array, bounds: Interval = (
     return _bootstrap_t(ratios, [1 / len(ratios)] * len(ratios), groups_N, bounds)
 
 
+def mean_difference_interval(
+    first: Sequence[Ratio], second: Sequence[Ratio], groups_N: Array, bounds: Interval = (-1.0, 1.0)
+) -> Interval | None:
+    """The same for the difference of two such means of as many ratios; of one ratio it is `difference_interval`."""
+    share = 1 / len(first)
+    return _bootstrap_t([*first, *second], [share] * len(first) + [-share] * len(second), groups_N, bounds)
+
+
 def rate_interval(successes_N: Array, trials_N: Array, groups_N: Array) -> Interval | None:
     """Clopper-Pearson interval of a rate with the effective sample size of Korn & Graubard (1998, Survey Methodology
     24:193): trials / design effect, the design effect being the variance of the rate over groups by that of

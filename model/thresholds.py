@@ -12,7 +12,7 @@ Rules, with the numbers that the public code gives them:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -135,6 +135,23 @@ class Thresholds:
         """(N,) the images that are not blackened."""
         return self.decide(decision_logits_N) if self.blacken else np.ones(len(decision_logits_N), bool)
 
+    def select_at(self, logits_K: Floats, counts: PixelCounts, decision_logits_N: Array) -> Selected:
+        """What would be predicted with other segmentation thresholds, arrays (N, K); lowered and blackened alike."""
+        lowered_K = np.array([replace(self, segmentation_logit=one).lowered() for one in logits_K])
+        selected = counts.at(logits_K)
+        return self.of_tables(
+            selected, counts.at(lowered_K) if self.lower_threshold < 1 else selected, decision_logits_N
+        )
+
+    def of_tables(self, selected: Selected, lowered: Selected, decision_logits_N: Array) -> Selected:
+        """What is predicted, given what plain thresholds and lowered ones select."""
+        if self.lower_threshold < 1:
+            empty = self.decide(decision_logits_N)[:, None] & (selected.predicted == 0)
+            selected = selected.over(
+                np.where(empty, b, a) for a, b in zip(selected.tables, lowered.tables, strict=True)
+            )
+        return selected.blackened(self.kept(decision_logits_N))
+
     def select(self, counts: PixelCounts, decision_logits_N: Array) -> Selected:
         """What is predicted in each image: arrays (N, 1)."""
         return select_all([self], counts, decision_logits_N)[0]
@@ -161,17 +178,10 @@ def select_all(found: Sequence[Thresholds], counts: PixelCounts, decision_logits
     """What each of some thresholds selects, arrays (N, 1), in one pass over the tables."""
     logits = [one.segmentation_logit for one in found] + [one.lowered() for one in found]
     tables = counts.at(np.array(logits))
-    out = []
-    for k, one in enumerate(found):
-        selected = tables.columns([k])
-        if one.lower_threshold < 1:
-            empty = one.decide(decision_logits_N)[:, None] & (selected.predicted == 0)
-            lowered = tables.columns([len(found) + k])
-            selected = selected.over(
-                np.where(empty, b, a) for a, b in zip(selected.tables, lowered.tables, strict=True)
-            )
-        out.append(selected.blackened(one.kept(decision_logits_N)))
-    return out
+    return [
+        one.of_tables(tables.columns([k]), tables.columns([len(found) + k]), decision_logits_N)
+        for k, one in enumerate(found)
+    ]
 
 
 def decision_threshold(labels_N: Array, scores_N: Array) -> tuple[float, float]:

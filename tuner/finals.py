@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import checkpoint
+from model import checkpoint, failures
 from model.arrays import Array
 from model.config import Judgement, RunConfig
 from model.data import Cache, open_cache
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 SHOWN_EXAMPLES = 24
 """Test images whose maps are kept for the report."""
+
+_BEST = 4
+"""the best of them that show a defect, which head the report"""
 
 
 @dataclass(frozen=True)
@@ -215,20 +218,19 @@ def _split_arrays(cache: Cache, scores: Scores, thresholds: Thresholds) -> dict[
 
 
 def example_rows(scores: Scores, thresholds: Thresholds) -> list[int]:
-    """Rows from the worst Dice to the best. Half are the failures that the report names: missed defects, false alarms,
-    poor masks; the rest are spread over all ranks."""
+    """Rows from the worst Dice to the best: the failures that the report names, of the images with a defect the best
+    and the one nearest to their median, and the rest spread over all ranks."""
     selected = thresholds.select(scores.counts, scores.decision_logits)
     dice, predicted, truth = selected.dice()[:, 0], selected.predicted[:, 0], selected.truth[:, 0]
     ranked = np.argsort(dice, kind="stable")
     if len(ranked) <= SHOWN_EXAMPLES:
         return [int(n) for n in ranked]
-    decided = thresholds.decide(scores.decision_logits)
-    judged = thresholds.decision_logit is not None
-    missed = scores.labels & (~decided | (predicted == 0))
-    alarm = ~scores.labels & ((predicted > 0) | (decided & judged))
-    kinds = ((missed, -truth), (alarm, -predicted), (scores.labels & ~missed, dice))
-    each = SHOWN_EXAMPLES // 2 // len(kinds)
-    rows = {int(n) for mine, key in kinds for n in [n for n in np.argsort(key, kind="stable") if mine[n]][:each]}
+    decided = None if thresholds.decision_logit is None else thresholds.decide(scores.decision_logits)
+    found = failures.find(scores.labels, decided, scores.decision_logits, predicted, truth, dice)
+    rows = {n for _, n in found.shown()}
+    with_truth = [int(n) for n in ranked if truth[n]]
+    if with_truth:
+        rows |= {*with_truth[-_BEST:], min(with_truth, key=lambda n: abs(dice[n] - np.median(dice[with_truth])))}
     others = [int(n) for n in ranked if n not in rows]
     rows |= {others[k] for k in np.linspace(0, len(others) - 1, SHOWN_EXAMPLES - len(rows)).round().astype(int)}
     return [int(n) for n in ranked if n in rows]

@@ -17,6 +17,7 @@ from model.intervals import (
     f1_of_jaccard,
     jackknife_difference_interval,
     jackknife_interval,
+    mean_difference_interval,
     mean_interval,
     rate_interval,
     ratio_interval,
@@ -311,6 +312,19 @@ def test_mean_of_equal_ratios_is_the_ratio() -> None:
     rng = np.random.default_rng(0)
     ratio, groups = Ratio(rng.random(40), 1 + rng.random(40)), np.arange(40)
     assert mean_interval([ratio, ratio], groups) == pytest.approx(ratio_interval(ratio, groups), abs=1e-9)
+
+
+def test_difference_of_means_of_ratios() -> None:
+    """Of one ratio, or of equal ones, it is the difference of ratios; it holds the figure and stays in bounds."""
+    rng = np.random.default_rng(0)
+    groups = np.arange(40)
+    one, other, third = (Ratio(rng.random(40), 1 + rng.random(40)) for _ in range(3))
+    expected = difference_interval(one, other, groups)
+    assert mean_difference_interval([one], [other], groups) == expected
+    assert mean_difference_interval([one, one], [other, other], groups) == pytest.approx(expected, abs=1e-9)
+    low, high = mean_difference_interval([one, third], [other, third], groups)
+    # Other draws for each group, so not to the last digit.
+    assert (low, high) == pytest.approx((expected[0] / 2, expected[1] / 2), abs=0.001)
 
 
 @given(seeds)

@@ -206,6 +206,22 @@ def test_many_thresholds_select_in_one_pass_what_each_does_alone() -> None:
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("decision", [None, 0.0])
+@pytest.mark.parametrize("blacken", [True, False])
+@pytest.mark.parametrize("lower", [1.0, 0.5])
+def test_a_sweep_lowers_and_blackens_at_each_threshold(decision: float | None, blacken: bool, lower: float) -> None:
+    rng = np.random.default_rng(0)
+    tables = count(rng.random((5, 6, 6)) > 0.8, rng.normal(0, 2, (5, 6, 6)))
+    decisions = rng.normal(0, 1, 5)
+    swept = np.linspace(-3, 6, 40)
+    applied = Thresholds("grid", 1, 0.3, decision, blacken, lower)
+    together = applied.select_at(swept, tables, decisions)
+    for k, at in enumerate(swept):
+        alone = Thresholds("grid", 1, at, decision, blacken, lower).select(tables, decisions)
+        for a, b in zip(alone, together.columns([k]), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("rule", ["min_of_max", "pr_curve", "grid"])
 def test_blackening_comes_before_the_search(rule: str) -> None:
     """A loud false alarm in an image that is decided negative no longer drives the threshold up."""

@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 
+from model.centre_lines import CentreLines
 from model.evaluate import Scores
 from model.thresholds import Thresholds
 from tests.tables import count
 from tuner.finals import SHOWN_EXAMPLES, example_rows
+from tuner.report import failures as report_failures
+from tuner.report.inputs import Split
+from tuner.report.tables import Judged
 
 
 def scores(images: int, negatives: int, seed: int) -> Scores:
@@ -34,6 +38,43 @@ def test_examples_run_from_the_worst_to_the_best_and_hold_the_failures(decision:
     if len(missed):
         assert missed[truth[missed].argmax()] in rows
     assert dice[rows].max() == dice.max()
+
+
+def judged(found: Scores, thresholds: Thresholds) -> Judged:
+    """As the report reads what the evaluation wrote."""
+    names = [f"{n}.png" for n in range(len(found.labels))]
+    logits = found.decision_logits.astype(np.float32)
+    lines = CentreLines(*np.ones((6, len(names)), int))
+    split = Split(names, names, names, found.labels, logits, found.counts, lines)
+    return Judged(split, thresholds.to_dict(), not found.labels.all())
+
+
+@pytest.mark.parametrize("decision", [0.25, -9.0, None])
+@pytest.mark.parametrize("negatives", [0, 3, 30, 77])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_failure_that_the_report_names_has_its_picture(decision: float | None, negatives: int, seed: int) -> None:
+    """However few a kind has: the rows that it leaves to others are pictured too."""
+    found = scores(80, negatives, seed)
+    decision = decision if negatives else None
+    thresholds = Thresholds("grid", 1, 1.5, decision)
+    rows = example_rows(found, thresholds)
+    named = report_failures.find(judged(found, thresholds)).shown()
+    assert len(named) == 12
+    assert {n for _, n in named} <= set(rows)
+
+
+@pytest.mark.parametrize("negatives", [0, 30, 70])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_and_the_middle_of_images_with_a_defect_are_kept(negatives: int, seed: int) -> None:
+    found = scores(80, negatives, seed)
+    thresholds = Thresholds("grid", 1, 1.5, 0.25)
+    rows = example_rows(found, thresholds)
+    selected = thresholds.select(found.counts, found.decision_logits)
+    dice, there = selected.dice()[:, 0], selected.truth[:, 0] > 0
+    kept = np.isin(np.arange(80), rows) & there
+    assert sorted(dice[kept])[-4:] == sorted(dice[there])[-4:]
+    middle = np.median(dice[there])
+    assert abs(dice[kept] - middle).min() == abs(dice[there] - middle).min()
 
 
 @pytest.mark.parametrize("images", [1, 7, SHOWN_EXAMPLES])

@@ -17,6 +17,9 @@ from tuner.report.tables import Judged
 _LEAST = 6
 """images with a mask, below which thirds of them say nothing"""
 
+_MOST_SOURCES = 30
+"""lines of the table"""
+
 
 def equal_parts(values_N: Floats, parts: int) -> list[Bools]:
     """Which values lie in each of at most so many parts of as nearly equal size as ties allow, lowest first. Equal
@@ -67,13 +70,22 @@ def by_size(test: Judged, baseline: Judged | None, gallery: Gallery) -> list[Blo
     return [Text(text), Tables(shown), Pictures(pictures)]
 
 
-def by_source(test: Judged, baseline: Judged | None) -> Table | None:
-    """Figures by where the images come from, if there are several sources and not one an image."""
+def by_source(test: Judged, baseline: Judged | None) -> Block | None:
+    """Figures by where the images come from; None if that is one source. Of many, those with the fewest images are told
+    together."""
     sources = np.array(test.split.sources)
-    names = np.unique(sources)
-    if not 1 < len(names) <= max(2, min(30, len(sources) // 2)):
+    names, counts = np.unique(sources, return_counts=True)
+    if len(names) < 2:
         return None
+    if len(names) > max(2, len(sources) // 2):
+        found = f"{len(names):,} sources for {words.plural(len(sources), 'test image')}"
+        return Text(f"No figures by source: {found}, and a source says something from two images up.")
     named = [(str(name) or "(none stated)", np.flatnonzero(sources == name)) for name in names]
+    if len(names) > _MOST_SOURCES:
+        order = np.argsort(-counts, kind="stable")
+        alone, others = np.sort(order[: _MOST_SOURCES - 1]), order[_MOST_SOURCES - 1 :]
+        rest = np.flatnonzero(np.isin(sources, names[others]))
+        named = [*(named[k] for k in alone), (f"{len(others):,} others", rest)]
     other = None if baseline is test else baseline
     return _table(test, other, "source", named, "Test figures by source of the images", "by-source", True)
 

@@ -153,7 +153,7 @@ def dice_by_threshold(validation: Judged, test: Judged) -> Any:
     """Mean Dice of all images at every threshold."""
     figure, axes = style.panel()
     chosen = float(test.thresholds["segmentation_logit"])
-    grid = np.linspace(min(-7.0, chosen - 1), max(7.0, chosen + 1), 281)
+    grid = np.union1d(np.linspace(min(-7.0, chosen - 1), max(7.0, chosen + 1), 281), [chosen])
     for name, one, colour, line in (
         ("validation", validation, style.VALIDATION, "--"),
         ("test", test, style.WINNER, "-"),
@@ -287,7 +287,7 @@ def reliability(bins: Sequence[Json]) -> Any:
     """Share of images with a defect against the mean score, by parts of the test images. The scores are on a logit
     scale, since most of them may lie near 1."""
     figure, axes = style.panel()
-    x = np.clip(logit(np.array([part["score"] for part in bins])), -20, 20)
+    x = logit(np.clip([part["score"] for part in bins], sigmoid(-20), sigmoid(20)))
     grid = np.linspace(min(-5.0, x.min() - 0.5), max(5.0, x.max() + 0.5), 201)
     axes.plot(grid, sigmoid(grid), color=style.BASELINE, linewidth=1.2, label="a score that is a probability")
     y = np.array([part["share"] for part in bins])

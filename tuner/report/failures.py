@@ -3,65 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
-
-from model.arrays import Array, Bools, Ints
+from model import failures
+from model.failures import Failures
 from model.thresholds import sigmoid
 from tuner.report import words
 from tuner.report.gallery import Block, Table, Text
 from tuner.report.tables import Judged
 
-_ROWS = 12
-
-
-@dataclass(frozen=True)
-class Failures:
-    """Rows of the split by kind, the worst first."""
-
-    missed: Ints
-    """images with a defect that were decided negative or whose mask is empty; most pixels of the truth first"""
-    false_alarms: Ints
-    """images without one that were decided positive or whose mask is not empty; most false pixels first"""
-    poor: Ints
-    """the other images with a defect and a mask, by Dice"""
-
 
 def find(test: Judged) -> Failures:
-    truth, predicted = test.selected.truth[:, 0], test.selected.predicted[:, 0]
-    defect = test.split.labels | (truth > 0)
-    decided = test.decisions if test.decisions is not None else np.ones(len(defect), bool)
-    missed = defect & (~decided | ((predicted == 0) & (truth > 0)))
-    alarm = ~defect & ((predicted > 0) | (decided if test.decisions is not None else False))
-    poor = defect & ~missed & (test.dice < 1)
-
-    def ordered(rows_N: Bools, *keys: Array) -> Ints:
-        return np.array([n for n in np.lexsort(keys) if rows_N[n]], np.int64)
-
-    return Failures(
-        ordered(missed, test.dice, -truth),
-        ordered(alarm, -test.split.decision_logits, -predicted),
-        ordered(poor, -truth, test.dice),
-    )
-
-
-def shown(found: Failures, rows: int = _ROWS) -> list[tuple[str, int]]:
-    """(kind, row) of those that a table shows: equal parts, and what a kind leaves goes to the others."""
-    kinds = (("missed", found.missed), ("false alarm", found.false_alarms), ("poor mask", found.poor))
-    counts = dict.fromkeys((name for name, _ in kinds), 0)
-    while sum(counts.values()) < rows:
-        open_ones = [name for name, all_of_it in kinds if counts[name] < len(all_of_it)]
-        if not open_ones:
-            break
-        counts[min(open_ones, key=counts.__getitem__)] += 1
-    return [(name, int(n)) for name, all_of_it in kinds for n in all_of_it[: counts[name]]]
+    """Of a split at its thresholds."""
+    selected, split = test.selected, test.split
+    predicted_N, truth_N = selected.predicted[:, 0], selected.truth[:, 0]
+    return failures.find(split.labels, test.decisions, split.decision_logits, predicted_N, truth_N, test.dice)
 
 
 def blocks(test: Judged, example_names: Sequence[str]) -> list[Block]:
     """`example_names` are those of the pictures in dices/, in their order."""
     found = find(test)
-    chosen = shown(found)
+    chosen = found.shown()
     if not chosen:
         return [Text("No test image went wrong: every decision is right and every mask equals the truth.")]
     ranks = {name: rank for rank, name in reversed([*enumerate(example_names, start=1)])}
@@ -110,6 +71,8 @@ def _mask(truth: int, predicted: int, hits: int) -> str:
     if hits == 0:
         return "mask beside the defect"
     found, right = hits / truth, hits / predicted
+    if min(found, right) > 0.995:
+        return "mask equals the truth" if found == right == 1 else "mask nearly equals the truth"
     if found < 0.5 and right < 0.5:
         return f"{_percent(found)} of the defect found, {_percent(1 - right)} of the mask false"
     if right < found:

@@ -130,7 +130,7 @@ def judging(run: Run) -> Table | None:
     networks = [network for network in networks if network]
     found = dict.fromkeys(way for network in networks for way in network)
     common = [way for way in found if all(way in network for network in networks)]
-    if len(common) < 2:
+    if len(networks) < 2 or len(common) < 2:
         return None
     sign = 1 if run.objectives[0].get("mode", "max") == "max" else -1
     value_NW = np.array([[network[way] for way in common] for network in networks])

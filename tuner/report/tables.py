@@ -25,9 +25,9 @@ from model.intervals import (
     auc_interval,
     contributing,
     decision_f1_interval,
-    difference_interval,
     jackknife_difference_interval,
     jackknife_interval,
+    mean_difference_interval,
     mean_interval,
     rate_interval,
 )
@@ -79,8 +79,8 @@ class Judged:
         return self._applied.select(self.split.counts, self.split.decision_logits)
 
     def at(self, logits_K: Floats) -> Selected:
-        """What other segmentation thresholds select, arrays (N, K); blackened where that is asked for."""
-        return self.split.counts.at(logits_K).blackened(self._kept)
+        """What other segmentation thresholds select, arrays (N, K); lowered and blackened where that is asked for."""
+        return self._applied.select_at(logits_K, self.split.counts, self.split.decision_logits)
 
     @cached_property
     def _applied(self) -> Thresholds:
@@ -92,7 +92,8 @@ class Judged:
 
     @cached_property
     def _swept(self) -> Selected:
-        return self.at(SWEPT)
+        """Not lowered, as in the search: the figures over all thresholds are of plain ones."""
+        return self.split.counts.at(SWEPT).blackened(self._kept)
 
     @cached_property
     def dice(self) -> Floats:
@@ -164,6 +165,20 @@ class Judged:
             "cl_iou": mean(lines.iou(), every),
             "ois": mean(self._swept.dice().max(axis=1), with_truth),
             "aiu": mean(self._swept.iou().mean(axis=1), with_truth),
+        }
+
+    @cached_property
+    def decision_ratios(self) -> dict[str, tuple[Ratio, ...]]:
+        """Those of the decision that are; their own intervals are those of rates. Nothing without a decision."""
+        if self.decisions is None:
+            return {}
+        yes, labels = self.decisions.astype(np.float64), self.split.labels.astype(np.float64)
+        return {
+            "decision_accuracy": (Ratio((labels == yes).astype(np.float64), np.ones_like(yes)),),
+            "decision_precision": (Ratio(labels * yes, yes),),
+            "decision_recall": (Ratio(labels * yes, labels),),
+            "decision_specificity": (Ratio((1 - labels) * (1 - yes), 1 - labels),),
+            "decision_f1": (Ratio(2 * labels * yes, labels + yes),),
         }
 
     @cached_property
@@ -251,20 +266,20 @@ def results(run: EvaluatedRun) -> Results:
 
 
 def differences(results: Results) -> dict[str, Difference]:
-    """By figure, of those that are a ratio of sums over images and those of AREAS. Nothing without a baseline of its
-    own. ValueError if the images of the two differ."""
+    """By figure, of those that are a ratio of sums over images, or a mean of some, and those of AREAS. Nothing without
+    a baseline of its own. ValueError if the images of the two differ."""
     winner, baseline = results.test, results.baseline_test
     if baseline is None or baseline is winner:
         return {}
     if winner.split.names != baseline.split.names:
         raise ValueError("winner and baseline were judged on different test images; run `tuner finals` again")
     found = {}
-    for key in winner.ratios:
+    ratios = (winner.ratios | winner.decision_ratios, baseline.ratios | baseline.decision_ratios)
+    for key in ratios[0]:
         ours, theirs = winner.figures[key], baseline.figures[key]
-        if ours is None or theirs is None or len(winner.ratios[key]) > 1:
-            continue
-        interval = difference_interval(winner.ratios[key][0], baseline.ratios[key][0], winner.groups)
-        found[key] = Difference(ours - theirs, interval)
+        if ours is not None and theirs is not None:
+            interval = mean_difference_interval(ratios[0][key], ratios[1][key], winner.groups)
+            found[key] = Difference(ours - theirs, interval)
     for key in AREAS:
         ours, theirs = winner.figures[key], baseline.figures[key]
         if ours is not None and theirs is not None:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from model.arrays import Floats
 from tuner.report import style, words
-from tuner.report.inputs import Json, Run
+from tuner.report.inputs import EvaluatedRun, Json, Run
 from tuner.report.style import FULL
 from tuner.report.tables import STATUSES, objective
 from tuner.space import SEGMENTATION_METRICS
@@ -26,7 +26,13 @@ MAX_AXES = 12
 _NOT_SET = -0.13
 """where a parameter that does not apply stands, below its axis"""
 
+_BELOW = -0.06
+"""where values stand that a logarithmic axis cannot hold: a baseline outside the space may have 0"""
+
 _COLOURS = "viridis"
+
+_MOST_CHANCE = 1.5
+"""how far the axis of importance goes on beyond 1, for the marks of luck"""
 
 
 def curve(record: Json) -> dict[int, float]:
@@ -68,9 +74,8 @@ def learning_curves(run: Run, rungs: Sequence[Json], winner: Json | None) -> Any
         is_winner = winner is not None and record["trial"] == winner["trial"]
         if record["baseline"] or is_winner:
             look = {"linestyle": "--" if record["baseline"] else "-", "color": style.INK if is_winner else style.MUTED}
-            label = (
-                "winner, the baseline" if is_winner and record["baseline"] else "winner" if is_winner else "baseline"
-            )
+            best = "winner" if isinstance(run, EvaluatedRun) else "best trial"
+            label = f"{best}, the baseline" if is_winner and record["baseline"] else best if is_winner else "baseline"
             handles += axes.plot([*found], [*found.values()], linewidth=1.8, zorder=5, label=label, **look)
     for rung in rungs:
         axes.axvline(rung["epoch"], color=style.MUTED, linewidth=0.9, linestyle=":", zorder=1)
@@ -113,11 +118,19 @@ def importance(found: Json) -> Any:
     axes.errorbar(
         share, places, xerr=[share - low, high - share], fmt="none", ecolor=style.INK, elinewidth=1, capsize=2.5
     )
-    axes.plot([row["chance"] for row in rows], places, "|", color=style.RED, markersize=13, markeredgewidth=2, zorder=4)
+    chance = np.array([row["chance"] for row in rows])
+    end = max(1.0, min(1.03 * float(chance.max()), _MOST_CHANCE))
+    beyond = chance > end
+    mark = {"color": style.RED, "linestyle": "", "zorder": 4}
+    axes.plot(chance[~beyond], places[~beyond], "|", markersize=13, markeredgewidth=2, **mark)
+    axes.plot(np.full(beyond.sum(), end), places[beyond], ">", markersize=7, clip_on=False, **mark)
+    for value, place in zip(chance[beyond], places[beyond], strict=True):
+        axes.annotate(f"{value:.2g}", (end, place), (-8, 0), textcoords="offset points", ha="right", va="center",
+                      fontsize=7.5, color=style.RED)  # fmt: skip
     axes.set_yticks(places, [style.drawable(row["name"]) for row in rows])
     axes.tick_params(axis="y", labelcolor=style.INK)
     axes.grid(False, axis="y")
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, end)
     axes.set_xlabel("share of the importance")
     handles = [
         Line2D([], [], color=style.BLUE, linewidth=6, label="clear of luck"),
@@ -188,9 +201,9 @@ def _is_max(run: Run) -> bool:
 
 def _dress(axes: Any, axis_of: dict[str, _Axis], ends: list[float], heights: list[float]) -> None:
     """Axes and their ticks instead of matplotlib's."""
-    axes.set(
-        xlim=(-0.35, len(axis_of) + 0.3), ylim=(-0.2 if any(a.has_gaps for a in axis_of.values()) else -0.05, 1.05)
-    )
+    every = axis_of.values()
+    low = -0.2 if any(a.has_gaps for a in every) else -0.12 if any(a.below for a in every) else -0.05
+    axes.set(xlim=(-0.35, len(axis_of) + 0.3), ylim=(low, 1.05))
     axes.set_yticks([])
     axes.grid(False)
     for side in axes.spines.values():
@@ -206,7 +219,7 @@ def _axis(axes: Any, place: int, ticks: Sequence[tuple[str, float]]) -> None:
     box = {"facecolor": style.PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
     for label, height in ticks:
         axes.plot([place - 0.015, place + 0.015], [height, height], color=style.MUTED, linewidth=0.9, zorder=6)
-        axes.annotate(style.drawable(label), (place, height), (-4, 0), textcoords="offset points", ha="right",
+        axes.annotate(label, (place, height), (-4, 0), textcoords="offset points", ha="right",
                       va="center", fontsize=7.5, color=style.INK, bbox=box, zorder=7)  # fmt: skip
 
 
@@ -217,17 +230,23 @@ class _Axis:
         there = [value for value in values if value is not None]
         self.has_gaps = len(there) < len(values)
         self._log = bool(parameter.get("log"))
+        self.below: list[float] = []
+        """values that have no logarithm"""
         self.categories = list(parameter.get("choices", ()))
         if self.categories:
             self.categories += [v for v in dict.fromkeys(there) if v not in self.categories]
             count = len(self.categories)
-            labels = [words.shorten(words.setting(choice), 20) for choice in self.categories]
+            labels = [style.drawable(words.shorten(words.setting(choice), 20)) for choice in self.categories]
             self.ticks = [(_broken(label), (k + 0.5) / count) for k, label in enumerate(labels)]
             return
-        ends = [parameter["low"], parameter["high"], *there]
+        if self._log:
+            self.below = sorted({value for value in there if value <= 0})
+        ends = [parameter["low"], parameter["high"], *(value for value in there if value not in self.below)]
         self._low, self._high = self._scaled(min(ends)), self._scaled(max(ends))
         shown = self._shown(int(parameter.get("step", 1)) if parameter.get("type") == "int" else None)
         self.ticks = [(f"{value:.3g}", self.height(value, 0)) for value in shown]
+        if self.below:
+            self.ticks.append((", ".join(f"{value:.3g}" for value in self.below), _BELOW))
 
     def _scaled(self, value: float) -> float:
         return float(np.log(value)) if self._log else float(value)
@@ -252,6 +271,8 @@ class _Axis:
         """Categories are spread a little, by the golden ratio, so that lines stay apart."""
         if value is None:
             return _NOT_SET
+        if value in self.below:
+            return _BELOW
         if self.categories:
             count = len(self.categories)
             return (self.categories.index(value) + 0.5 + 0.4 * ((number * 0.618) % 1 - 0.5)) / count

@@ -154,10 +154,13 @@ def _dice_pictures(test: Judged, baseline: Judged | None, gallery: Gallery) -> l
 
 
 def curves(run: Run, gallery: Gallery) -> Section:
-    """Losses and validation figures of the winner by epoch."""
+    """Losses and validation figures of the winner by epoch; of the best trial before it is evaluated."""
     record, own = run.history_record()
+    best_one = "winner" if isinstance(run, EvaluatedRun) else "best trial"
     if record is None or not record["history"]:
-        return Section("curves", "Training", [Text("No curves by epoch were kept for the winner's configuration.")])
+        return Section(
+            "curves", "Training", [Text(f"No curves by epoch were kept for the {best_one}'s configuration.")]
+        )
     history, best = record["history"], record["best_epoch"]
     blocks: list[Block] = []
     if not own:
@@ -170,8 +173,8 @@ def curves(run: Run, gallery: Gallery) -> Section:
     elif record["replayed_from"]:
         blocks.append(
             Text(
-                f"The winner is the network of trial {record['replayed_from']}, judged in another way; the validation "
-                "curves are at the thresholds of that trial, the best epoch is the winner's."
+                f"The {best_one} is the network of trial {record['replayed_from']}, judged in another way; the "
+                f"validation curves are at the thresholds of that trial, the best epoch is the {best_one}'s."
             )
         )
     losses = [
@@ -308,20 +311,40 @@ def images(run: EvaluatedRun, results: Results, gallery: Gallery) -> Section:
     defects = [rank for rank, k in enumerate(order) if run.examples.truth[k].any()]
     kind = "examples with a defect" if defects else "examples, none of which has a defect"
     defects = defects or [*range(len(order))]
-    shown = {defects[0]: "worst", defects[len(defects) // 2]: "median", defects[-1]: "best"}
+    everywhere = results.test.selected.truth[:, 0] > 0
+    dice = results.test.dice[everywhere if everywhere.any() else slice(None)]
+    median = float(np.median(dice))
+    middle = min(defects, key=lambda rank: abs(values[order[rank]] - median))
+    counted = words.plural(len(dice), "test image") + (" with a defect" if everywhere.any() else "")
+    shown = {middle: f"example nearest to the median of all {counted} (Dice {median:.3f})"}
+    shown |= {defects[-1]: f"best of the {kind}", defects[0]: f"worst of the {kind}"}
     pictures, every = [], []
     for rank, k in enumerate(order):
         pixels = examples.strip(run.examples, int(k), rank + 1, float(values[k]))
         file = examples.file_name(rank + 1, float(values[k]), run.examples.names[k])
         every.append(gallery.example(pixels, file, run.examples.names[k]))
         if rank in shown:
-            caption = f"The {shown[rank]} of the {kind}: {run.examples.names[k]}, Dice {values[k]:.3f}."
-            pictures.append(Pictures([gallery.image(pixels, f"example-{shown[rank]}", caption)]))
+            caption = f"The {shown[rank]}: {run.examples.names[k]}, Dice {values[k]:.3f}."
+            name = "median" if shown[rank].startswith("example") else shown[rank].split()[0]
+            pictures.append(Pictures([gallery.image(pixels, f"example-{name}", caption)]))
     text = (
-        f"{words.plural(len(order), 'test image')}, sorted by Dice from the worst to the best; dices/ beside this page "
+        f"{_how_picked(run, results)} They are sorted by Dice from the worst to the best; dices/ beside this page "
         "holds them one by one. An empty answer to an image without a defect has Dice 1."
     )
     sheet = gallery.image(examples.contact_sheet(run.examples), "contact-sheet", "All examples: rank, Dice, name.")
     worst = failures.blocks(results.test, [run.examples.names[k] for k in order])
     fold = Fold("All of them, with input, truth, probability, mask and overlap", [Pictures(every)])
     return Section("examples", "Example images", [*worst, Text(text), *pictures, Pictures([sheet]), fold])
+
+
+def _how_picked(run: EvaluatedRun, results: Results) -> str:
+    """Examples are no fair sample where not all images are kept."""
+    names, every = run.examples.names, results.test.split.names
+    if len(names) == len(every):
+        return f"The examples are all {words.plural(len(every), 'test image')}."
+    named = {every[n] for _, n in failures.find(results.test).shown()}
+    picked = len(named & set(names))
+    return (
+        f"The examples are {len(names):,} of the {len(every):,} test images and no fair sample: {picked:,} of them "
+        "were picked as failures that the table names, the others are the best ones and some spread over all ranks."
+    )

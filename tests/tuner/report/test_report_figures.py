@@ -9,6 +9,7 @@ import pytest
 from scipy import ndimage
 
 from model.counts import to_half
+from model.intervals import Ratio, difference_interval
 from model.metrics import METRICS
 from tuner import report
 from tuner.report import inputs, tables
@@ -120,6 +121,26 @@ def test_differences_are_those_of_the_same_images(usual) -> None:
     ours, theirs = (brute_force(usual.made[k].truths, masks_of(usual, k), usual.made[k].labels) for k in keys)
     for name in ("dice_mean", "dice_positive_mean", "iou_mean", "f1", "two_pixel_f1"):
         assert metrics["difference"][name]["value"] == pytest.approx(ours[name] - theirs[name], abs=1e-9), name
+
+
+def test_every_figure_but_counts_has_a_paired_difference(usual) -> None:
+    metrics = usual.metrics
+    without = {"tp", "fp", "fn", "tn", "threshold", "dice_std", "iou_std"}
+    assert metrics["difference"].keys() == metrics["test"].keys() - without - {"ci95"}
+
+
+def test_differences_of_decisions_are_those_of_the_same_images(usual) -> None:
+    found, labels = usual.metrics["difference"], usual.made["winner-test"].labels
+    groups = np.unique(usual.made["winner-test"].groups, return_inverse=True)[1]
+    threshold = selected_thresholds(usual)["decision_logit"]
+    ours, theirs = (usual.made[f"{who}-test"].decision_logits >= threshold for who in ("winner", "baseline"))
+    every = np.ones(len(labels))
+    interval = difference_interval(Ratio(labels == ours, every), Ratio(labels == theirs, every), groups)
+    assert found["decision_accuracy"]["value"] == pytest.approx((labels == ours).mean() - (labels == theirs).mean())
+    assert found["decision_accuracy"]["ci95"] == pytest.approx(interval)
+    for name in ("precision", "recall", "specificity", "f1"):
+        low, high = found[f"decision_{name}"]["ci95"]
+        assert low <= found[f"decision_{name}"]["value"] <= high
 
 
 def test_thresholds_chosen_on_test_are_stamped_everywhere(make_run) -> None:

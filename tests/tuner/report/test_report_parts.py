@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.thresholds import logit
+from model.failures import Failures
+from model.thresholds import logit, sigmoid
 from tuner import report
-from tuner.report import breakdown, calibration, failures, inputs, latex, rules, style, tables, words
+from tuner.report import breakdown, calibration, charts, failures, inputs, latex, rules, style, tables, words
 from tuner.report.gallery import Gallery
 
 
@@ -98,6 +99,28 @@ def test_a_repeat_of_other_weights_has_no_thresholds_of_the_record(make_run) -> 
     assert found == {("min_of_max", 1), ("pr_curve", 1), ("pr_curve", 2), ("grid", 1)}
 
 
+@pytest.mark.parametrize("blacken", [True, False])
+@pytest.mark.parametrize("lower", [1.0, 0.3])
+def test_dice_by_threshold_passes_through_the_stated_dice(judged, lower: float, blacken: bool) -> None:
+    """At a threshold that leaves masks of positives empty, so that lowering matters."""
+    high = float(np.quantile(judged.split.counts.largest()[judged.split.labels], 0.7))
+    changed = {"segmentation_logit": high, "segmentation_probability": float(sigmoid(high))}
+    changed |= {"lower_threshold": lower, "blacken": blacken}
+    one = replace(judged, thresholds=judged.thresholds | changed)
+    axes = charts.dice_by_threshold(one, one).axes[0]
+    for line in axes.lines[:2]:
+        at = line.get_xdata().tolist().index(high)
+        assert line.get_ydata()[at] == pytest.approx(one.figures["dice_mean"])
+    probability, best = charts.best_threshold(one)
+    again = replace(one, thresholds=one.thresholds | {"segmentation_logit": float(logit(probability))})
+    assert best == pytest.approx(again.figures["dice_mean"], abs=1e-3)
+    assert best >= one.figures["dice_mean"]
+    if lower < 1:
+        plain = replace(one, thresholds=one.thresholds | {"lower_threshold": 1.0})
+        assert one.figures["dice_mean"] > plain.figures["dice_mean"]
+        assert one.figures["ods"] == plain.figures["ods"]
+
+
 # Width and area
 
 
@@ -135,7 +158,8 @@ def test_thirds_by_width_hold_all_positive_images(usual, judged) -> None:
 
 
 def test_intervals_by_size_and_source_need_20_groups(make_run, tmp_path) -> None:
-    for groups, size, source in ((96, True, True), (40, False, True), (12, False, False)):
+    # Of the width's thirds, 32 images each, 40 groups give more than 20 to some.
+    for groups, size, source in ((96, True, True), (40, True, True), (12, False, False)):
         directory, _ = make_run(trials=2, negative_tests=0, groups=groups)
         found = tables.results(inputs.read(directory))
         (tmp_path / str(groups)).mkdir()
@@ -143,14 +167,61 @@ def test_intervals_by_size_and_source_need_20_groups(make_run, tmp_path) -> None
             blocks = breakdown.by_size(found.test, found.baseline_test, Gallery(tmp_path / str(groups)))
         by_width, by_area = blocks[1].tables
         by_source = breakdown.by_source(found.test, found.baseline_test)
-        # Of the width's thirds, 32 images each, 40 groups give 20 or fewer to one.
-        assert ("95 % interval" in by_width.header) == ("95 % interval" in by_area.header) == size or groups == 40
+        assert ("95 % interval" in by_width.header, "95 % interval" in by_area.header) == (size, size)
         assert ("95 % interval" in by_source.header) == source
         for table in (by_width, by_area, by_source):
             for row in table.rows:
                 if "95 % interval" in table.header:
                     given = re.match(r"\d\.\d{3} to", row[table.header.index("95 % interval")])
                     assert bool(given) == (int(row[table.header.index("groups")].replace(",", "")) >= 20)
+
+
+def of_sources(judged: tables.Judged, sources: list[str]) -> tables.Judged:
+    return replace(judged, split=replace(judged.split, sources=sources))
+
+
+def test_many_sources_are_cut_to_the_largest(judged) -> None:
+    """40 sources of 96 images: the first 16 have 3, the others 2."""
+    sources = [f"s{k % 40:02d}" for k in range(96)]
+    table = breakdown.by_source(of_sources(judged, sources), None)
+    assert len(table.rows) == 30
+    assert [row[0] for row in table.rows[:-1]] == [f"s{k:02d}" for k in range(29)]
+    assert table.rows[-1][0] == "11 others"
+    counts = [int(row[1]) for row in table.rows]
+    assert counts == [3] * 16 + [2] * 13 + [22]
+    assert sum(counts) == len(sources)
+    assert len(breakdown.by_source(of_sources(judged, [f"s{k % 30}" for k in range(96)]), None).rows) == 30
+
+
+def test_a_source_an_image_is_said_and_one_source_is_not(judged) -> None:
+    found = breakdown.by_source(of_sources(judged, [f"s{k}" for k in range(96)]), None)
+    assert found.text.startswith("No figures by source: 96 sources for 96 test images")
+    assert breakdown.by_source(of_sources(judged, ["s"] * 96), None) is None
+
+
+# Examples
+
+
+def test_examples_are_no_fair_sample_and_the_page_says_so(usual, judged) -> None:
+    text = section(usual.report, "Example images")
+    run = inputs.read(usual.directory)
+    named = {judged.split.names[n] for _, n in failures.find(judged).shown()} & set(run.examples.names)
+    assert f"are {len(run.examples.names)} of the 96 test images and no fair sample: {len(named)} of them" in text
+    dice = judged.dice[judged.selected.truth[:, 0] > 0]
+    median = float(np.median(dice))
+    said = re.search(
+        r"The example nearest to the median of all (\d+) test images with a defect \(Dice (.*?)\): .*, Dice (.*?)\.\n",
+        text,
+    )
+    assert (int(said[1]), said[2]) == (len(dice), f"{median:.3f}")
+    shown = run.examples.truth.any(axis=(1, 2))
+    kept = judged.dice[[judged.split.names.index(n) for n, one in zip(run.examples.names, shown, strict=True) if one]]
+    assert float(said[3]) == pytest.approx(kept[np.abs(kept - median).argmin()], abs=1e-3)
+
+
+def test_all_images_of_a_small_split_are_examples(make_run) -> None:
+    text = section(report.write(make_run(trials=2, tests=8)[0]).parent, "Example images")
+    assert "The examples are all 8 test images." in text
 
 
 # Failures
@@ -176,8 +247,8 @@ def test_failures_are_those_of_labels_and_masks(judged) -> None:
     [((9, 9, 9), (4, 4, 4)), ((1, 0, 30), (1, 0, 11)), ((0, 0, 0), (0, 0, 0)), ((2, 30, 4), (2, 6, 4))],
 )
 def test_a_kind_with_few_failures_leaves_its_rows_to_others(sizes, kept) -> None:
-    found = failures.Failures(*(np.arange(size) for size in sizes))
-    names = [kind for kind, _ in failures.shown(found)]
+    found = Failures(*(np.arange(size) for size in sizes))
+    names = [kind for kind, _ in found.shown()]
     assert tuple(names.count(kind) for kind in ("missed", "false alarm", "poor mask")) == kept
 
 
@@ -205,6 +276,10 @@ def test_what_happened_is_said(judged) -> None:
     assert failures._mask(100, 400, 100) == "75 % of the mask false"
     assert failures._mask(100, 100, 20) == "20 % of the defect found, 80 % of the mask false"
     assert failures._mask(0, 7, 0) == "marked where nothing is"
+    assert failures._mask(100, 100, 100) == "mask equals the truth"
+    assert failures._mask(1000, 1001, 999) == "mask nearly equals the truth"
+    assert failures._mask(1000, 996, 996) == "mask nearly equals the truth"
+    assert failures._mask(1000, 980, 980) == "2 % of the defect not found"
 
 
 # Calibration
@@ -246,6 +321,18 @@ def test_equal_scores_have_no_diagram(judged) -> None:
     equal = replace(judged, split=replace(judged.split, decision_logits=np.zeros(len(judged.split))))
     found = calibration.figures(equal)
     assert (found["parts"], found["ece"], found["brier"]) == ([], None, 0.25)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_part_whose_scores_are_all_1_is_drawn() -> None:
+    parts = [
+        {"score": score, "share": share, "ci95": [0.0, 1.0]} for score, share in ((0.0, 0.1), (0.5, 0.5), (1.0, 1.0))
+    ]
+    axes = charts.reliability(parts).axes[0]
+    drawn = axes.containers[0].lines[0].get_xdata()
+    assert np.isfinite(drawn).all()
+    assert (drawn >= axes.get_xlim()[0]).all()
+    assert (drawn <= axes.get_xlim()[1]).all()
 
 
 # Degenerate data

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from tuner.report import (
     style,
     tables,
     trial_charts,
+    words,
 )
 from tuner.report.gallery import Gallery, Page
 from tuner.space import Space
@@ -266,3 +268,65 @@ def test_the_page_stays_whole(make_run, options: dict[str, Any], change: Any) ->
     assert ("no learning curves" in text) == all(not record["history"] for record in records)
     assert ("learning-curves" in figures) == any(record["history"] for record in records)
     assert ("parallel-coordinates" in figures) == any(record["value"] is not None for record in records)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_baseline_of_0_stands_below_a_logarithmic_axis(make_run) -> None:
+    """The field of a baseline outside the space may be what no logarithm has."""
+    directory, _ = make_run(trials=8, tests=6)
+    space = json.loads((directory / "run.json").read_text())["space"]
+    brightness = {"type": "float", "low": 0.01, "high": 0.3, "log": True}
+    note(directory, space=space | {"search": space["search"] | {"augment_brightness": brightness}})
+
+    def outside(record: dict[str, Any]) -> dict[str, Any]:
+        if record["baseline"]:
+            return record | {"number": None, "params": {}, "config": record["config"] | {"augment_brightness": 0.0}}
+        value = 0.01 * (1 + record["number"])
+        return record | {"params": record["params"] | {"augment_brightness": value}}
+
+    changed(directory, outside)
+    run = inputs.read(directory)
+    with matplotlib.rc_context(style.RC):
+        figure = trial_charts.parallel(run, run.records[0])
+        figure.savefig(directory / "parallel.png")
+        assert search_charts.parameter_slice(run, "augment_brightness") is not None
+    assert max(figure.axes[0].get_tightbbox().bounds) < 10_000
+    axis = trial_charts._Axis(brightness, [0.0, 0.1, None])
+    assert axis.ticks[0][0] == "0.01"
+    assert axis.ticks[-1] == ("0", axis.height(0.0, 0))
+    assert trial_charts._NOT_SET < axis.height(0.0, 0) < axis.height(0.01, 0) == 0
+    assert written(directory)[1] >= {"parallel-coordinates"}
+
+
+def test_long_choices_are_broken_into_lines(make_run) -> None:
+    run = inputs.read(make_run(tests=6)[0])
+    with matplotlib.rc_context(style.RC):
+        texts = [text.get_text() for text in trial_charts.parallel(run, None).axes[0].texts]
+    assert "segdecnet_\nplusplus" in texts
+
+
+@pytest.mark.parametrize(("chance", "shown"), [(0.3, 0.3), (1.2, 1.2), (7.0, 1.5)])
+def test_what_luck_reaches_is_in_the_picture(chance: float, shown: float) -> None:
+    rows = [
+        {"name": "dilate", "importance": 0.9, "ci90": [0.7, 1.0], "chance": chance},
+        {"name": "learning_rate", "importance": 0.1, "ci90": [0.0, 0.3], "chance": 0.2},
+    ]
+    with matplotlib.rc_context(style.RC):
+        axes = trial_charts.importance(importance(rows)).axes[0]
+    marks = [x for line in axes.lines if line.get_color() == style.RED for x in line.get_xdata()]
+    assert sorted(marks) == sorted([0.2, shown])
+    assert axes.get_xlim()[1] >= max(marks)
+    assert [text.get_text() for text in axes.texts] == (["7"] if chance > shown else [])
+
+
+def test_one_network_compares_no_ways_of_judging(make_run) -> None:
+    run = inputs.read(make_run(tests=6)[0])
+    networks = [r for r in run.records if r["status"] == "completed" and not r["replayed_from"]]
+    assert search_tables.judging(run) is not None
+    assert search_tables.judging(replace(run, records=networks[:1])) is None
+    assert search_tables.judging(replace(run, records=networks[:2])) is not None
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59.4, "59 s"), (59.7, "1 min"), (89, "1 min"), (3599, "1 h 00 min")])
+def test_durations_are_rounded_before_their_unit_is_chosen(seconds: float, text: str) -> None:
+    assert words.duration(seconds) == text

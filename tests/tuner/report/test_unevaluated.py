@@ -162,3 +162,13 @@ report.write(Path({str(tmp_path)!r}))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report/metrics.json").read_bytes() == (usual.report / "metrics.json").read_bytes()
     assert (tmp_path / "report/index.html").read_bytes() == (usual.report / "index.html").read_bytes()
+
+
+def test_there_is_no_winner_before_the_evaluation(unevaluated: Path) -> None:
+    path = unevaluated / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["replayed_from"] = "abc123-0004"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = written(unevaluated)[0].split("\n## Training\n")[1].split("\n## ")[0]
+    assert "The best trial is the network of trial abc123-0004, judged in another way" in training
+    assert "winner" not in training
