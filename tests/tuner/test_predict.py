@@ -70,10 +70,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def onnx_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a file that needs no torch."""
     network, _, thresholds = load_model(model, torch.device("cpu"))
-    program = export.trace(export.Deployable(network, thresholds), HEIGHT, WIDTH)
     about = {"schema": 1, "input": {"height": HEIGHT, "width": WIDTH}, "images": IMAGES}
     file = tmp_path_factory.mktemp("exported") / "model.onnx"
-    file.write_bytes(export.to_onnx(program, about))
+    file.write_bytes(export.to_onnx(export.Deployable(network, thresholds), HEIGHT, WIDTH, about))
     return file
 
 
@@ -313,7 +312,8 @@ def test_broken_files_are_told_counted_and_do_not_stop_the_rest(
 
 EVIL = (
     '=cmd|"x"!A1.png', "+1.png", "-x.png", "@sum.png", "\tx.png", "a'b\"c<d>&e.png", "two\nlines.png", "white space.png",
-    "日本語 ß.png", "[bold]x.png", "\x1b[31mred.png", "a,b;c.png", "%41.png",
+    "日本語 ß.png", "[bold]x.png", "\x1b[31mred.png", "a,b;c.png", "%41.png", " =1.png", "\n=1.png", "＝1+1.png", "＠x.png",
+    "\u200b=1.png", "\xa0=1.png", "a\r=1.png", "\r=1.png",
 )  # fmt: skip
 
 
@@ -324,11 +324,14 @@ def test_no_name_does_harm(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
     found = {os.path.normpath(row["file"]) for row in rows(tmp_path / "out") if not row["error"]}
     assert found == set(EVIL)
-    assert not [row for row in rows(tmp_path / "out") if row["file"][0] in "=+-@\t\r"]
+    assert not [row for row in rows(tmp_path / "out") if row["file"][0] in "=+-@＝＋－＠\t\r\n \u200b\xa0"]
+    first = (tmp_path / "out" / "masks").stat()
+    assert main(["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1  # known as ours
+    assert (tmp_path / "out" / "masks").stat().st_ino == first.st_ino
     assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {f"{name}.png" for name in EVIL}
     said = capsys.readouterr().err
     assert "\x1b" not in said
-    assert len(said.splitlines()) == 1
+    assert len(said.splitlines()) == 2
     assert cell("a/=x.png") == "a/=x.png"
 
 
@@ -422,5 +425,5 @@ def test_progress_is_shown_on_a_terminal_alone(model: Path, tmp_path: Path) -> N
 
 
 def test_an_onnx_file_says_what_it_was_trained_on(onnx_file: Path) -> None:
-    assert deployed.load(onnx_file).sizes == tiles.Sizes((64, 128), (64, 128), (80, 160))
+    assert deployed.load(onnx_file).sizes == tiles.Sizes((64, 128), (64, 128), (64, 128), (80, 160))
     assert deployed.ONNX_KEY == export.METADATA
