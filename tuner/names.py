@@ -15,7 +15,7 @@ def cell(name: str) -> str:
     name = name.encode(errors="backslashreplace").decode()
     first = name[:1]
     is_unseen = first.isspace() or unicodedata.category(first or "a").startswith("C")
-    return f"./{name}" if is_unseen or first in tuple("=+-@＝＋－＠") else name
+    return f"./{name}" if is_unseen or unicodedata.normalize("NFKC", first) in tuple("=+-@") else name
 
 
 def quoting(names: Iterable[str]) -> int:
