@@ -120,12 +120,13 @@ def _write_model(folder: Path, width: float, side: int, image_HWC: Array) -> Non
         logits = network(torch.from_numpy(image_HWC.copy()).permute(2, 0, 1)[None] / 255)[1].numpy()
     thresholds = Thresholds("grid", 1, float(np.quantile(logits, 0.97)), -100.0)
     save_model(folder, network.state_dict(), config, thresholds, epoch=1)
-    images = dict.fromkeys(("height", "width", "largest_height", "largest_width"), side)
+    images = dict.fromkeys(
+        ("height", "width", "smallest_height", "smallest_width", "largest_height", "largest_width"), side
+    )
     write_json(folder / "images.json", images)
     network, config, thresholds = load_model(folder, torch.device("cpu"))
-    program = export.trace(export.Deployable(network, thresholds), side, side)
     about = {"schema": 1, "input": {"height": side, "width": side}, "images": images}
-    (folder / "model.onnx").write_bytes(export.to_onnx(program, about))
+    (folder / "model.onnx").write_bytes(export.to_onnx(export.Deployable(network, thresholds), side, side, about))
 
 
 def _predict(model: Path, file: Path, out: Path) -> tuple[float, float, dict[str, str]]:

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from model.arrays import Array
+from model.config import input_size_problem
 from model.tiles import Answer, Sizes
 
 ONNX_KEY = "segdec_tuner"
 """of the metadata of an exported file"""
 
-_OUTPUTS = ("probability", "mask", "score", "defect")
+OUTPUTS = ("probability", "mask", "score", "defect")
+
+_WAY_OUT = "make it again with `tuner finals` or `tuner export`"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Deployed:
 
 def load(model: Path) -> Deployed:
     """From a run's folder, its `best/`, or an exported .onnx file. ValueError if it is none of them."""
-    if model.suffix.lower() == ".onnx":
+    if model.suffix.lower() == ".onnx" and not model.is_dir():
         return _load_onnx(model)
     for folder in (model / "best", model):
         if (folder / "model.safetensors").is_file():
@@ -61,7 +64,7 @@ def _load_folder(folder: Path) -> Deployed:
         return probability, mask, score, defect
 
     file = folder / "images.json"
-    images = _parsed(file.read_text(), file) if file.is_file() else None
+    images = _parsed(file.read_bytes(), file) if file.is_file() else None
     return _deployed(answer, (config.input_height, config.input_width), images, folder)
 
 
@@ -84,14 +87,20 @@ def _load_onnx(file: Path) -> Deployed:
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=providers)
-        described = session.get_modelmeta().custom_metadata_map[ONNX_KEY]
     except Exception as error:  # onnxruntime has a class for each way in which a file is broken
         raise ValueError(f"{file} must be a model that `tuner export` made ({error})") from error
+    described = session.get_modelmeta().custom_metadata_map.get(ONNX_KEY)
+    takes, gives = ([one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs()))
+    if described is None or takes != ["image"] or not set(gives) >= set(OUTPUTS):
+        raise ValueError(
+            f"{file} must be a model that `tuner export` made, from image to {', '.join(OUTPUTS)}, found one from "
+            f"{', '.join(takes)} to {', '.join(gives)}" + ("" if described else f" without {ONNX_KEY} in its metadata")
+        )
     facts = _parsed(described, file)
-    size = facts["input"]["height"], facts["input"]["width"]
+    size = _input_size(facts, file)
 
     def answer(image_NHWC: Array) -> tuple[Array, Array, Array, Array]:
-        probability, mask, score, defect = session.run(_OUTPUTS, {"image": image_NHWC})
+        probability, mask, score, defect = session.run(OUTPUTS, {"image": image_NHWC})
         return probability, mask, score, defect
 
     return _deployed(answer, size, facts.get("images"), file)
@@ -104,12 +113,26 @@ def _deployed(answer: Answer, size: tuple[int, int], images: Mapping[str, int] |
             f"{source} does not say how large its training images were (it is of an earlier version); taking the size "
             f"of the network's input, {size[0]}x{size[1]} px"
         )
-    return Deployed(answer, Sizes.of(size, images), note)
-
-
-def _parsed(text: str, file: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(text)
-        return values
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} must hold JSON ({error}); export the model again") from error
+        return Deployed(answer, Sizes.of(size, images), note)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}; {_WAY_OUT}") from error
+
+
+def _input_size(facts: Mapping[str, Any], file: Path) -> tuple[int, int]:
+    """Of the network."""
+    found = facts.get("input")
+    height, width = (found.get(side) if isinstance(found, dict) else None for side in ("height", "width"))
+    if not (type(height) is type(width) is int and min(height, width) > 0) or input_size_problem(height, width):
+        raise ValueError(f"{file} must say the network's input as height and width, px, found {found!r}; {_WAY_OUT}")
+    return height, width
+
+
+def _parsed(text: str | bytes, file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must hold JSON ({error}); {_WAY_OUT}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object, found {str(values)[:60]}; {_WAY_OUT}")
+    return values

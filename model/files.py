@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 255
+"""bytes of a name, on common file systems"""
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """A reader sees the old file or the new one, also after a power cut."""
     building = path.with_name(f".{path.name}.part")
-    with building.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    building.replace(path)
+    if len(os.fsencode(building.name)) > _LONGEST:  # the file's own name may fit
+        building = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.part")
+    try:
+        with building.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        building.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            building.unlink()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

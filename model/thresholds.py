@@ -11,6 +11,7 @@ Rules, with the numbers that the public code gives them:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -38,6 +39,10 @@ def sigmoid(logits: Array | float) -> Floats:
     x = np.asarray(logits, np.float64)
     small = np.exp(-np.abs(x))
     return np.where(x >= 0, 1, small) / (1 + small)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -116,14 +121,33 @@ class Thresholds:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Thresholds:
-        """The inverse of `to_dict`; what an older file does not say is off. KeyError for anything else missing."""
+        """The inverse of `to_dict`; what an older file does not say is off. KeyError for anything else missing,
+        ValueError for a value that cannot be."""
         needed = ("rule", "factor", "segmentation_logit", "decision_logit")
-        return cls(
+        found = cls(
             **{name: values[name] for name in needed},
             blacken=values.get("blacken", False),
             lower_threshold=values.get("lower_threshold", 1.0),
             chosen_on=values.get("chosen_on", "validation"),
         )
+        rules: tuple[tuple[str, bool, str], ...] = (
+            ("segmentation_logit", _is_finite(found.segmentation_logit), "a finite number"),
+            (
+                "decision_logit",
+                found.decision_logit is None or _is_finite(found.decision_logit),
+                "a finite number or null",
+            ),
+            ("blacken", isinstance(found.blacken, bool), "true or false"),
+            (
+                "lower_threshold",
+                _is_finite(found.lower_threshold) and 0 < found.lower_threshold <= 1,
+                "a number above 0 and up to 1",
+            ),
+        )
+        for name, holds, wanted in rules:
+            if not holds:
+                raise ValueError(f"thresholds: {name} must be {wanted}, found {getattr(found, name)!r}")
+        return found
 
     def decide(self, decision_logits_N: Array) -> Bools:
         """(N,) which images have a defect; all, where there is no decision."""

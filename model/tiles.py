@@ -1,9 +1,10 @@
 """Photos of any size, answered by a network that has seen images of one size.
 
-Shapes: N images, H x W px; sizes are (height, width). A photo that is no larger than training's largest image is
-stretched to the network's input, as training images were. A larger one is cut into tiles of the size that training
-images had (the median) before they were stretched, and each tile goes the way of a training image: so a crack has as
-many px as in training, and FeatureNorm and the decision, which see a whole input, see one as they were taught.
+Shapes: N images, H x W px; sizes are (height, width). A photo about as large as training's images is stretched to the
+network's input, as they were. A larger one is cut into tiles of the size that training images had (the median) before
+they were stretched, and each tile goes the way of a training image: so a crack has as many px as in training, and
+FeatureNorm and the decision, which see a whole input, see one as they were taught. One that is much smaller lies in the
+middle of such a tile, mirrored all around.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ OVERLAP = 1 / 4
 """Neighbouring tiles share at least this part of a side. See bench/RESULTS.md: without, seams cost Dice; more costs
 time alone."""
 
+_WHOLE = 1 / 2, 3 / 2
+"""Sides from the first to the second times training's median may be stretched, where training had such images: one odd
+image among its thousands must not decide what is stretched."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -36,16 +41,42 @@ class Sizes:
     """of the network"""
     median: Size
     """of image files in training"""
+    smallest: Size
     largest: Size
     """sides of image files in training"""
 
     @classmethod
     def of(cls, input_size: Size, images: Mapping[str, int] | None) -> Sizes:
-        """From `images.json`; without, of training images that had the size of the input."""
-        if not images:
-            return cls(input_size, input_size, input_size)
-        median, largest = ((images[f"{kind}height"], images[f"{kind}width"]) for kind in ("", "largest_"))
-        return cls(input_size, median, largest)
+        """From `images.json`, which may lack the smallest; without, of training images that had the size of the input.
+        ValueError for what are no sizes."""
+        if images is None or images == {}:
+            return cls(input_size, input_size, input_size, input_size)
+        if not isinstance(images, Mapping):
+            raise ValueError(f"sizes of images must be an object, found {images!r}")
+        median, smallest, largest = (_size(images, kind) for kind in ("", "smallest_", "largest_"))
+        if median is None or largest is None:
+            raise ValueError(
+                f"sizes of images must have height, width, largest_height and largest_width, found {', '.join(images)}"
+            )
+        return cls(input_size, median, smallest or median, largest)
+
+    def is_stretched(self, size: Size) -> bool:
+        """Whether a photo of this size goes whole into the network, as training's images did."""
+        return all(
+            min(small, _WHOLE[0] * usual) <= side <= min(large, _WHOLE[1] * usual)
+            for side, small, usual, large in zip(size, self.smallest, self.median, self.largest, strict=True)
+        )
+
+
+def _size(images: Mapping[str, int], kind: str) -> Size | None:
+    names = f"{kind}height", f"{kind}width"
+    if not any(name in images for name in names):
+        return None
+    for name in names:
+        side = images.get(name)
+        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+            raise ValueError(f"{name} of images must be a whole number above 0, found {side!r}")
+    return images[names[0]], images[names[1]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +121,7 @@ def spans(length: int, tile: int) -> list[Span]:
 
 def cuts(size: Size, sizes: Sizes) -> list[tuple[Span, Span]]:
     """The tiles of a photo: rows and columns of each."""
-    if all(side <= most for side, most in zip(size, sizes.largest, strict=True)):
+    if sizes.is_stretched(size):
         return [(Span(0, size[0], 0, size[0]), Span(0, size[1], 0, size[1]))]
     rows, columns = (spans(side, tile) for side, tile in zip(size, sizes.median, strict=True))
     return [(row, column) for row in rows for column in columns]

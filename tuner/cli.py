@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tuner.options import ADDRESS, COUNT, NOT_NEGATIVE, PORT, POSITIVE, SEED, STUDY_VARIABLE, WAIT, Rule
+from tuner.options import ADDRESS, COUNT, MM_PER_PX, NOT_NEGATIVE, PORT, POSITIVE, SEED, STUDY_VARIABLE, WAIT, Rule
 from tuner.records import SearchFailed
 
 _SHOWN_PAIRS = 20
@@ -433,7 +433,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--out", metavar="DIR", required=True, help="a new folder, or one of earlier predictions, which it replaces"
     )
-    made.add_argument("--mm-per-px", metavar="F", type=_positive, help="gives lengths and areas in mm too")
+    made.add_argument("--mm-per-px", metavar="F", type=_mm_per_px, help="gives lengths and areas in mm too")
 
     made = verb(plan, "plan", "check a space and its data, time a few steps, forecast hours and memory; no run is made",
                 "tuner plan demo --data synthetic")  # fmt: skip
@@ -519,6 +519,7 @@ def _value(rule: Rule, kind: type) -> Callable[[str], Any]:
 _count = _value(COUNT, int)
 _positive = _value(POSITIVE, float)
 _not_negative = _value(NOT_NEGATIVE, float)
+_mm_per_px = _value(MM_PER_PX, float)
 _wait = _value(WAIT, float)
 _seed = _value(SEED, int)
 _port = _value(PORT, int)

@@ -283,6 +283,7 @@ def _write_best(best: Path, winner: Finalist, sizes_N2: Array) -> None:
 
 def _image_sizes(sizes_N2: Array) -> dict[str, int]:
     """px"""
-    (height, width), (most_height, most_width) = np.median(sizes_N2, axis=0), sizes_N2.max(axis=0)
-    sizes = {"height": height, "width": width, "largest_height": most_height, "largest_width": most_width}
-    return {name: round(float(size)) for name, size in sizes.items()}
+    found = {"": np.median(sizes_N2, axis=0), "smallest_": sizes_N2.min(axis=0), "largest_": sizes_N2.max(axis=0)}
+    return {
+        f"{kind}{side}": round(float(found[kind][k])) for kind in found for k, side in enumerate(("height", "width"))
+    }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 
 def cell(name: str) -> str:
     """A file's name as a cell: a spreadsheet would run one that begins as a formula does, so it gets a ./ before it,
-    which names the same file. Bytes that are no text are written as \\udcNN."""
+    which names the same file. Some take signs of full width for the plain ones, and skip what cannot be seen before
+    them. Bytes that are no text are written as \\udcNN."""
     name = name.encode(errors="backslashreplace").decode()
-    return f"./{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+    first = name[:1]
+    is_unseen = first.isspace() or unicodedata.category(first or "a").startswith("C")
+    return f"./{name}" if is_unseen or unicodedata.normalize("NFKC", first) in tuple("=+-@") else name
 
 
 def quoting(names: Iterable[str]) -> int:

@@ -28,6 +28,11 @@ class Rule:
 COUNT = Rule("a whole number of at least 1", lambda v: type(v) is int and v >= 1)
 POSITIVE = Rule("a number above 0", lambda v: is_number(v) and v > 0)
 NOT_NEGATIVE = Rule("a number of at least 0", lambda v: is_number(v) and v >= 0)
+MM_PER_PX = Rule(
+    "a number of mm from 0.000001 to 1000, a metre",
+    lambda v: is_number(v) and 1e-6 <= v <= 1000,
+    "it is the length on the surface that one px of the photo shows; leave it out for px alone",
+)
 WAIT = Rule("a number of seconds from 0 to 86400, a day", lambda v: is_number(v) and 0 <= v <= 86400)
 SEED = Rule(
     f"a whole number from 0 to {RULES['seed'].high}", lambda v: type(v) is int and RULES["seed"].problem(v) is None

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -18,6 +19,12 @@ from model.inspection import decode_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 """of the files that a folder or a pattern stands for; a file that is named itself may have any"""
+
+TABLE = "predictions.csv"
+PART = f"{TABLE}.part"
+"""the table while a run writes it"""
+_HEAD = b"file,height_px,width_px,tiles,"
+"""A table that begins so is of predictions; others of that name are not."""
 
 MOST_PIXELS = 150_000_000
 """in a photo; a small file can claim to be a huge image, and fill the memory"""
@@ -34,21 +41,54 @@ class Photo:
 
 
 def find(images: Sequence[str], out: Path) -> list[Photo]:
-    """The photos of files, folders and patterns, each once. ValueError where one of these stands for none."""
+    """The photos of files, folders and patterns, each once. ValueError where one of these stands for none.
+
+    What predictions have written, into `out` or elsewhere, is left out unless it is named itself. A shell expands
+    `photos/*` to arguments that hold nothing else: these are passed over while others are left.
+    """
     found: dict[str, Path] = {}
     bases = []
+    problem = ""
+    holds_predictions = cache(_holds_predictions)
+
+    def is_written(path: Path, base: Path) -> bool:
+        if _lies_in(path, out):
+            return True
+        return any(holds_predictions(folder) for folder in path.parents if folder.is_relative_to(base))
+
     for words in images:
-        base, paths = _named(words)
+        base, there = _named(words)
         if _lies_in(base, out):
-            raise ValueError(f"--out must not hold the images, found {out}, where {words} lies; take another folder")
-        paths = [path for path in paths if not _lies_in(path, out)]  # what an earlier run has written
+            problem = f"--out must not hold the images, found {out}, where {words} lies; take another folder"
+            continue
+        is_itself = Path(words).is_file()
+        paths = there if is_itself else [path for path in there if not is_written(path, base)]
         if not paths:
-            raise ValueError(f"{words}: no image in there; images are files *{', *'.join(SUFFIXES)}")
+            problem = f"{words}: no image in there; images are files *{', *'.join(SUFFIXES)}"
+            if not there:
+                raise ValueError(problem)
+            problem += ", and not what predictions have written"
+            continue
         bases.append(base)
         for path in paths:
             found.setdefault(os.path.realpath(path), path)
+    if not found:
+        raise ValueError(problem)
     shared = os.path.commonpath(bases)
     return [Photo(path, path.relative_to(shared).as_posix()) for path in found.values()]
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table of predictions."""
+    try:
+        with path.open("rb") as file:
+            return file.read(80).replace(b'"', b"").startswith(_HEAD)
+    except OSError:
+        return False
+
+
+def _holds_predictions(folder: Path) -> bool:
+    return is_table(folder / TABLE) or is_table(folder / PART)
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
@@ -57,12 +97,15 @@ def _lies_in(path: Path, folder: Path) -> bool:
 
 def _named(words: str) -> tuple[Path, list[Path]]:
     """What one argument stands for, in order, and the folder that it names. Hidden files are in neither."""
+    if not words:
+        raise ValueError("IMAGE must be a file, a folder or a pattern, found ''; the current folder is .")
     path = Path(os.path.abspath(words))  # noqa: PTH100 (links keep their own names)
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
         return path, _below(path)
-    fixed = next((n for n, part in enumerate(path.parts) if glob.has_magic(part)), None)
+    parts = enumerate(path.parts)
+    fixed = next((n for n, part in parts if glob.has_magic(part) and not Path(*path.parts[: n + 1]).exists()), None)
     if fixed is None:
         raise ValueError(f"{words}: no such file or folder, and no pattern such as '*.jpg'")
     base = Path(*path.parts[:fixed])

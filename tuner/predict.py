@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import errno
+import fcntl
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,15 +23,17 @@ from model.arrays import Array
 from model.crack_size import CrackSize, measure
 from model.files import write_atomically
 from tuner.names import cell, quoting, shown
-from tuner.photos import Photo, find, read
+from tuner.photos import PART, TABLE, Photo, find, is_table, read
+from tuner.records import SearchFailed
 
-TABLE = "predictions.csv"
 _COLUMNS = (
     "file", "height_px", "width_px", "tiles", "score", "defect", "cracks", "area_px", "area_share", "length_px",
     "width_mean_px", "width_max_px",
 )  # fmt: skip
 _IN_MM = ("length_mm", "width_mean_mm", "width_max_mm", "area_mm2")
 _REMARKS = ("note", "error")
+
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 _CRACK = (213, 94, 0)
 """Vermillion of Okabe and Ito, as in reports (`tuner.report.style.RED`); the photo below it is grey."""
@@ -64,7 +68,8 @@ def predict(model: str, images: Sequence[str], out: str, mm_per_px: float | None
         console.print(network.note, style="yellow", markup=False, highlight=False)
     outcome = Outcome(folder, len(photos), Counter())
     done = 0
-    with _table(folder, mm_per_px, photos) as table, _progress(console, len(photos)) as told:
+    _make(folder)
+    with _locked(folder), _table(folder, mm_per_px, photos) as table, _progress(console, len(photos)) as told:
         try:
             for photo in photos:
                 row = _predict_one(photo, network, folder, mm_per_px, told.of(photo, done))
@@ -74,6 +79,13 @@ def predict(model: str, images: Sequence[str], out: str, mm_per_px: float | None
                 if problem := row.get("error") or row.get("note"):
                     told.say(photo, problem)
                 done += 1
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise SearchFailed(
+                f"the disk is full ({error}); make room, then the same command begins anew; {done} of {len(photos)} "
+                f"images are in {shown(folder / TABLE)}"
+            ) from error
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
                 f"{done} of {len(photos)} images are in {shown(folder / TABLE)}; the same command begins anew"
@@ -82,25 +94,51 @@ def predict(model: str, images: Sequence[str], out: str, mm_per_px: float | None
 
 
 def _check_is_free(folder: Path) -> None:
-    """ValueError for a folder with something else in it: masks/ may be somebody's data set."""
+    """ValueError for a folder that cannot be written, or has something else in it: masks/ may be somebody's data."""
     if not folder.exists():
+        there = next(path for path in Path(os.path.abspath(folder)).parents if path.exists())  # noqa: PTH100
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            kind = "cannot be written in" if there.is_dir() else "is no folder"
+            raise ValueError(
+                f"--out must be a folder that can be made, found {folder}, but {there} {kind}; take another name"
+            )
         return
     if not folder.is_dir():
         raise ValueError(f"--out must be a folder, found the file {folder}; take another name")
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise ValueError(f"--out must be a folder that can be written, found {folder}; allow it or take another name")
     others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    if others and not _is_ours(folder / TABLE):
+    if others and not is_table(folder / TABLE) and not is_table(folder / PART):
         raise ValueError(
             f"--out must be a new folder, an empty one or one of earlier predictions, found {folder} with "
             f"{min(others)} in it; take another name"
         )
 
 
-def _is_ours(table: Path) -> bool:
+def _make(folder: Path) -> None:
     try:
-        with table.open("rb") as file:
-            return file.read(80).startswith(",".join(_COLUMNS[:4]).encode())
-    except OSError:
-        return False
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out must be a folder that can be made, found {folder} ({error.strerror}); take another name"
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One run at a time writes there; the kernel frees the lock when the process ends, however it ends."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--out must not be written by two runs at once, found {folder}, which another process writes; wait "
+                "for it, or take another name"
+            ) from error
+        yield
+    finally:
+        os.close(lock)
 
 
 def _predict_one(
@@ -118,7 +156,7 @@ def _predict_one(
         del image_HWC, overlay_HWC  # measuring takes the most memory beside the network
         size = measure(found.mask_HW)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # no later photo would fare better
+        if error.errno in (*_FULL, errno.EROFS):  # no later photo would fare better
             raise
         return row | {"error": _said(error, photo)}
     except (ValueError, FloatingPointError, MemoryError, cv2.error) as error:
@@ -169,30 +207,54 @@ def _write(path: Path, pixels: Array, how: list[int]) -> None:
     """A grey or BGR image, whole or not at all."""
     ok, data = cv2.imencode(path.suffix, pixels, how)
     assert ok
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data.tobytes())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data.tobytes())
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise ValueError(
+            f"what is written to {path.parent.name}/{path.name} must not lie where the result of another image does "
+            "(x.jpg and x.jpg.png/y.jpg cannot both be); rename one of them"
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ValueError(
+            f"names of what is written must have at most 255 bytes, found {len(os.fsencode(path.name))}; rename the "
+            "image"
+        ) from error
 
 
 class _Table:
-    """predictions.csv, a line at a time, so that a kill leaves those that are done."""
+    """A line at a time, so that a kill leaves those that are done."""
 
     def __init__(self, file: TextIO, columns: Sequence[str], quoting: int) -> None:
         self._file = file
         self._lines = csv.DictWriter(file, columns, restval="", lineterminator="\n", quoting=quoting)  # type: ignore[arg-type]
         self._lines.writeheader()
         self._file.flush()
+        self.lines = 0
 
     def add(self, row: dict[str, Any]) -> None:
         self._lines.writerow(row)
         self._file.flush()
+        self.lines += 1
 
 
 @contextmanager
 def _table(folder: Path, mm_per_px: float | None, photos: Sequence[Photo]) -> Iterator[_Table]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / TABLE).open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        columns = [*_COLUMNS, *(_IN_MM if mm_per_px else ()), *_REMARKS]
-        yield _Table(file, columns, quoting(photo.name for photo in photos))
+    """Becomes predictions.csv when the run ends, also early; where it ends before a line, an earlier table stays."""
+    part = folder / PART
+    table = None
+    try:
+        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            columns = [*_COLUMNS, *(_IN_MM if mm_per_px else ()), *_REMARKS]
+            table = _Table(file, columns, quoting(photo.name for photo in photos))
+            yield table
+    finally:
+        if table is not None and (table.lines or not is_table(folder / TABLE)):
+            part.replace(folder / TABLE)
+        else:
+            part.unlink(missing_ok=True)
 
 
 class _Told:

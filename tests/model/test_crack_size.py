@@ -43,7 +43,13 @@ def test_upright_lines_measure_their_width_exactly(width: int, transpose: bool) 
     assert found.area == 120 * width
     assert found.width_max == pytest.approx(width, abs=1e-3)
     assert found.width_mean == pytest.approx(width, rel=0.03)
-    assert found.length == pytest.approx(120, rel=0.03)
+    assert found.length == pytest.approx(0.98 * 120, abs=1 + width / 10)
+
+
+def test_an_upright_line_is_2_percent_short_as_documented() -> None:
+    assert measure(np.ones((1, 300), np.uint8)).length == pytest.approx(0.98 * 300, abs=0.1)
+    assert measure(np.ones((300, 1), np.uint8)).length == pytest.approx(0.98 * 300, abs=0.1)
+    assert measure(np.eye(300, dtype=np.uint8)).length == pytest.approx(0.993 * 300 * 2**0.5, abs=0.5)
 
 
 def test_a_straight_line_is_as_long_at_every_angle_on_average() -> None:

@@ -65,8 +65,8 @@ def test_a_network_without_context_answers_as_if_there_were_no_tiles(
         assert found.defect == bool(found.mask_HW.any())
 
 
-@pytest.mark.parametrize("size", [(100, 80), (37, 120), (64, 64), (120, 120)])
-def test_a_photo_no_larger_than_trainings_largest_goes_the_way_of_a_training_image(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(100, 80), (37, 120), (64, 64), (120, 120), (45, 45)])
+def test_a_photo_of_a_size_that_training_had_goes_the_way_of_a_training_image(size: tuple[int, int]) -> None:
     seen = []
 
     def answer(image_NHWC: Array) -> tuple[Array, Array, Array, Array]:
@@ -74,7 +74,7 @@ def test_a_photo_no_larger_than_trainings_largest_goes_the_way_of_a_training_ima
         return pixelwise(image_NHWC)
 
     photo = noise(*size)
-    found = tiles.segment(photo, answer, Sizes((64, 64), (90, 90), (120, 120)))
+    found = tiles.segment(photo, answer, Sizes((64, 64), (90, 90), (30, 60), (120, 120)))
     assert found.tiles == len(seen) == 1
     assert np.array_equal(seen[0][0], resize_image(photo, (64, 64)))
     assert found.mask_HW.shape == size
@@ -87,12 +87,62 @@ def test_every_tile_has_trainings_size_before_and_the_networks_after() -> None:
         shapes.add(image_NHWC.shape)
         return pixelwise(image_NHWC)
 
-    sizes = Sizes((64, 48), (90, 200), (120, 240))
+    sizes = Sizes((64, 48), (90, 200), (90, 200), (120, 240))
     for size in ((121, 10), (10, 241), (500, 700)):
         assert tiles.segment(noise(*size), answer, sizes).mask_HW.shape == size
         for rows, columns in tiles.cuts(size, sizes):
             assert (rows.stop - rows.start, columns.stop - columns.start) == (90, 200)
     assert shapes == {(1, 64, 48, 3)}
+
+
+def test_one_large_image_in_training_does_not_switch_tiles_off() -> None:
+    sizes = Sizes.of((64, 64), {"height": 90, "width": 90, "largest_height": 5000, "largest_width": 120})
+    assert len(tiles.cuts((135, 120), sizes)) == 1
+    assert len(tiles.cuts((136, 90), sizes)) == 2
+    assert len(tiles.cuts((90, 121), sizes)) == 2
+    assert len(tiles.cuts((5000, 90), sizes)) > 50
+
+
+@pytest.mark.parametrize(
+    ("size", "is_whole"), [((45, 45), True), ((44, 90), False), ((20, 20), False), ((90, 1), False)]
+)
+def test_an_image_much_smaller_than_trainings_keeps_its_scale(size: tuple[int, int], is_whole: bool) -> None:
+    seen = []
+
+    def answer(image_NHWC: Array) -> tuple[Array, Array, Array, Array]:
+        seen.append(image_NHWC[0])
+        return pixelwise(image_NHWC)
+
+    images = {"height": 90, "width": 90, "largest_height": 120, "largest_width": 120}
+    photo = noise(*size)
+    found = tiles.segment(photo, answer, Sizes.of((90, 90), images))
+    assert len(seen) == 1
+    assert found.mask_HW.shape == size
+    top, left = (90 - size[0]) // 2, (90 - size[1]) // 2
+    in_the_middle = seen[0][top : top + size[0], left : left + size[1]]
+    assert np.array_equal(in_the_middle, photo) != is_whole
+    if not is_whole:
+        assert np.array_equal(found.mask_HW, photo[..., 0] < 60)
+    small = images | {"smallest_height": 1, "smallest_width": 1}  # training had such
+    tiles.segment(photo, answer, Sizes.of((90, 90), small))
+    assert np.array_equal(seen[1], resize_image(photo, (90, 90)))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({"height": 448}, "width of images must be a whole number above 0, found None"),
+        ({"height": 448, "width": 448}, "sizes of images must have height, width, largest_height"),
+        ({"height": 0, "width": 448}, "height of images must be a whole number above 0, found 0"),
+        ({"height": 448, "width": "448"}, "width of images must be a whole number above 0, found '448'"),
+        ({"height": True, "width": 448}, "height of images must be a whole number above 0, found True"),
+        ({"height": 300.5, "width": 448}, "height of images must be a whole number above 0, found 300.5"),
+        ([1], r"sizes of images must be an object, found \[1\]"),
+    ],
+)
+def test_what_are_no_sizes_is_refused(images: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sizes.of((64, 64), images)
 
 
 def test_a_photo_has_a_defect_where_one_tile_has_and_its_score_is_the_largest() -> None:
@@ -112,7 +162,7 @@ def test_a_narrow_photo_is_mirrored_so_that_its_statistics_stay() -> None:
         return pixelwise(image_NHWC)
 
     photo = noise(33, 64)
-    tiles.segment(photo, answer, Sizes((64, 64), (64, 64), (20, 64)))
+    tiles.segment(photo, answer, Sizes((64, 64), (64, 64), (20, 64), (20, 64)))
     assert np.array_equal(seen[0][15:48], photo)
     assert abs(seen[0].mean() - photo.mean()) < 5
     assert abs(seen[0].std() - photo.std()) < 5
@@ -150,7 +200,7 @@ def test_lines_keep_their_area_at_the_size_of_the_photo(size: tuple[int, int]) -
 
 
 def test_no_training_sizes_means_those_of_the_input() -> None:
-    assert Sizes.of((64, 32), None) == Sizes.of((64, 32), {}) == Sizes((64, 32), (64, 32), (64, 32))
+    assert Sizes.of((64, 32), None) == Sizes.of((64, 32), {}) == Sizes(*[(64, 32)] * 4)
 
 
 def test_tiled_is_compared_with_whole() -> None:

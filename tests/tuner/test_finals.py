@@ -7,7 +7,7 @@ from model.centre_lines import CentreLines
 from model.evaluate import Scores
 from model.thresholds import Thresholds
 from tests.tables import count
-from tuner.finals import SHOWN_EXAMPLES, example_rows
+from tuner.finals import SHOWN_EXAMPLES, _image_sizes, example_rows
 from tuner.report import failures as report_failures
 from tuner.report.inputs import Split
 from tuner.report.tables import Judged
@@ -86,3 +86,10 @@ def test_of_few_images_all_are_kept(images: int) -> None:
 def test_a_split_of_one_class_fills_up_with_the_other_ranks(negatives: int) -> None:
     rows = example_rows(scores(60, negatives, 3), Thresholds("grid", 1, 1.5, 0.25))
     assert len(set(rows)) == SHOWN_EXAMPLES
+
+
+def test_the_sizes_of_images_are_median_smallest_and_largest_of_each_side() -> None:
+    assert _image_sizes(np.array([[300, 900], [400, 200], [500, 640]])) == {
+        "height": 400, "width": 640, "smallest_height": 300, "smallest_width": 200, "largest_height": 500,
+        "largest_width": 900,
+    }  # fmt: skip

@@ -1,8 +1,12 @@
 """`tuner predict` on real files, with a small network of random weights."""
 
 import csv
+import fcntl
 import io
+import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +17,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from matplotlib.colors import to_rgb
@@ -31,7 +36,7 @@ from model.thresholds import Thresholds
 from tuner import photos
 from tuner.cli import main
 from tuner.names import cell
-from tuner.predict import _CRACK, predict
+from tuner.predict import _CRACK, _table, predict
 from tuner.report import style
 
 pytestmark = pytest.mark.timeout(300)  # torch takes its time to make an ONNX file
@@ -70,10 +75,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def onnx_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a file that needs no torch."""
     network, _, thresholds = load_model(model, torch.device("cpu"))
-    program = export.trace(export.Deployable(network, thresholds), HEIGHT, WIDTH)
     about = {"schema": 1, "input": {"height": HEIGHT, "width": WIDTH}, "images": IMAGES}
     file = tmp_path_factory.mktemp("exported") / "model.onnx"
-    file.write_bytes(export.to_onnx(program, about))
+    file.write_bytes(export.to_onnx(export.Deployable(network, thresholds), HEIGHT, WIDTH, about))
     return file
 
 
@@ -210,6 +214,93 @@ def test_a_second_run_does_not_read_what_the_first_has_written(model: Path, tmp_
     assert run(model, f"{tmp_path}/in/**/*.png", out=out) == first
 
 
+def test_a_run_into_another_folder_does_not_read_what_an_earlier_one_has_written(model: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "sub/b.png", "sub/c\r.png"):  # a carriage return has the table quoted
+        save(tmp_path / "in" / name)
+    first = run(model, tmp_path / "in", out=tmp_path / "in" / "sub" / "one")
+    assert run(model, tmp_path / "in", out=tmp_path / "in" / "two") == first
+    assert run(model, f"{tmp_path}/in/**/*.*", out=tmp_path / "three") == first
+    table = tmp_path / "in" / "two" / "predictions.csv"
+    table.rename(table.with_name("predictions.csv.part"))  # as a kill leaves it
+    assert run(model, tmp_path / "in", out=tmp_path / "in" / "two") == first
+    (row,) = run(model, tmp_path / "in" / "two" / "masks" / "a.png.png", out=tmp_path / "four")  # named itself
+    assert row["file"] == "a.png.png"
+    save(tmp_path / "in" / "own" / "d.png")
+    (tmp_path / "in" / "own" / "predictions.csv").write_text("image,truth\n")  # somebody's own
+    assert len(run(model, tmp_path / "in", out=tmp_path / "five")) == len(first) + 1
+
+
+def test_a_shell_may_expand_a_star_to_folders_of_earlier_runs(model: Path, tmp_path: Path) -> None:
+    save(tmp_path / "few" / "x.png")
+    (tmp_path / "few" / "b").mkdir()
+    for _ in range(2):
+        (row,) = run(model, *sorted((tmp_path / "few").iterdir()), out=tmp_path / "few" / "b")
+        assert row["file"] == "x.png"
+    (row,) = run(model, *sorted((tmp_path / "few").iterdir()), out=tmp_path / "few" / "c")
+    assert row["file"] == "x.png"
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_itself(model: Path, tmp_path: Path) -> None:
+    save(tmp_path / "b [2024]" / "x.png")
+    save(tmp_path / "b 2" / "y.png")
+    (row,) = run(model, f"{tmp_path}/b [2024]/*.png", out=tmp_path / "out")
+    assert row["file"] == "x.png"
+    (row,) = run(model, f"{tmp_path}/b [0-9]/*.png", out=tmp_path / "out")
+    assert row["file"] == "b 2/y.png"
+
+
+def test_names_that_cannot_both_be_and_long_ones_are_told_as_a_rule(model: Path, tmp_path: Path) -> None:
+    long = "n" * 247 + ".png"  # whose mask has 255 bytes
+    for name in ("c.jpg", "c.jpg.png/y.jpg", long, "m" * 250 + ".png"):
+        save(tmp_path / "in" / name)
+    found = {row["file"][:5]: row["error"] for row in run(model, tmp_path / "in", out=tmp_path / "out")}
+    assert len(found) == 4 - 1
+    assert found["nnnnn"] == ""
+    assert found["mmmmm"] == "names of what is written must have at most 255 bytes, found 258; rename the image"
+    both = [row["error"] for row in rows(tmp_path / "out") if row["file"].startswith("c.jpg")]
+    assert sorted(bool(error) for error in both) == [False, True]
+    assert "must not lie where the result of another image does" in max(both)
+    assert mask_of(tmp_path / "out", long).any()
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_an_earlier_table_stays_until_there_is_another(model: Path, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.png")
+    first = run(model, tmp_path / "in", out=tmp_path / "out")
+    table = tmp_path / "out" / "predictions.csv"
+    lock = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="must not be written by two runs at once"):
+        run(model, tmp_path / "in", out=tmp_path / "out")
+    os.close(lock)
+    with _table(tmp_path / "out", None, []):
+        assert rows(tmp_path / "out") == first
+    assert rows(tmp_path / "out") == first
+    with _table(tmp_path / "out", None, []) as lines:
+        lines.add({"file": "b.png"})
+        assert rows(tmp_path / "out") == first
+    assert [row["file"] for row in rows(tmp_path / "out")] == ["b.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["masks", "overlays", table.name]
+
+
+def test_a_full_disk_is_one_message_and_what_is_done_is_kept(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "in" / "a.png")
+    rng = np.random.default_rng(0)
+    save(tmp_path / "in" / "b.png", rng.integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+    try:
+        assert main(["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [row["file"] for row in rows(tmp_path / "out")] == ["a.png"]
+    said = capsys.readouterr().err
+    assert "tuner predict: the disk is full (" in said
+    assert "the same command begins anew; 1 of 2 images are in" in said
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(model: Path, tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
@@ -313,7 +404,8 @@ def test_broken_files_are_told_counted_and_do_not_stop_the_rest(
 
 EVIL = (
     '=cmd|"x"!A1.png', "+1.png", "-x.png", "@sum.png", "\tx.png", "a'b\"c<d>&e.png", "two\nlines.png", "white space.png",
-    "日本語 ß.png", "[bold]x.png", "\x1b[31mred.png", "a,b;c.png", "%41.png",
+    "日本語 ß.png", "[bold]x.png", "\x1b[31mred.png", "a,b;c.png", "%41.png", " =1.png", "\n=1.png", "\uff1d1+1.png", "\uff20x.png",
+    "\u200b=1.png", "\xa0=1.png", "a\r=1.png", "\r=1.png",
 )  # fmt: skip
 
 
@@ -324,11 +416,14 @@ def test_no_name_does_harm(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
     found = {os.path.normpath(row["file"]) for row in rows(tmp_path / "out") if not row["error"]}
     assert found == set(EVIL)
-    assert not [row for row in rows(tmp_path / "out") if row["file"][0] in "=+-@\t\r"]
+    assert not [
+        row for row in rows(tmp_path / "out") if row["file"][0] in "=+-@\uff1d\uff0b\uff0d\uff20\t\r\n \u200b\xa0"
+    ]
+    assert main(["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1  # known as ours
     assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {f"{name}.png" for name in EVIL}
     said = capsys.readouterr().err
     assert "\x1b" not in said
-    assert len(said.splitlines()) == 1
+    assert len(said.splitlines()) == 2
     assert cell("a/=x.png") == "a/=x.png"
 
 
@@ -349,6 +444,9 @@ def test_bytes_that_are_no_text_make_no_table_that_is_none(model: Path, tmp_path
         (["link"], "in", "--out must not hold the images"),
         (["in"], "full", "found full with masks in it"),
         (["in"], "file", "--out must be a folder, found the file file"),
+        (["in"], "file/out", "but {tmp_path}/file is no folder; take another name"),
+        ([""], "out", "IMAGE must be a file, a folder or a pattern, found ''; the current folder is ."),
+        (["in", "nothing.jpg"], "out", "no such file or folder, and no pattern"),
     ],
 )
 def test_bad_input_ends_with_one_message_before_anything_is_written(
@@ -363,7 +461,7 @@ def test_bad_input_ends_with_one_message_before_anything_is_written(
     (tmp_path / "link").symlink_to("in")
     before = sorted(tmp_path.rglob("*"))
     assert main(["predict", str(model), *images, "--out", out]) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(tmp_path=tmp_path) in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -371,17 +469,21 @@ def test_what_is_no_model_is_bad_input(model: Path, tmp_path: Path, capsys: pyte
     file = str(save(tmp_path / "a.png"))
     (tmp_path / "x.onnx").write_bytes(b"none")
     (tmp_path / "run").mkdir()
+    (tmp_path / "folder.onnx").mkdir()
     for words, message in (
         ("run", "which has no best/model.safetensors; `tuner finals RUN` leaves best/"),
         ("x.onnx", "must be a model that `tuner export` made"),
         ("y.onnx", "no such file; `tuner export RUN --format onnx` makes one"),
         ("a.png", "which is none of them"),
+        ("folder.onnx", "which has no best/model.safetensors"),
     ):
         assert main(["predict", str(tmp_path / words), file, "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stopped:
-        main(["predict", str(model), file, "--out", str(tmp_path / "out"), "--mm-per-px", "0"])
-    assert stopped.value.code == 2
+    for value in ("0", "1e300", "nan", "-1", "x"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["predict", str(model), file, "--out", str(tmp_path / "out"), "--mm-per-px", value])
+        assert stopped.value.code == 2
+        assert "must be a number of mm from 0.000001 to 1000" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -422,5 +524,68 @@ def test_progress_is_shown_on_a_terminal_alone(model: Path, tmp_path: Path) -> N
 
 
 def test_an_onnx_file_says_what_it_was_trained_on(onnx_file: Path) -> None:
-    assert deployed.load(onnx_file).sizes == tiles.Sizes((64, 128), (64, 128), (80, 160))
+    assert deployed.load(onnx_file).sizes == tiles.Sizes((64, 128), (64, 128), (64, 128), (80, 160))
     assert deployed.ONNX_KEY == export.METADATA
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("thresholds.json", {"segmentation_logit": float("nan")}, "segmentation_logit must be a finite number"),
+        ("thresholds.json", {"segmentation_logit": "-1"}, "segmentation_logit must be a finite number"),
+        ("thresholds.json", {"decision_logit": float("nan")}, "decision_logit must be a finite number or null"),
+        ("thresholds.json", {"lower_threshold": -1}, "lower_threshold must be a number above 0"),
+        ("thresholds.json", {"blacken": "no"}, "blacken must be true or false, found 'no'"),
+        ("images.json", {"height": 0}, "height of images must be a whole number above 0, found 0"),
+        ("images.json", {"height": "abc"}, "height of images must be a whole number above 0, found 'abc'"),
+        ("images.json", "[1]", "images.json must hold a JSON object, found [1]"),
+        ("images.json", '{"height": 448}', "width of images must be"),
+        ("images.json", "[" * 100_000, "images.json must hold JSON"),
+        ("images.json", b"\xff\xfe{", "images.json must hold JSON"),
+    ],
+)
+def test_a_broken_model_folder_is_bad_input(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, values: Any, message: str
+) -> None:
+    best = Path(shutil.copytree(model, tmp_path / "best"))
+    if isinstance(values, dict):
+        values = json.dumps(json.loads((best / name).read_text()) | values)
+    (best / name).write_bytes(values if isinstance(values, bytes) else values.encode())
+    file = save(tmp_path / "a.png")
+    assert main(["predict", str(best), str(file), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert str(best) in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("about", "outputs", "message"),
+    [
+        (None, deployed.OUTPUTS, "must be a model that `tuner export` made, from image to probability, mask, score"),
+        ("{}", ("mask",), "found one from image to mask"),
+        ("{}", deployed.OUTPUTS, "must say the network's input as height and width, px, found None"),
+        ("[]", deployed.OUTPUTS, "must hold a JSON object, found []"),
+        ('{"input": [1]}', deployed.OUTPUTS, "found [1]; make it again"),
+        ('{"input": {"height": 64}}', deployed.OUTPUTS, "found {'height': 64}"),
+        ('{"input": {"height": 64, "width": 127}}', deployed.OUTPUTS, "must say the network's input"),
+        ('{"input": {"height": 64, "width": 128}, "images": [1]}', deployed.OUTPUTS, "must be an object, found [1]"),
+    ],
+)
+def test_an_onnx_file_of_somebody_else_is_bad_input(
+    tmp_path: Path, about: str | None, outputs: tuple[str, ...], message: str
+) -> None:
+    nodes = [onnx.helper.make_node("Identity", ["image"], [name]) for name in outputs]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in ("image", *outputs)]
+    made = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:]),
+        opset_imports=[onnx.helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    if about is not None:
+        onnx.helper.set_model_props(made, {deployed.ONNX_KEY: about})
+    file = tmp_path / "model.onnx"
+    file.write_bytes(made.SerializeToString())
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        deployed.load(file)
+    assert str(file) in str(refused.value)
