@@ -74,11 +74,11 @@ def predict(model: str, images: Sequence[str], out: str, mm_per_px: float | None
             for photo in photos:
                 row = _predict_one(photo, network, folder, mm_per_px, told.of(photo, done))
                 table.add(row)
+                done += 1
                 outcome.counts["defect"] += row.get("defect") == 1
                 outcome.counts["failed"] += "error" in row
                 if problem := row.get("error") or row.get("note"):
                     told.say(photo, problem)
-                done += 1
         except OSError as error:
             if error.errno not in _FULL:
                 raise
