@@ -10,9 +10,9 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,34 +21,16 @@ from torch import Tensor, nn
 from model.arrays import Array
 from model.config import STRIDE, input_size_problem
 from model.counts import to_half
+from model.deployed import ONNX_KEY as METADATA
+from model.deployed import Answerer, Answers, session_options
 from model.network import FeatureNorm, SegDecNet
 from model.thresholds import Thresholds
-
-METADATA = "segdec_tuner"
-"""key of the JSON text that a file carries about itself"""
 
 OPSET = 20
 """of ONNX: what these networks need, and not newer, so that runtimes of 2024 read the files too"""
 
 _SMALL = 128
 """px; a side below it gives a map of one position at the end of the decision branch, which torch.export treats apart"""
-
-
-class Answers(NamedTuple):
-    """What a deployable model says of N images."""
-
-    probability: Array
-    """(N, H, W) float32 that a pixel is of a defect"""
-    mask: Array
-    """(N, H, W) uint8, 1 where it is taken for one"""
-    score: Array
-    """(N,) float32 that an image has a defect"""
-    defect: Array
-    """(N,) bool, whether it is taken to have one"""
-
-
-Answerer = Callable[[Array], Answers]
-"""answers images, uint8 (N, H, W, 3) RGB"""
 
 
 class Deployable(nn.Module):
@@ -260,10 +242,10 @@ def run_torch(data: bytes) -> Answerer:
 
 
 def run_onnx(data: bytes) -> Answerer:
-    """Answers with a file of `to_onnx`, on the processor."""
+    """Answers with a file of `to_onnx`, on the processor, as prediction does."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(data, session_options(), providers=["CPUExecutionProvider"])
     return lambda images_NHWC: Answers(*session.run(list(Answers._fields), {"image": images_NHWC}))
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from model.arrays import Array
-from model.export import Answerer, Answers, Deployable, other_size
+from model.deployed import Answerer, Answers
+from model.export import Deployable, other_size
 
 TOLERANCE = 1e-4
 """by which probabilities and scores may differ"""
@@ -103,7 +104,7 @@ class _AgainstJudged:
         if not abs(decision_logit - wanted) <= absolute + relative * abs(wanted):
             raise _another(f"the decision's logit near {wanted:.4g}", f"{decision_logit:.4g}", where)
         self.decision = max(self.decision, abs(decision_logit - wanted))
-        self.unlike_decided += int(bool(found.defect[0]) != bool(self.thresholds.decide(np.float64(wanted))))
+        self.unlike_decided += int(bool(found.defect[0]) != bool(self.thresholds.decide(np.array([wanted]))[0]))
 
     def end(self) -> None:
         """Mismatch if the masks together are another network's."""

@@ -21,7 +21,8 @@ import yaml
 from model import checkpoint, export, tiles
 from model.arrays import Array
 from model.config import RunConfig
-from model.export import Answerer, Deployable
+from model.deployed import Answerer
+from model.export import Deployable
 from model.files import write_atomically, write_json
 from model.parity import Judged, Mismatch, Parity, check_judged, compare
 from model.thresholds import Thresholds
@@ -216,7 +217,7 @@ def _picked(judged: inputs.EvaluatedRun) -> str:
     """What the card says of how the examples were chosen; nothing where they are the whole split."""
     if len(judged.examples.names) == len(judged.winner.test):
         return ""
-    return "about half of the examples were picked, the worst failures and some of the best, "
+    return "half of the examples or more were picked, the worst failures and some of the best, "
 
 
 def _export_report(run: Run) -> Path:

@@ -9,7 +9,8 @@ from hypothesis.extra import numpy as hnp
 
 from model.config import input_size_problem
 from model.counts import to_half
-from model.export import Answers, Deployable, least_single, run_onnx, run_torch, std_mean_by_rows, to_onnx, to_torch
+from model.deployed import Answers
+from model.export import Deployable, least_single, run_onnx, run_torch, std_mean_by_rows, to_onnx, to_torch
 from model.network import build
 from model.parity import Judged, Mismatch, check_judged, compare
 from model.thresholds import Thresholds
@@ -191,7 +192,8 @@ def test_what_the_evaluation_found_otherwise_is_counted_or_refused() -> None:
     found = compare(module, Answering(module, 99, None), other)
     assert found.unlike_judged == 3 * 64 * 2
     assert found.judged_probability == pytest.approx(0.03, abs=1e-6)
-    assert (found.unlike_decided, found.judged_decision) == (0, 0)
+    assert found.unlike_decided == 0
+    assert found.judged_decision == pytest.approx(0, abs=1e-6)  # together and alone they are added up otherwise
 
 
 @pytest.mark.parametrize(

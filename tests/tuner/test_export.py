@@ -19,7 +19,8 @@ import yaml
 
 from model import checkpoint, export
 from model.config import RunConfig
-from model.export import METADATA, Answers, Deployable
+from model.deployed import Answers
+from model.export import METADATA, Deployable
 from model.network import build
 from model.thresholds import Thresholds
 from tests.tuner.conftest import small_space
