@@ -43,8 +43,9 @@ def load_model(directory: Path, device: torch.device) -> tuple[SegDecNet, RunCon
         network = build(config.architecture, width=config.width, norm=config.norm)
         network.load_state_dict(load_file(directory / "model.safetensors"))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists each weight that differs
         raise ValueError(
-            f"{directory} must hold model.safetensors, config.json and thresholds.json of one model ({error})"
+            f"{directory} must hold model.safetensors, config.json and thresholds.json of one model ({first})"
         ) from error
     return network.to(device), config, thresholds
 

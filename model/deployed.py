@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,23 @@ ONNX_KEY = "segdec_tuner"
 OUTPUTS = ("probability", "mask", "score", "defect")
 
 _WAY_OUT = "make it again with `tuner finals` or `tuner export`"
+
+
+class Answers(NamedTuple):
+    """What a deployable model says of N images."""
+
+    probability: Array
+    """(N, H, W) float32 that a pixel is of a defect"""
+    mask: Array
+    """(N, H, W) uint8, 1 where it is taken for one"""
+    score: Array
+    """(N,) float32 that an image has a defect"""
+    defect: Array
+    """(N,) bool, whether it is taken to have one"""
+
+
+Answerer = Callable[[Array], Answers]
+"""answers images, uint8 (N, H, W, 3) RGB"""
 
 
 @dataclass(frozen=True)
@@ -77,12 +94,7 @@ def _load_onnx(file: Path) -> Deployed:
         raise ValueError(
             f"{file} needs onnxruntime, which is not installed; pip install 'segdec-tuner[export]'"
         ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(
-        os.sched_getaffinity(0)
-    )  # cores of the machine may be more than this one's share
-    options.enable_cpu_mem_arena = False  # it keeps what the largest layer ever took
-    options.log_severity_level = 3
+    options = session_options()
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     try:
@@ -104,6 +116,18 @@ def _load_onnx(file: Path) -> Deployed:
         return probability, mask, score, defect
 
     return _deployed(answer, size, facts.get("images"), file)
+
+
+def session_options() -> Any:
+    """Of onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    cores = os.sched_getaffinity(0)  # the machine may have more than this process's share
+    options.intra_op_num_threads = len(cores)
+    options.enable_cpu_mem_arena = False  # it keeps what the largest layer ever took
+    options.log_severity_level = 3
+    return options
 
 
 def _deployed(answer: Answer, size: tuple[int, int], images: Mapping[str, int] | None, source: Path) -> Deployed:

@@ -10,9 +10,9 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,34 +21,16 @@ from torch import Tensor, nn
 from model.arrays import Array
 from model.config import STRIDE, input_size_problem
 from model.counts import to_half
+from model.deployed import ONNX_KEY as METADATA
+from model.deployed import Answerer, Answers, session_options
 from model.network import FeatureNorm, SegDecNet
 from model.thresholds import Thresholds
-
-METADATA = "segdec_tuner"
-"""key of the JSON text that a file carries about itself"""
 
 OPSET = 20
 """of ONNX: what these networks need, and not newer, so that runtimes of 2024 read the files too"""
 
 _SMALL = 128
 """px; a side below it gives a map of one position at the end of the decision branch, which torch.export treats apart"""
-
-
-class Answers(NamedTuple):
-    """What a deployable model says of N images."""
-
-    probability: Array
-    """(N, H, W) float32 that a pixel is of a defect"""
-    mask: Array
-    """(N, H, W) uint8, 1 where it is taken for one"""
-    score: Array
-    """(N,) float32 that an image has a defect"""
-    defect: Array
-    """(N,) bool, whether it is taken to have one"""
-
-
-Answerer = Callable[[Array], Answers]
-"""answers images, uint8 (N, H, W, 3) RGB"""
 
 
 class Deployable(nn.Module):
@@ -198,6 +180,7 @@ def to_onnx(module: Deployable, height: int, width: int, about: dict[str, Any]) 
     assert exported is not None
     model = exported.model_proto
     graph = model.graph
+    _refuse_other_sizes(graph)
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer, graph):
         del part.metadata_props[:]  # they name folders of this machine
     del graph.value_info[:]
@@ -208,6 +191,42 @@ def to_onnx(module: Deployable, height: int, width: int, about: dict[str, Any]) 
     onnx.checker.check_model(model, full_check=True)
     data: bytes = model.SerializeToString(deterministic=True)
     return data
+
+
+def _refuse_other_sizes(graph: Any) -> None:
+    """Puts a node before all others that fails at sizes that the network refuses (`input_size_problem`): without, a
+    runtime answers them with something. Its name is the rule, for runtimes name the node that failed."""
+    from onnx import TensorProto, helper
+
+    def number(name: str, *values: int) -> str:
+        graph.initializer.append(helper.make_tensor(f"size/{name}", TensorProto.INT64, [len(values)], values))
+        return f"size/{name}"
+
+    checks: list[Any] = []
+
+    def node(kind: str, inputs: list[str], **attributes: Any) -> str:
+        name = f"size/{len(checks)}"
+        checks.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        return name
+
+    sides = node("Shape", ["image"], start=1, end=3)
+    # 0 where the sides are multiples; 0 where the decision branch's last map holds 2 positions (1/64 of the sides)
+    beyond = node("ReduceMax", [node("Mod", [sides, number("stride", STRIDE)])], keepdims=1)
+    positions = node("ReduceProd", [node("Div", [sides, number("smallest", STRIDE * 8)])], keepdims=1)
+    lacking = node("Max", [node("Sub", [number("positions", 2), positions]), number("none", 0)])
+    # A reshape to the shape that it has, or to one that cannot hold it.
+    channels = node("Add", [number("channels", 3), node("Add", [beyond, lacking])])
+    count = node("Shape", ["image"], start=0, end=1)
+    shape = node("Concat", [count, sides, channels], axis=0)
+    for one_node in graph.node:
+        for k, name in enumerate(one_node.input):
+            if name == "image":
+                one_node.input[k] = "size/image"
+    rule = f"image sides must be multiples of {STRIDE} px, one at least 64 and one 128"
+    checks.append(helper.make_node("Reshape", ["image", shape], ["size/image"], name=rule, allowzero=1))
+    others = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*checks, *others])
 
 
 def run_torch(data: bytes) -> Answerer:
@@ -223,10 +242,10 @@ def run_torch(data: bytes) -> Answerer:
 
 
 def run_onnx(data: bytes) -> Answerer:
-    """Answers with a file of `to_onnx`, on the processor."""
+    """Answers with a file of `to_onnx`, on the processor, as prediction does."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(data, session_options(), providers=["CPUExecutionProvider"])
     return lambda images_NHWC: Answers(*session.run(list(Answers._fields), {"image": images_NHWC}))
 
 

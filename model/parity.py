@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from model.arrays import Array
-from model.export import Answerer, Answers, Deployable, other_size
+from model.deployed import Answerer, Answers
+from model.export import Deployable, other_size
 
 TOLERANCE = 1e-4
 """by which probabilities and scores may differ"""
@@ -24,6 +25,13 @@ answer turns, a part of what rounding to half precision leaves open: such number
 
 SAME_NETWORK = 0.5
 """by which a probability may differ from what the evaluation found; bfloat16 has been seen to move one by 0.07"""
+
+SAME_MASKS = 0.2
+"""of the mask pixels, here or in the evaluation, that may be in one of both alone; in bfloat16 1 % have been seen"""
+
+_SAME_DECISION = 0.5, 0.1
+"""by which a decision's logit may differ from the evaluation's: so much, and this part of it more. bfloat16 has been
+seen to move one by 0.12"""
 
 _TOGETHER = 4
 """images of a batch: more would need gigabytes"""
@@ -49,6 +57,10 @@ class Parity:
     """of the masks of the images, that the evaluation found otherwise"""
     judged_probability: float
     """largest difference to what the evaluation found"""
+    unlike_decided: int
+    """of the images, that the evaluation decided otherwise"""
+    judged_decision: float | None
+    """largest difference of a decision's logit to what the evaluation found; None where no decision was trained"""
 
 
 class Judged(NamedTuple):
@@ -61,6 +73,47 @@ class Judged(NamedTuple):
     """(N, H, W)"""
     mask: Array
     """(N, H, W) bool"""
+    decision: Array
+    """(N,) logits; of no meaning where no decision was trained"""
+
+
+class _AgainstJudged:
+    """How far the network is from what the evaluation found, image by image."""
+
+    def __init__(self, module: Deployable, judged: Judged) -> None:
+        self.thresholds = module.thresholds
+        self.judged = judged
+        self.unlike_masks = self.mask_pixels = self.unlike_decided = 0
+        self.probability = 0.0
+        self.decision = None if self.thresholds.decision_logit is None else 0.0
+
+    def add(self, n: int, decision_logit: float, found: Answers) -> None:
+        """The network's answer for image n. Mismatch if it is no other runtime's or precision's, but another's."""
+        where = f"image {self.judged.names[n]!r}"
+        mask, other = found.mask[0] > 0, self.judged.mask[n]
+        self.unlike_masks += int((mask != other).sum())
+        self.mask_pixels += int((mask | other).sum())
+        apart = _apart(found.probability[0], self.judged.probability[n])
+        if not apart <= SAME_NETWORK:
+            raise _another(f"each probability to within {SAME_NETWORK:g}", f"one that is {apart:.3g} off", where)
+        self.probability = max(self.probability, apart)
+        if self.decision is None:
+            return
+        wanted = float(self.judged.decision[n])
+        absolute, relative = _SAME_DECISION
+        if not abs(decision_logit - wanted) <= absolute + relative * abs(wanted):
+            raise _another(f"the decision's logit near {wanted:.4g}", f"{decision_logit:.4g}", where)
+        self.decision = max(self.decision, abs(decision_logit - wanted))
+        self.unlike_decided += int(bool(found.defect[0]) != bool(self.thresholds.decide(np.array([wanted]))[0]))
+
+    def end(self) -> None:
+        """Mismatch if the masks together are another network's."""
+        if self.unlike_masks > SAME_MASKS * self.mask_pixels:
+            raise _another(
+                f"at most {SAME_MASKS:.0%} of the mask pixels in one of both alone",
+                f"{self.unlike_masks:,} of {self.mask_pixels:,}",
+                f"the {len(self.judged.names)} images together",
+            )
 
 
 @dataclass(frozen=True)
@@ -74,8 +127,9 @@ class _Batch:
 def compare(module: Deployable, answer: Answerer, judged: Judged) -> Parity:
     """The module in single precision against what was made from it: each image alone, some together, one at another
     size. Mismatch that says which image and how far."""
-    probability = score = judged_probability = 0.0
-    edge_pixels = pixels = unlike_judged = 0
+    probability = score = 0.0
+    edge_pixels = pixels = 0
+    against = _AgainstJudged(module, judged)
     for batch in _batches(judged):
         with torch.inference_mode():
             decision_N, segmentation_NHW = module.logits(torch.from_numpy(batch.images_NHWC))
@@ -99,16 +153,30 @@ def compare(module: Deployable, answer: Answerer, judged: Judged) -> Parity:
         edge_pixels += int(differs_NHW.sum())
         pixels += differs_NHW.size
         if batch.row is not None:
-            unlike_judged += int((wanted.mask[0] != judged.mask[batch.row]).sum())
-            apart = _apart(wanted.probability[0], judged.probability[batch.row])
-            if not apart <= SAME_NETWORK:
-                raise Mismatch(
-                    f"the network must answer as the one that was judged, with each probability to within "
-                    f"{SAME_NETWORK:g}, found one that is {apart:.3g} off, for {batch.what}; no file is written; the "
-                    "weights or the evaluation were changed: restore them from a copy of the run"
-                )
-            judged_probability = max(judged_probability, apart)
-    return Parity(len(judged.names), pixels, probability, score, edge_pixels, unlike_judged, judged_probability)
+            against.add(batch.row, float(decision_N[0]), wanted)
+    against.end()
+    return Parity(
+        images=len(judged.names),
+        pixels=pixels,
+        probability=probability,
+        score=score,
+        edge_pixels=edge_pixels,
+        unlike_judged=against.unlike_masks,
+        judged_probability=against.probability,
+        unlike_decided=against.unlike_decided,
+        judged_decision=against.decision,
+    )
+
+
+def check_judged(module: Deployable, judged: Judged) -> None:
+    """Mismatch if the module does not answer as the network that was judged: for the zip, whose model needs no file."""
+    against = _AgainstJudged(module, judged)
+    for n in range(len(judged.names)):
+        with torch.inference_mode():
+            decision_N, segmentation_NHW = module.logits(torch.from_numpy(judged.image[n : n + 1]))
+            found = Answers(*(one.numpy() for one in module.decide(decision_N, segmentation_NHW)))
+        against.add(n, float(decision_N[0]), found)
+    against.end()
 
 
 def _batches(judged: Judged) -> Iterator[_Batch]:
@@ -122,6 +190,13 @@ def _batches(judged: Judged) -> Iterator[_Batch]:
 def _apart(one: Array, other: Array) -> float:
     """The largest difference; NaN where a number is none."""
     return float(np.abs(one.astype(np.float64) - other).max())
+
+
+def _another(wanted: str, found: str, where: str) -> Mismatch:
+    return Mismatch(
+        f"the network must answer as the one that was judged, with {wanted}, found {found}, for {where}; no file is "
+        "written; the weights or the evaluation were changed: restore them from a copy of the run"
+    )
 
 
 def _mismatch(batch: _Batch, wanted: str, found: str) -> Mismatch:

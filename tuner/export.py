@@ -21,13 +21,14 @@ import yaml
 from model import checkpoint, export, tiles
 from model.arrays import Array
 from model.config import RunConfig
-from model.export import Answerer, Deployable
+from model.deployed import Answerer
+from model.export import Deployable
 from model.files import write_atomically, write_json
-from model.parity import Judged, Mismatch, Parity, compare
+from model.parity import Judged, Mismatch, Parity, check_judged, compare
 from model.thresholds import Thresholds
 from tuner import report
 from tuner.records import SearchFailed
-from tuner.report import inputs, model_card, render, tables
+from tuner.report import inputs, model_card, render, tables, words
 from tuner.report.provenance import search_command
 from tuner.run import Run
 
@@ -36,7 +37,9 @@ FORMATS = (*MODEL_FORMATS, "report")
 
 _FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 _COMPARED = "exports.json"
-"""beside the exported files: their digests, and how far each is from the network"""
+"""beside the exported files: their digests and those of what they were made from, and how far each is from it"""
+
+_MADE_FROM = ("model.safetensors", "config.json", "thresholds.json", "images.json")
 
 _EXTRA = ("onnx", "onnxscript", "onnxruntime")
 _LONGEST_NAME = 100
@@ -48,7 +51,8 @@ def export_run(run: Run, what: str) -> Path:
     """Writes one of FORMATS into the run's directory; the file. Needs the run's lock.
 
     ValueError for a run that has no judged winner, or lacks a package; SearchFailed if the file would not answer as
-    the network does, and then none is left.
+    the network does, or the network not as the one that was judged: then no file of this format is left, not an
+    earlier one either.
     """
     with run.locked():
         return _export_report(run) if what == "report" else _export_model(run, what)
@@ -62,20 +66,42 @@ def _export_model(run: Run, what: str) -> Path:
         )
     judged = inputs.read_evaluated(run.directory)
     best = run.directory / "best"
+    path = best / _FILES[what]
     module = _deployable(best, judged)
-    shown = judged.examples
     to_file: Callable[..., bytes] = export.to_onnx if what == "onnx" else export.to_torch
     run_file: Callable[[bytes], Answerer] = export.run_onnx if what == "onnx" else export.run_torch
-    data = to_file(module, *shown.image.shape[1:3], _about(run, judged, best))
+    data = to_file(module, *judged.examples.image.shape[1:3], _about(run, judged, best))
     try:
-        parity = compare(module, run_file(data), Judged(shown.names, shown.image, shown.probability, shown.mask))
+        parity = compare(module, run_file(data), _judged(run, judged))
     except Mismatch as error:
+        _forget(path)
         raise SearchFailed(str(error)) from error
-    path = best / _FILES[what]
     write_atomically(path, data)
-    write_json(best / _COMPARED, _exports(best) | {path.name: _compared(data, parity, what)})
+    write_json(best / _COMPARED, _exports(best) | {path.name: _compared(best, data, parity, what)})
     _write_card(run, judged, module)
     return path
+
+
+def _forget(path: Path) -> None:
+    """An earlier file, what vouches for it, and the card, which speaks of it."""
+    path.unlink(missing_ok=True)
+    if (path.parent / _COMPARED).exists():
+        write_json(path.parent / _COMPARED, _exports(path.parent))
+    (path.parent / "README.md").unlink(missing_ok=True)
+
+
+def _judged(run: Run, judged: inputs.EvaluatedRun) -> Judged:
+    """What the evaluation found in its examples. ValueError if it does not say what it decided of one."""
+    shown, test = judged.examples, judged.winner.test
+    rows = {name: n for n, name in enumerate(test.names)}
+    if missing := [name for name in shown.names if name not in rows]:
+        raise ValueError(
+            f"{run.directory / 'evaluation'}: each image of examples.npz must be in winner-test.npz, found no "
+            f"{missing[0]!r}; restore evaluation/ from a copy of the run, or remove evaluation/selection.json and run "
+            "`tuner finals`, which opens the test split again"
+        )
+    decisions = test.decision_logits[[rows[name] for name in shown.names]]
+    return Judged(shown.names, shown.image, shown.probability, shown.mask, decisions)
 
 
 def _missing_packages() -> list[str]:
@@ -121,21 +147,31 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _compared(data: bytes, parity: Parity, what: str) -> dict[str, Any]:
+def _compared(best: Path, data: bytes, parity: Parity, what: str) -> dict[str, Any]:
     package = "onnxruntime" if what == "onnx" else "torch"
     return {
         "sha256": hashlib.sha256(data).hexdigest(),
+        "made_from": _made_from(best),
         "with": f"{package} {metadata.version(package)}",
         "compared": asdict(parity),
     }
 
 
 def _exports(best: Path) -> dict[str, Any]:
-    """What is known of the exported files that are there and are still as they were written."""
-    found = _read(best / _COMPARED)
+    """What is known of the exported files that are there, are still as they were written, and were made from the
+    network that lies beside them now."""
+    found, made_from = _read(best / _COMPARED), _made_from(best)
     return {
-        name: found[name] for name in _FILES.values() if name in found and _digest(best / name) == found[name]["sha256"]
+        name: found[name]
+        for name in _FILES.values()
+        if name in found
+        and _digest(best / name) == found[name]["sha256"]
+        and found[name].get("made_from") == made_from  # an earlier version did not note it
     }
+
+
+def _made_from(best: Path) -> dict[str, str | None]:
+    return {name: _digest(best / name) for name in _MADE_FROM}
 
 
 def _digest(path: Path) -> str | None:
@@ -169,23 +205,37 @@ def _tiling(module: Deployable, judged: inputs.EvaluatedRun) -> str:
     found = tiles.tiled_against_whole(answer, images, truths, sizes)
     alone = [tiles.dice(truth, tiles.mosaic(shown.mask[four])) for four, truth in zip(fours, truths, strict=True)]
     return (
-        f"`tuner predict` answers photos that are larger than training's in tiles. Measured on {len(fours)} mosaics of "
-        f"four test images each, of twice the input's height and width: mean Dice {found['tiled']:.3f} in tiles, "
-        f"{found['whole']:.3f} in one pass over the whole, {np.mean(alone):.3f} with each image answered by itself. "
-        "Mosaics have edges where images meet, as no photo has."
+        f"`tuner predict` answers photos that are larger than training's in tiles. Measured on "
+        f"{words.plural(len(fours), 'mosaic')} of four of the evaluation's examples each, of twice the input's height "
+        f"and width: mean Dice {found['tiled']:.3f} in tiles, {found['whole']:.3f} in one pass over the whole, "
+        f"{np.mean(alone):.3f} with each image answered by itself. Compare these with one another alone: "
+        f"{_picked(judged)}they are too few for an interval, and mosaics have edges where images meet, as no photo has."
     )
+
+
+def _picked(judged: inputs.EvaluatedRun) -> str:
+    """What the card says of how the examples were chosen; nothing where they are the whole split."""
+    if len(judged.examples.names) == len(judged.winner.test):
+        return ""
+    return "half of the examples or more were picked, the worst failures and some of the best, "
 
 
 def _export_report(run: Run) -> Path:
     """One zip with the report, the model and what reproduces them."""
     judged = inputs.read_evaluated(run.directory)
     module = _deployable(run.directory / "best", judged)
-    if not (run.directory / "report" / "index.html").exists():
-        report.write(run.directory)
-    if _missing_packages():
-        _write_card(run, judged, module)
-    elif _FILES["onnx"] not in _exports(run.directory / "best"):
+    best = run.directory / "best"
+    if not _missing_packages() and _FILES["onnx"] not in _exports(best):
         _export_model(run, "onnx")
+    else:
+        try:
+            check_judged(module, _judged(run, judged))
+        except Mismatch as error:
+            raise SearchFailed(str(error)) from error
+        _write_card(run, judged, module)
+    if (best / _COMPARED).exists():
+        write_json(best / _COMPARED, _exports(best))
+    report.write(run.directory)
     name = f"{_safe(run.name)}-report"
     path = run.directory / f"{name}.zip"
     building = path.with_name(f".{path.name}.part")
@@ -202,21 +252,24 @@ def _export_report(run: Run) -> Path:
 
 
 def _members(run: Run, judged: inputs.EvaluatedRun) -> Iterator[tuple[str, bytes]]:
-    """Names inside the zip and what they hold, in order. W&B's files, the study and the checkpoints stay out."""
+    """Names inside the zip and what they hold, in order. W&B's files, the study and the checkpoints stay out, and
+    exported files that are another network's."""
+    best = run.directory / "best"
+    stale = {best / name for name in _FILES.values()} - {best / name for name in _exports(best)}
     yield "README.md", _read_me(run, judged).encode()
     yield "space.yaml", yaml.safe_dump(judged.space, sort_keys=False, allow_unicode=True).encode()
-    for name in ("run.json", "records.jsonl", "splits.json"):
+    for name in ("run.json", "records.jsonl", "splits.json", "importance.json"):
         if (run.directory / name).is_file():
             yield name, (run.directory / name).read_bytes()
     for folder in ("best", "evaluation", "report"):
         for path in sorted((run.directory / folder).rglob("*")):
-            if path.is_file() and not path.is_symlink() and not path.name.startswith("."):
+            if path.is_file() and not path.is_symlink() and not path.name.startswith(".") and path not in stale:
                 yield path.relative_to(run.directory).as_posix(), path.read_bytes()
 
 
 def _read_me(run: Run, judged: inputs.EvaluatedRun) -> str:
     facts = judged.facts
-    model = "" if (run.directory / "best" / _FILES["onnx"]).exists() else (
+    model = "" if _FILES["onnx"] in _exports(run.directory / "best") else (
         "There is no model.onnx, for the packages that make it were not installed: pip install "
         "'segdec-tuner[export]', then tuner export with --format onnx.\n\n"
     )  # fmt: skip

@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from model.config import input_size_problem
 from model.counts import to_half
-from model.export import Answers, Deployable, least_single, run_onnx, run_torch, std_mean_by_rows, to_onnx, to_torch
+from model.deployed import Answers
+from model.export import Deployable, least_single, run_onnx, run_torch, std_mean_by_rows, to_onnx, to_torch
 from model.network import build
-from model.parity import Judged, Mismatch, compare
+from model.parity import Judged, Mismatch, check_judged, compare
 from model.thresholds import Thresholds
 
 LOGITS = st.one_of(
@@ -82,8 +84,9 @@ def judged(module: Deployable, height: int, width: int, count: int = 3) -> Judge
     """Images with what the module itself finds in them."""
     images = np.random.default_rng(1).integers(0, 256, (count, height, width, 3), np.uint8)
     with torch.inference_mode():
-        probability, mask, _, _ = (one.numpy() for one in module(torch.from_numpy(images)))
-    return Judged([f"{k}.png" for k in range(count)], images, probability, mask > 0)
+        decision, logits = module.logits(torch.from_numpy(images))
+        probability, mask, _, _ = (one.numpy() for one in module.decide(decision, logits))
+    return Judged([f"{k}.png" for k in range(count)], images, probability, mask > 0, decision.numpy())
 
 
 ANSWERS_OF_ALL = [
@@ -189,6 +192,51 @@ def test_what_the_evaluation_found_otherwise_is_counted_or_refused() -> None:
     found = compare(module, Answering(module, 99, None), other)
     assert found.unlike_judged == 3 * 64 * 2
     assert found.judged_probability == pytest.approx(0.03, abs=1e-6)
-    another = shown._replace(probability=shown.probability - np.float32(0.6))
-    with pytest.raises(Mismatch, match=r"must answer as the one that was judged, .* for image '0\.png'"):
-        compare(module, Answering(module, 99, None), another)
+    assert found.unlike_decided == 0
+    assert found.judged_decision == pytest.approx(0, abs=1e-6)  # together and alone they are added up otherwise
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda j: j._replace(probability=j.probability - np.float32(0.6)), r"0\.6 off, for image '0\.png'"),
+        (lambda j: j._replace(decision=j.decision + np.float32([0, 9, 0])), r"decision's logit near .* image '1\.png'"),
+        (
+            lambda j: j._replace(mask=j.mask & (np.arange(128) < 64)),
+            r"at most 20% of the mask .* the 3 images together",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "check", [check_judged, lambda module, judged: compare(module, Answering(module, 99, None), judged)]
+)
+def test_another_network_than_the_one_that_was_judged_is_refused(change, message, check) -> None:
+    module = Deployable(NETWORK, Thresholds("grid", 1, 0.2, 0.1))
+    shown = judged(module, 64, 128)
+    check(module, shown)
+    with pytest.raises(Mismatch, match="must answer as the one that was judged.*" + message):
+        check(module, change(shown))
+
+
+def test_a_decision_at_the_threshold_may_turn_in_another_precision_and_is_counted() -> None:
+    shown = judged(Deployable(NETWORK, Thresholds("grid", 1, 0.2, 0.1)), 64, 128)
+    module = Deployable(NETWORK, Thresholds("grid", 1, 0.2, float(shown.decision[0]) - 0.01))
+    other = shown._replace(decision=shown.decision - np.float32([0.02, 0, 0]))
+    found = compare(module, Answering(module, 99, None), other)
+    assert found.unlike_decided == 1
+    assert found.judged_decision == pytest.approx(0.02, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_an_onnx_file_refuses_what_the_network_refuses() -> None:
+    """Sizes beside each that is accepted; the smallest of both sides."""
+    answer = run_onnx(to_onnx(Deployable(NETWORK, Thresholds("grid", 1, 0.2, 0.1)), 64, 128, {}))
+    sides = (8, 56, 64, 72, 120, 127, 128, 129, 136, 192)
+    for height, width in product(sides, sides):
+        image = np.zeros((1, height, width, 3), np.uint8)
+        if input_size_problem(height, width) is None:
+            assert answer(image).mask.shape == (1, height, width)
+        else:
+            with pytest.raises(Exception, match="sides must be multiples of 8 px, one at least 64 and one 128"):
+                answer(image)

@@ -19,7 +19,8 @@ import yaml
 
 from model import checkpoint, export
 from model.config import RunConfig
-from model.export import METADATA, Answers, Deployable
+from model.deployed import Answers
+from model.export import METADATA, Deployable
 from model.network import build
 from model.thresholds import Thresholds
 from tests.tuner.conftest import small_space
@@ -50,13 +51,29 @@ def write_exportable(directory: Path) -> Run:
     checkpoint.save_model(best, network.state_dict(), config, thresholds, winner["epoch"])
     (best / "images.json").write_text(json.dumps(SIZES))
     images = np.random.default_rng(0).integers(0, 256, (3, *SIDES, 3), np.uint8)
-    probability, mask, _, _ = answer(Deployable(network, thresholds), images)
+    module = Deployable(network, thresholds)
+    probability, mask, _, _ = answer(module, images)
     names = np.array(["a.png", EVIL, "c\n# d.png"])
+    with torch.inference_mode():
+        decisions = module.logits(torch.from_numpy(images))[0].numpy()
+    for role in ("winner", "baseline"):
+        judge(directory / "evaluation" / f"{role}-test.npz", names, decisions)
     np.savez(
         directory / "evaluation" / "examples.npz",
         names=names, image=images, truth=mask > 0, probability=probability.astype(np.float16), mask=mask > 0,
     )  # fmt: skip
     return Run(directory=directory, space=small_space(), data="/data")
+
+
+def judge(path: Path, names: np.ndarray, decisions: np.ndarray) -> None:
+    """Lets a split hold images of these names, with these decisions."""
+    with np.load(path) as found:
+        arrays = dict(found)
+    arrays["names"] = np.array(["a.png", "c\n# d.png", *arrays["names"][2:]])  # the last one is EVIL
+    for name, decision in zip(names, decisions, strict=True):
+        (row,) = np.flatnonzero(arrays["names"] == name)
+        arrays["decision_logits"][row] = decision
+    np.savez(path, **arrays)
 
 
 def answer(module: Deployable, images: np.ndarray) -> Answers:
@@ -185,7 +202,8 @@ def test_the_card_says_how_to_use_the_file_and_that_works(exported: Run, tmp_pat
 @pytest.mark.slow
 def test_the_card_says_what_was_compared(exported: Run) -> None:
     card = (exported.directory / "best" / "README.md").read_text()
-    assert "480 x 640 px (median, height x width), at most 960 x 1280" in card
+    assert "480 x 640 px (median, height x width), at most 960 x 1280. All" in card
+    assert "The images of validation, which come from where those of training do, had" in card
     assert re.search(r"\| model\.onnx \| onnxruntime \S+ \| 3 \| \d\.\de-\d\d \|", card)
     assert re.search(r"\| model\.pt2 \| torch \S+ \| 3 \| 0\.0e\+00 \|", card)
 
@@ -199,6 +217,79 @@ def test_a_file_that_was_replaced_is_no_longer_vouched_for(exported: Run, tmp_pa
     card = (run.directory / "best" / "README.md").read_text()
     assert "| model.pt2 |" in card
     assert "model.onnx" not in card
+
+
+IMPORTANCE = {"epoch": 5, "trials": 8, "best": 1, "parameters": [], "records": 8}
+
+
+def copy_of(run: Run, directory: Path) -> Run:
+    shutil.copytree(run.directory, directory)
+    return Run(directory=directory, space=run.space, data="/data")
+
+
+def change_weights(run: Run, tensor: str, by: float) -> None:
+    path = run.directory / "best" / "model.safetensors"
+    weights = checkpoint.load_file(path)
+    weights[tensor] += by
+    checkpoint.save_file(weights, path)
+
+
+@pytest.mark.slow
+def test_a_zip_never_holds_two_networks(exported: Run, tmp_path: Path, monkeypatch) -> None:
+    """The weights beside an exported file are others, near enough to what was judged."""
+    run = copy_of(exported, tmp_path / "run")
+    change_weights(run, "segment.norm.bias", 1e-3)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with zipfile.ZipFile(export_run(run, "report")) as archive:
+        names = archive.namelist()
+        assert not [name for name in names if name.endswith((".onnx", ".pt2"))]
+        assert json.loads(archive.read("run-report/best/exports.json")) == {}
+        assert "Nothing is exported yet" in archive.read("run-report/best/README.md").decode()
+        assert "There is no model.onnx" in archive.read("run-report/README.md").decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "by"), [("segment.norm.bias", 4.0), ("decision.linear.bias", 100.0)])
+def test_a_zip_of_a_network_that_was_not_judged_is_refused(exported: Run, tmp_path: Path, tensor, by) -> None:
+    run = copy_of(exported, tmp_path / "run")
+    change_weights(run, tensor, by)
+    with pytest.raises(SearchFailed, match="must answer as the one that was judged"):
+        export_run(run, "report")
+
+
+@pytest.mark.slow
+def test_a_zip_is_made_of_what_there_is_now(exported: Run, tmp_path: Path) -> None:
+    run = copy_of(exported, tmp_path / "run")
+    for stale in ("report/index.html", "best/README.md"):
+        (run.directory / stale).write_text("an earlier one")
+    (run.directory / "importance.json").write_text(json.dumps(IMPORTANCE))
+    with zipfile.ZipFile(export_run(run, "report")) as archive:
+        for stale in ("report/index.html", "best/README.md"):
+            assert archive.read(f"run-report/{stale}") != b"an earlier one"
+        assert json.loads(archive.read("run-report/importance.json")) == IMPORTANCE
+        assert {"run-report/best/model.onnx", "run-report/best/model.pt2"} <= {*archive.namelist()}
+
+
+@pytest.mark.slow
+def test_after_a_mismatch_no_earlier_file_is_left(exported: Run, tmp_path: Path) -> None:
+    run = copy_of(exported, tmp_path / "run")
+    change_weights(run, "segment.norm.bias", 4.0)
+    with pytest.raises(SearchFailed, match="must answer as the one that was judged"):
+        export_run(run, "torch")
+    best = run.directory / "best"
+    assert not (best / "model.pt2").exists()
+    assert not (best / "README.md").exists()
+    assert json.loads((best / "exports.json").read_text()) == {}  # model.onnx is of other weights than these
+
+
+def test_an_example_that_was_not_judged_is_refused(run: Run) -> None:
+    path = run.directory / "evaluation" / "examples.npz"
+    with np.load(path) as found:
+        arrays = dict(found)
+    arrays["names"][0] = "z.png"
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"must be in winner-test\.npz, found no 'z\.png'; restore"):
+        export_run(run, "report")
 
 
 @pytest.mark.slow
@@ -277,6 +368,12 @@ def test_a_run_without_a_winner_is_refused(run: Run) -> None:
         (lambda best: (best / "model.safetensors").write_bytes(b"cut"), "must hold model.safetensors"),
         (lambda best: (best / "config.json").write_text("{"), "must hold model.safetensors"),
         (lambda best: (best / "thresholds.json").write_text("[]"), "must hold model.safetensors"),
+        (
+            lambda best: (best / "config.json").write_text(
+                (best / "config.json").read_text().replace('"width": 0.05', '"width": 1.0')
+            ),
+            r"of one model \(Error.* for SegDecNet: size mismatch for \S+: [^\n]*\)$",
+        ),
         (
             lambda best: (best / "thresholds.json").write_text(
                 (best / "thresholds.json").read_text().replace('"segmentation_logit": -0.6', '"segmentation_logit": -0.7')

@@ -22,7 +22,9 @@ import onnxruntime
 
 model = onnxruntime.InferenceSession("model.onnx")
 image = cv2.cvtColor(cv2.imread("photo.jpg"), cv2.COLOR_BGR2RGB)
-image = cv2.resize(image, ({width}, {height}), interpolation=cv2.INTER_AREA)
+# As training did. It must be a whole image of training's size, or a cut-out of one: see Data and Limits.
+shrinks = image.shape[0] > {height} or image.shape[1] > {width}
+image = cv2.resize(image, ({width}, {height}), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 probability, mask, score, defect = model.run(["probability", "mask", "score", "defect"], {{"image": image[None]}})
 cv2.imwrite("mask.png", mask[0] * np.uint8(255))
 print("defect" if defect[0] else "sound", float(score[0]))"""
@@ -181,9 +183,10 @@ def _data(run: EvaluatedRun, sizes: Mapping[str, int]) -> list[Block]:
         text += f" The training kept the masks of {kept} images."
     if sizes:
         text += (
-            f" The images had {sizes['height']} x {sizes['width']} px (median, height x width), at most "
-            f"{sizes['largest_height']} x {sizes['largest_width']}, and were brought to "
-            f"{run.winner.config['input_height']} x {run.winner.config['input_width']} px."
+            f" The images of validation, which come from where those of training do, had {sizes['height']} x "
+            f"{sizes['width']} px (median, height x width), at most {sizes['largest_height']} x "
+            f"{sizes['largest_width']}. All were brought to {run.winner.config['input_height']} x "
+            f"{run.winner.config['input_width']} px."
         )
     return [Text(text), Table(columns, rows, numeric=frozenset(range(1, 5)))]
 
@@ -219,16 +222,17 @@ def _parity(exports: Mapping[str, Json]) -> list[Block]:
         rows.append(
             [name, found["with"], f"{compared['images']:,}", f"{compared['probability']:.1e}",
              f"{compared['score']:.1e}", f"{compared['edge_pixels']:,} of {compared['pixels']:,}",
-             f"{compared['unlike_judged']:,}", f"{compared['judged_probability']:.1e}"]
+             f"{compared['unlike_judged']:,}", f"{compared['judged_probability']:.1e}",
+             f"{compared['unlike_decided']:,}"]
         )  # fmt: skip
     columns = ["file", "with", "test images", "probability", "score", "mask pixels",
-               "mask pixels, evaluation", "probability, evaluation"]  # fmt: skip
+               "mask pixels, evaluation", "probability, evaluation", "decisions, evaluation"]  # fmt: skip
     return [
-        Table(columns, rows, numeric=frozenset(range(2, 8))),
+        Table(columns, rows, numeric=frozenset(range(2, 9))),
         Text(
             "Largest differences to the network in PyTorch, in single precision, on test images: each alone, some "
             "together, one at another size. All decisions are equal. A mask may differ where a logit lies within 0.001 "
-            "of the number at which the answer turns; elsewhere, none does. The last two columns are the "
+            "of the number at which the answer turns; elsewhere, none does. The last three columns are the "
             "differences of these images to what the evaluation found, on its own device and in its own precision."
         ),
     ]
