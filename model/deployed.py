@@ -18,8 +18,6 @@ from model.tiles import Answer, Sizes
 ONNX_KEY = "segdec_tuner"
 """of the metadata of an exported file"""
 
-OUTPUTS = ("probability", "mask", "score", "defect")
-
 _WAY_OUT = "make it again with `tuner finals` or `tuner export`"
 
 
@@ -35,6 +33,8 @@ class Answers(NamedTuple):
     defect: Array
     """(N,) bool, whether it is taken to have one"""
 
+
+OUTPUTS = Answers._fields
 
 Answerer = Callable[[Array], Answers]
 """answers images, uint8 (N, H, W, 3) RGB"""
