@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -99,7 +98,10 @@ def photo(widths: list[float], size: tuple[int, int], side: int) -> None:
             _write_model(model, width, side, decode_image(file)[:side, :side])
             for name, path in (("torch", model), ("onnxruntime", model / "model.onnx")):
                 seconds, peak, row = _predict(path, file, Path(scratch) / f"out-{width:g}-{name}")
-                print(f"| width {width:g}, {side}x{side} | {name} | {row['tiles']} | {seconds:.0f} | {peak:.0f} |")
+                print(
+                    f"| width {width:g}, {side}x{side} | {name} | {row['tiles']} | {seconds:.0f} | {peak:.0f} |",
+                    flush=True,
+                )
 
 
 def _surface(size: tuple[int, int]) -> Array:
@@ -129,16 +131,24 @@ def _write_model(folder: Path, width: float, side: int, image_HWC: Array) -> Non
     (folder / "model.onnx").write_bytes(export.to_onnx(export.Deployable(network, thresholds), side, side, about))
 
 
+_MEASURED = """
+import sys
+from pathlib import Path
+from tuner.cli import main
+assert main(sys.argv[1:]) == 0
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+"""What a parent learns of a child's peak may be the parent's own, from before the child was another program."""
+
+
 def _predict(model: Path, file: Path, out: Path) -> tuple[float, float, dict[str, str]]:
     """Seconds, peak MiB of the process, and the line of the table."""
     began = time.perf_counter()
-    words = [sys.executable, "-m", "tuner", "predict", str(model), str(file), "--out", str(out)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)  # noqa: S603
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
+    words = [sys.executable, "-c", _MEASURED, "predict", str(model), str(file), "--out", str(out)]
+    said = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout  # noqa: S603
+    seconds = time.perf_counter() - began
     with (out / "predictions.csv").open(newline="") as table:
-        return time.perf_counter() - began, used.ru_maxrss / 1024, next(csv.DictReader(table))
+        return seconds, int(said.split()[-1]) / 1024, next(csv.DictReader(table))
 
 
 def main() -> None:
