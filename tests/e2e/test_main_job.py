@@ -402,7 +402,8 @@ def test_a_full_disk_is_one_message_and_resume_goes_on(place: Path) -> None:
     assert code == 2
     assert "found one that is stopped" in err
     assert call_here(place, "report", "runs/small")[0] == 0
-    assert "The search was stopped" in (place / "runs/small/report/report.md").read_text()
+    page = (place / "runs/small/report/report.md").read_text()
+    assert "it runs, or it was killed" in page  # run.json could not be written
 
     code, _, err = call(place, "resume", "runs/small")
     assert code == 0, err

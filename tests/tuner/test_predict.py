@@ -488,21 +488,24 @@ def test_what_is_no_model_is_bad_input(model: Path, tmp_path: Path, capsys: pyte
 
 
 def test_an_interrupted_run_keeps_what_is_done_and_says_so(model: Path, tmp_path: Path) -> None:
-    for k in range(40):
-        save(tmp_path / "in" / f"{k:02}.png", surface(200, 300))
-    (tmp_path / "in" / "02.png").write_bytes(b"broken")  # which is told at once
+    count = 2000  # more than any machine answers before the signal comes
+    first = save(tmp_path / "in" / "0000.png", surface(200, 300))
+    for k in range(1, count):
+        (tmp_path / "in" / f"{k:04}.png").hardlink_to(first)
+    (tmp_path / "in" / "0002.png").unlink()
+    (tmp_path / "in" / "0002.png").write_bytes(b"broken")  # which is told at once
     words = [sys.executable, "-m", "tuner", "predict", model, tmp_path / "in", "--out", tmp_path / "out"]
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("02.png: cannot be decoded")
+    assert process.stderr.readline().startswith("0002.png: cannot be decoded")
     process.send_signal(signal.SIGINT)
     said = process.stderr.read()
     assert process.wait() == 130
     done = rows(tmp_path / "out")
-    assert 3 <= len(done) < 40
+    assert 3 <= len(done) < count
     table = tmp_path / "out" / "predictions.csv"
     assert said == (
-        f"tuner predict: stopped at once; {len(done)} of 40 images are in {table}; the same command begins anew\n"
+        f"tuner predict: stopped at once; {len(done)} of {count} images are in {table}; the same command begins anew\n"
     )
     for row in done:
         assert row["error"] or mask_of(tmp_path / "out", row["file"]).shape == (200, 300)

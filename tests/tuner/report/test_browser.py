@@ -59,10 +59,11 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 def probe(served: tuple[Path, str], tmp_path: Path, width: int, scheme: str) -> dict[str, Any]:
     """What the browser finds on the served page."""
     folder, address = served
-    (folder / "probe.html").write_text(PROBE.replace("WIDTH", str(width)))
+    name = f"probe-{width}-{scheme}.html"  # a name of its own, for a browser keeps what it has seen
+    (folder / name).write_text(PROBE.replace("WIDTH", str(width)))
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     page = subprocess.run(
-        [*BROWSER, *dark, f"--user-data-dir={tmp_path}/browser", f"{address}/probe.html"],
+        [*BROWSER, *dark, f"--user-data-dir={tmp_path}/browser", f"{address}/{name}"],
         capture_output=True, text=True, check=True, timeout=100,
     ).stdout  # fmt: skip
     return json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', page, re.DOTALL)[1]))

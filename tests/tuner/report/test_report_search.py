@@ -168,8 +168,9 @@ def test_ways_of_judging_are_compared_on_the_same_networks(make_run) -> None:
 
 
 def importance(parameters: list[dict[str, Any]], trials: int = 30, epoch: int | None = None) -> dict[str, Any]:
-    found = {"schema": 1, "metric": "dice_mean", "epoch": epoch, "trials": trials, "best": 6 if parameters else None}
-    return found | {"parameters": parameters}
+    """Of a run with two records."""
+    found = {"schema": 1, "metric": "dice_mean", "records": 2, "epoch": epoch, "trials": trials}
+    return found | {"best": 6 if parameters else None, "parameters": parameters}
 
 
 def test_importance_is_shown_or_its_absence_explained(make_run) -> None:
