@@ -17,9 +17,9 @@ import torch
 from model import export
 from model.arrays import Array
 from model.checkpoint import load_model
-from model.deployed import Answerer, Answers
 from model.inspection import decode_image, resize_image
 from model.parity import EDGE
+from model.tiles import Answerer, Answers
 
 
 def spread(folder: Path, count: int) -> list[Path]:

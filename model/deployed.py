@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from model.arrays import Array
 from model.config import input_size_problem
-from model.tiles import Answer, Sizes
+from model.tiles import Answerer, Answers, Sizes
 
 ONNX_KEY = "segdec_tuner"
 """of the metadata of an exported file"""
@@ -21,30 +18,11 @@ ONNX_KEY = "segdec_tuner"
 _WAY_OUT = "make it again with `tuner finals` or `tuner export`"
 
 
-class Answers(NamedTuple):
-    """What a deployable model says of N images."""
-
-    probability: Array
-    """(N, H, W) float32 that a pixel is of a defect"""
-    mask: Array
-    """(N, H, W) uint8, 1 where it is taken for one"""
-    score: Array
-    """(N,) float32 that an image has a defect"""
-    defect: Array
-    """(N,) bool, whether it is taken to have one"""
-
-
-OUTPUTS = Answers._fields
-
-Answerer = Callable[[Array], Answers]
-"""answers images, uint8 (N, H, W, 3) RGB"""
-
-
 @dataclass(frozen=True)
 class Deployed:
     """What answers photos."""
 
-    answer: Answer
+    answer: Answerer
     sizes: Sizes
     note: str
     """what the user ought to know of it, or nothing"""
@@ -74,15 +52,9 @@ def _load_folder(folder: Path) -> Deployed:
     network, config, thresholds = load_model(folder, device)
     module = Deployable(network, thresholds).to(device)
 
-    def answer(image_NHWC: Array) -> tuple[Array, Array, Array, Array]:
-        with torch.inference_mode():
-            found = module(torch.from_numpy(np.ascontiguousarray(image_NHWC)).to(device))
-        probability, mask, score, defect = (one.cpu().numpy() for one in found)
-        return probability, mask, score, defect
-
     file = folder / "images.json"
     images = _parsed(file.read_bytes(), file) if file.is_file() else None
-    return _deployed(answer, (config.input_height, config.input_width), images, folder)
+    return _deployed(module.answer, (config.input_height, config.input_width), images, folder)
 
 
 def _load_onnx(file: Path) -> Deployed:
@@ -103,19 +75,21 @@ def _load_onnx(file: Path) -> Deployed:
         raise ValueError(f"{file} must be a model that `tuner export` made ({error})") from error
     described = session.get_modelmeta().custom_metadata_map.get(ONNX_KEY)
     takes, gives = ([one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs()))
-    if described is None or takes != ["image"] or not set(gives) >= set(OUTPUTS):
+    if described is None or takes != ["image"] or not set(gives) >= set(Answers._fields):
         raise ValueError(
-            f"{file} must be a model that `tuner export` made, from image to {', '.join(OUTPUTS)}, found one from "
-            f"{', '.join(takes)} to {', '.join(gives)}" + ("" if described else f" without {ONNX_KEY} in its metadata")
+            f"{file} must be a model that `tuner export` made, from image to {', '.join(Answers._fields)}, found one "
+            f"from {', '.join(takes)} to {', '.join(gives)}"
+            + ("" if described else f" without {ONNX_KEY} in its metadata")
         )
     facts = _parsed(described, file)
     size = _input_size(facts, file)
 
-    def answer(image_NHWC: Array) -> tuple[Array, Array, Array, Array]:
-        probability, mask, score, defect = session.run(OUTPUTS, {"image": image_NHWC})
-        return probability, mask, score, defect
+    return _deployed(answerer(session), size, facts.get("images"), file)
 
-    return _deployed(answer, size, facts.get("images"), file)
+
+def answerer(session: Any) -> Answerer:
+    """Of an open onnxruntime session."""
+    return lambda images_NHWC: Answers(*session.run(list(Answers._fields), {"image": images_NHWC}))
 
 
 def session_options() -> Any:
@@ -130,7 +104,7 @@ def session_options() -> Any:
     return options
 
 
-def _deployed(answer: Answer, size: tuple[int, int], images: Mapping[str, int] | None, source: Path) -> Deployed:
+def _deployed(answer: Answerer, size: tuple[int, int], images: Mapping[str, int] | None, source: Path) -> Deployed:
     note = ""
     if not images:
         note = (

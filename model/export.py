@@ -22,9 +22,10 @@ from model.arrays import Array
 from model.config import STRIDE, input_size_problem
 from model.counts import to_half
 from model.deployed import ONNX_KEY as METADATA
-from model.deployed import Answerer, Answers, session_options
+from model.deployed import answerer, session_options
 from model.network import FeatureNorm, SegDecNet
 from model.thresholds import Thresholds
+from model.tiles import Answerer, Answers
 
 OPSET = 20
 """of ONNX: what these networks need, and not newer, so that runtimes of 2024 read the files too"""
@@ -58,6 +59,13 @@ class Deployable(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(probability, mask, score, defect)"""
         return self.decide(*self.logits(image))
+
+    def answer(self, images_NHWC: Array) -> Answers:
+        """The same of and with numpy arrays, on the device where the network is."""
+        device = next(self.parameters()).device
+        with torch.inference_mode():
+            found = self(torch.from_numpy(np.ascontiguousarray(images_NHWC)).to(device))
+        return Answers(*(one.cpu().numpy() for one in found))
 
     def logits(self, image_NHWC: Tensor) -> tuple[Tensor, Tensor]:
         """Of the decision (N,) and of the segmentation (N, H, W)."""
@@ -246,7 +254,7 @@ def run_onnx(data: bytes) -> Answerer:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, session_options(), providers=["CPUExecutionProvider"])
-    return lambda images_NHWC: Answers(*session.run(list(Answers._fields), {"image": images_NHWC}))
+    return answerer(session)
 
 
 def _text(about: dict[str, Any]) -> str:

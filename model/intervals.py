@@ -49,6 +49,9 @@ class Ratio(NamedTuple):
     numerator_N: Array
     denominator_N: Array
 
+    def value(self) -> float:
+        return float(np.sum(self.numerator_N) / np.sum(self.denominator_N))
+
 
 def contributing(denominator_N: Array, groups_N: Array) -> int:
     """Groups that contribute to a figure: those with a denominator (for AUC and AP: with an image of the class)."""

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from model.arrays import Array
-from model.deployed import Answerer, Answers
 from model.export import Deployable, other_size
+from model.tiles import Answerer, Answers
 
 TOLERANCE = 1e-4
 """by which probabilities and scores may differ"""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,8 +21,23 @@ from model.arrays import Array
 from model.inspection import resize_image
 
 Size = tuple[int, int]
-Answer = Callable[[Array], tuple[Array, Array, Array, Array]]
-"""uint8 (N, H, W, 3) -> probability (N, H, W), mask (N, H, W) of 0 and 1, score (N), defect (N)"""
+
+
+class Answers(NamedTuple):
+    """What a deployable model says of N images."""
+
+    probability: Array
+    """(N, H, W) float32 that a pixel is of a defect"""
+    mask: Array
+    """(N, H, W) uint8, 1 where it is taken for one"""
+    score: Array
+    """(N,) float32 that an image has a defect"""
+    defect: Array
+    """(N,) bool, whether it is taken to have one"""
+
+
+Answerer = Callable[[Array], Answers]
+"""answers images, uint8 (N, H, W, 3) RGB"""
 
 OVERLAP = 1 / 4
 """Neighbouring tiles share at least this part of a side. See bench/RESULTS.md: without, seams cost Dice; more costs
@@ -128,7 +143,7 @@ def cuts(size: Size, sizes: Sizes) -> list[tuple[Span, Span]]:
 
 
 def segment(
-    photo_HWC: Array, answer: Answer, sizes: Sizes, told: Callable[[int, int], Any] | None = None
+    photo_HWC: Array, answer: Answerer, sizes: Sizes, told: Callable[[int, int], Any] | None = None
 ) -> Segmentation:
     """One tile after another, so that a network's memory does not grow with the photo. `told` hears of every tile.
 
@@ -177,7 +192,7 @@ def bring_back(mask_HW: Array, size: Size) -> Array:
 
 
 def tiled_against_whole(
-    answer: Answer, images: Sequence[Array], truths: Sequence[Array], sizes: Sizes
+    answer: Answerer, images: Sequence[Array], truths: Sequence[Array], sizes: Sizes
 ) -> dict[str, float | None]:
     """Mean Dice of tiled prediction and of one pass over each whole image, on images larger than training's.
 

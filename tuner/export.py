@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,21 +19,17 @@ import torch
 import yaml
 
 from model import checkpoint, export, tiles
-from model.arrays import Array
 from model.config import RunConfig
-from model.deployed import Answerer
 from model.export import Deployable
 from model.files import write_atomically, write_json
 from model.parity import Judged, Mismatch, Parity, check_judged, compare
 from model.thresholds import Thresholds
+from model.tiles import Answerer
 from tuner import report
 from tuner.records import SearchFailed
 from tuner.report import inputs, model_card, render, tables, words
 from tuner.report.provenance import search_command
 from tuner.run import Run
-
-MODEL_FORMATS = ("onnx", "torch")
-FORMATS = (*MODEL_FORMATS, "report")
 
 _FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 _COMPARED = "exports.json"
@@ -48,7 +44,7 @@ _MEMBER_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def export_run(run: Run, what: str) -> Path:
-    """Writes one of FORMATS into the run's directory; the file. Needs the run's lock.
+    """Writes one form (onnx, torch or report) into the run's directory; the file. Needs the run's lock.
 
     ValueError for a run that has no judged winner, or lacks a package; SearchFailed if the file would not answer as
     the network does, or the network not as the one that was judged: then no file of this format is left, not an
@@ -188,12 +184,6 @@ def _write_card(run: Run, judged: inputs.EvaluatedRun, module: Deployable) -> No
 def _tiling(module: Deployable, judged: inputs.EvaluatedRun) -> str:
     """What a photo larger than training's loses by tiles, measured on mosaics of test images; nothing where there are
     too few."""
-
-    def answer(image_NHWC: Array) -> tuple[Array, Array, Array, Array]:
-        with torch.inference_mode():
-            probability, mask, score, defect = (one.numpy() for one in module(torch.from_numpy(image_NHWC)))
-        return probability, mask, score, defect
-
     shown = judged.examples
     rows = np.random.default_rng(0).permutation(len(shown.names))  # they are sorted by Dice
     fours = [rows[k : k + 4] for k in range(0, len(rows) - 3, 4)]
@@ -202,7 +192,7 @@ def _tiling(module: Deployable, judged: inputs.EvaluatedRun) -> str:
     images = [tiles.mosaic(shown.image[four]) for four in fours]
     truths = [tiles.mosaic(shown.truth[four]) for four in fours]
     sizes = tiles.Sizes.of((shown.image.shape[1], shown.image.shape[2]), None)
-    found = tiles.tiled_against_whole(answer, images, truths, sizes)
+    found = tiles.tiled_against_whole(module.answer, images, truths, sizes)
     alone = [tiles.dice(truth, tiles.mosaic(shown.mask[four])) for four, truth in zip(fours, truths, strict=True)]
     return (
         f"`tuner predict` answers photos that are larger than training's in tiles. Measured on "
@@ -238,16 +228,13 @@ def _export_report(run: Run) -> Path:
     report.write(run.directory)
     name = f"{_safe(run.name)}-report"
     path = run.directory / f"{name}.zip"
-    building = path.with_name(f".{path.name}.part")
-    with building.open("wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for member, data in _members(run, judged):
-                info = zipfile.ZipInfo(f"{name}/{member}", _MEMBER_TIME)
-                info.external_attr, info.create_system = 0o100644 << 16, 3  # a plain file, on any system
-                archive.writestr(info, data, zipfile.ZIP_DEFLATED)
-        file.flush()
-        os.fsync(file.fileno())
-    building.replace(path)
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, data in _members(run, judged):
+            info = zipfile.ZipInfo(f"{name}/{member}", _MEMBER_TIME)
+            info.external_attr, info.create_system = 0o100644 << 16, 3  # a plain file, on any system
+            archive.writestr(info, data, zipfile.ZIP_DEFLATED)
+    write_atomically(path, file.getvalue())
     return path
 
 

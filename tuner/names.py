@@ -6,6 +6,7 @@ import csv
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 
 def cell(name: str) -> str:
@@ -18,7 +19,7 @@ def cell(name: str) -> str:
     return f"./{name}" if is_unseen or unicodedata.normalize("NFKC", first) in tuple("=+-@") else name
 
 
-def quoting(names: Iterable[str]) -> int:
+def quoting(names: Iterable[str]) -> Literal[0, 1]:
     """How a table with these names is to be quoted: before Python 3.13, csv leaves a carriage return bare."""
     return csv.QUOTE_ALL if any("\r" in name for name in names) else csv.QUOTE_MINIMAL
 

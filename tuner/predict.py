@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import cv2
 import numpy as np
@@ -227,9 +227,9 @@ def _write(path: Path, pixels: Array, how: list[int]) -> None:
 class _Table:
     """A line at a time, so that a kill leaves those that are done."""
 
-    def __init__(self, file: TextIO, columns: Sequence[str], quoting: int) -> None:
+    def __init__(self, file: TextIO, columns: Sequence[str], quoting: Literal[0, 1]) -> None:
         self._file = file
-        self._lines = csv.DictWriter(file, columns, restval="", lineterminator="\n", quoting=quoting)  # type: ignore[arg-type]
+        self._lines = csv.DictWriter(file, columns, restval="", lineterminator="\n", quoting=quoting)
         self._lines.writeheader()
         self._file.flush()
         self.lines = 0

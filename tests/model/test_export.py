@@ -9,11 +9,11 @@ from hypothesis.extra import numpy as hnp
 
 from model.config import input_size_problem
 from model.counts import to_half
-from model.deployed import Answers
 from model.export import Deployable, least_single, run_onnx, run_torch, std_mean_by_rows, to_onnx, to_torch
 from model.network import build
 from model.parity import Judged, Mismatch, check_judged, compare
 from model.thresholds import Thresholds
+from model.tiles import Answers
 
 LOGITS = st.one_of(
     st.floats(-20, 20, width=32),

@@ -19,10 +19,10 @@ import yaml
 
 from model import checkpoint, export
 from model.config import RunConfig
-from model.deployed import Answers
 from model.export import METADATA, Deployable
 from model.network import build
 from model.thresholds import Thresholds
+from model.tiles import Answers
 from tests.tuner.conftest import small_space
 from tests.tuner.report.conftest import EVIL, write_run
 from tuner import cli

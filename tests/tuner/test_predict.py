@@ -564,14 +564,22 @@ def test_a_broken_model_folder_is_bad_input(
 @pytest.mark.parametrize(
     ("about", "outputs", "message"),
     [
-        (None, deployed.OUTPUTS, "must be a model that `tuner export` made, from image to probability, mask, score"),
+        (
+            None,
+            tiles.Answers._fields,
+            "must be a model that `tuner export` made, from image to probability, mask, score",
+        ),
         ("{}", ("mask",), "found one from image to mask"),
-        ("{}", deployed.OUTPUTS, "must say the network's input as height and width, px, found None"),
-        ("[]", deployed.OUTPUTS, "must hold a JSON object, found []"),
-        ('{"input": [1]}', deployed.OUTPUTS, "found [1]; make it again"),
-        ('{"input": {"height": 64}}', deployed.OUTPUTS, "found {'height': 64}"),
-        ('{"input": {"height": 64, "width": 127}}', deployed.OUTPUTS, "must say the network's input"),
-        ('{"input": {"height": 64, "width": 128}, "images": [1]}', deployed.OUTPUTS, "must be an object, found [1]"),
+        ("{}", tiles.Answers._fields, "must say the network's input as height and width, px, found None"),
+        ("[]", tiles.Answers._fields, "must hold a JSON object, found []"),
+        ('{"input": [1]}', tiles.Answers._fields, "found [1]; make it again"),
+        ('{"input": {"height": 64}}', tiles.Answers._fields, "found {'height': 64}"),
+        ('{"input": {"height": 64, "width": 127}}', tiles.Answers._fields, "must say the network's input"),
+        (
+            '{"input": {"height": 64, "width": 128}, "images": [1]}',
+            tiles.Answers._fields,
+            "must be an object, found [1]",
+        ),
     ],
 )
 def test_an_onnx_file_of_somebody_else_is_bad_input(

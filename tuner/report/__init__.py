@@ -75,7 +75,7 @@ def _fill(run: inputs.Run, folder: Path) -> None:
     if evaluated and results:
         names = [*results.validation.split.names, *results.test.split.names]
         with (folder / "predictions.csv").open("w", newline="", encoding="utf-8", errors=_ERRORS) as file:
-            lines = csv.writer(file, lineterminator="\n", quoting=quoting(names))  # type: ignore[arg-type]
+            lines = csv.writer(file, lineterminator="\n", quoting=quoting(names))
             lines.writerows(tables.predictions(evaluated, results))
     with matplotlib.rc_context(style.RC):
         content = page.build(run, results, metrics, Gallery(folder))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.arrays import Array, Bools, Floats, Ints
+from model.arrays import Bools, Floats, Ints
 from model.intervals import Ratio, contributing, difference_interval, ratio_interval
 from tuner.report import charts, tables, words
 from tuner.report.gallery import Block, Gallery, Pictures, Table, Tables, Text
@@ -136,9 +136,4 @@ def _gain(test: Judged, baseline: Judged | None, rows: Ints) -> tuple[float, tup
     if baseline is None or not contributing(test.split.labels[rows], test.groups[rows]):
         return None
     ours, theirs = _positives(test, rows), _positives(baseline, rows)
-    value = _mean(ours.numerator_N, ours.denominator_N) - _mean(theirs.numerator_N, theirs.denominator_N)
-    return value, difference_interval(ours, theirs, test.groups[rows])
-
-
-def _mean(numerator_N: Array, denominator_N: Array) -> float:
-    return float(numerator_N.sum() / denominator_N.sum())
+    return ours.value() - theirs.value(), difference_interval(ours, theirs, test.groups[rows])

@@ -79,7 +79,7 @@ def difference(search: Search, first: Search) -> Difference | None:
     for key in FIGURES:
         a, b = (_rows(judged.ratios[key][0], rows) for judged, rows in ((ours, mine), (theirs, other)))
         if a.denominator_N.sum() and b.denominator_N.sum():
-            figures[key] = _value(a) - _value(b), difference_interval(a, b, groups)
+            figures[key] = a.value() - b.value(), difference_interval(a, b, groups)
     return Difference(len(mine), contributing(np.ones(len(mine)), groups), figures)
 
 
@@ -101,10 +101,6 @@ def _shared(ours: Judged, theirs: Judged) -> tuple[Ints, Ints]:
 
 def _rows(ratio: Ratio, rows: Ints) -> Ratio:
     return Ratio(np.asarray(ratio.numerator_N)[rows], np.asarray(ratio.denominator_N)[rows])
-
-
-def _value(ratio: Ratio) -> float:
-    return float(np.sum(ratio.numerator_N) / np.sum(ratio.denominator_N))
 
 
 def as_json(searches: Sequence[Search]) -> Json:

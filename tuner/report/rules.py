@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,9 @@ def replay(run: EvaluatedRun, results: Results) -> list[Json]:
     chosen_on = results.test.split if own.chosen_on == "test" else results.validation.split
     logits = _choose(ways, known, own, chosen_on)
     found = {
-        way: Thresholds(*way[:2], logits[way], own.decision_logit, *way[2:], own.chosen_on)  # type: ignore[arg-type]
-        for way in ways
-        if logits[way] is not None
+        way: replace(own, rule=way[0], factor=way[1], segmentation_logit=logit, blacken=way[2], lower_threshold=way[3])
+        for way, logit in logits.items()
+        if logit is not None
     }
     judged = [
         dict(zip(found, select_all([*found.values()], split.counts, split.decision_logits), strict=True))
