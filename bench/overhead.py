@@ -28,8 +28,8 @@ from model import checkpoint
 from model.config import RunConfig
 from model.files import write_json
 from tuner import records, search, space_file
+from tuner.cluster import Resources, connected
 from tuner.sampler import Proposal, SearchStudy
-from tuner.search import Resources
 from tuner.space import Space
 from tuner.tracking import Trackers
 from tuner.trial import nothing_yet
@@ -179,7 +179,7 @@ def main() -> None:
 
 def searches() -> None:
     """Prints what a search takes beside its trials."""
-    with search.cluster(None):
+    with connected(None):
         print("| 16 trials of 2 s on 4 slots | s | ratio to 8 s |")
         print("| --- | --- | --- |")
         for what, seconds in (

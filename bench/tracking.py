@@ -38,8 +38,8 @@ from bench.overhead import SleepingTask
 from model import checkpoint, layouts, splits, synthetic
 from model.config import RunConfig
 from tuner import search, space_file
+from tuner.cluster import Resources, connected
 from tuner.sampler import SearchStudy
-from tuner.search import Resources
 from tuner.space import Space
 from tuner.tracking import RunInfo, Trackers, WandbTracker, build
 from tuner.tracking.wandb_files import written
@@ -335,7 +335,7 @@ def offline() -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
-    with search.cluster(None):
+    with connected(None):
         yield
 
 

@@ -119,15 +119,15 @@ def dashboard(options: argparse.Namespace) -> int:
 
 
 def finals(options: argparse.Namespace) -> int:
+    from tuner.cluster import connected
     from tuner.finals import check_test_is_sealed
     from tuner.pipeline import evaluate, full_disk_explained
     from tuner.records import OPEN_TEST
     from tuner.run import load_search
-    from tuner.search import cluster
 
     run = load_search(options.run, options.data)
     check_test_is_sealed(run.directory, options.open_test)
-    with run.locked(), full_disk_explained(run), cluster(run.options.address):
+    with run.locked(), full_disk_explained(run), connected(run.options.address):
         evaluate(run, options.open_test)
     print(run.directory / "evaluation" / (OPEN_TEST if options.open_test else ""))
     return 0

@@ -26,9 +26,9 @@ from model.network import SegDecNet, build, describe
 from model.sample import Sample
 from model.splits import Splits, fingerprint_of_test
 from model.thresholds import Thresholds, sigmoid
-from tuner import records
+from tuner import checkpoints, records
+from tuner.cluster import Resources, run_on_worker
 from tuner.records import OPEN_TEST, SearchFailed
-from tuner.search import Resources, newest_checkpoint, run_on_worker
 from tuner.trial import take_device
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | 
         return None
     config = RunConfig.from_dict(record["config"])
     source = record["replayed_from"] or record["trial"]
-    folder = newest_checkpoint(run_directory / "trials", source)
+    folder = checkpoints.newest(run_directory / "trials", source)
     if folder is None:
         raise SearchFailed(f"the checkpoint of trial {source} is gone from {run_directory / 'trials'}")
     replays = checkpoint.load_progress(folder)["replays"]

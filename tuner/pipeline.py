@@ -15,12 +15,13 @@ from rich.console import Console
 
 from model.splits import Splits
 from tuner import finals, importance, plan, report, storage, tracking
+from tuner.cluster import Resources, connected, default_resources, run_on_worker
 from tuner.options import Options
 from tuner.records import SearchFailed
 from tuner.run import Run, create
 from tuner.run import load as load_run
 from tuner.sampler import SearchStudy
-from tuner.search import Resources, cluster, default_resources, run_on_worker, run_trials
+from tuner.search import run_trials
 from tuner.space import Space
 from tuner.space_file import load as load_space
 from tuner.trial import TrialTask
@@ -65,7 +66,7 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     if run.info["state"] != "finished":
         run.check_version()
-    with run.locked(), full_disk_explained(run), cluster(run.options.address):
+    with run.locked(), full_disk_explained(run), connected(run.options.address):
         try:
             state = run.info["state"]
             if state != "finished":

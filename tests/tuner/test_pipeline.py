@@ -17,11 +17,11 @@ from model import synthetic
 from tests.tuner.conftest import ended, small_space
 from tuner import importance, pipeline, plan
 from tuner import run as runs
+from tuner.cluster import Resources
 from tuner.options import Options
 from tuner.records import RecordsFile, SearchFailed
 from tuner.run import Run
 from tuner.sampler import SearchStudy
-from tuner.search import Resources
 from tuner.status import describe
 
 HOURS_OF_BASELINE = 0.5
@@ -37,7 +37,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch) -> None:
     """No cluster, no trials; a baseline takes half an hour, and its device is two cores."""
-    monkeypatch.setattr(pipeline, "cluster", lambda address: nullcontext())
+    monkeypatch.setattr(pipeline, "connected", lambda address: nullcontext())
     monkeypatch.setattr(pipeline, "default_resources", lambda *asked: Resources(cpus_per_trial=2.0))
     monkeypatch.setattr(pipeline, "run_trials", lambda *_: "finished")
     monkeypatch.setattr(pipeline, "run_on_worker", lambda function, resources, *arguments: function(*arguments))

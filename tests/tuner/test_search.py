@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +20,11 @@ from model import checkpoint
 from model.config import RunConfig
 from model.files import write_json
 from tests.tuner.conftest import small_space
-from tuner import records, search, tracking
+from tuner import checkpoints, cluster, records, search, tracking
+from tuner.cluster import Resources
 from tuner.records import SearchFailed
 from tuner.sampler import SearchStudy
-from tuner.search import Resources, newest_checkpoint
+from tuner.session import Session
 from tuner.space import Space
 from tuner.tracking import Tracker, Trackers
 
@@ -126,7 +125,7 @@ def scripted_space(values: list[float], scheduler: Any = "none", trials: int | N
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    with search.cluster(None):
+    with cluster.connected(None):
         yield
 
 
@@ -155,38 +154,38 @@ def optuna_trials(space: Space, folder: Path) -> list[optuna.trial.FrozenTrial]:
 def stop_when_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Stops the first session, as Ctrl-C does, when a trial waits; the seconds at which each session began."""
     begun: list[float] = []
-    made = search._Session.__init__
+    made = Session.__init__
 
-    def remember(self: search._Session, *arguments: Any) -> None:
+    def remember(self: Session, *arguments: Any) -> None:
         made(self, *arguments)
         begun.append(self.study.wall_seconds())
         if len(begun) == 1:
             threading.Thread(target=stop, args=[self], daemon=True).start()
 
-    def stop(session: search._Session) -> None:
+    def stop(session: Session) -> None:
         while not (folder / "waiting").exists():
             time.sleep(0.02)
         session.stop_asked = True
 
-    monkeypatch.setattr(search._Session, "__init__", remember)
+    monkeypatch.setattr(Session, "__init__", remember)
     return begun
 
 
-def pass_ten_hours(monkeypatch: pytest.MonkeyPatch, when: Callable[[search._Session], bool]) -> None:
+def pass_ten_hours(monkeypatch: pytest.MonkeyPatch, when: Callable[[Session], bool]) -> None:
     """The clock of a session jumps, once, instead of ending a budget of seconds at the pace of this machine."""
-    pass_time = search._Session._pass_time
-    jumped: list[search._Session] = []
+    pass_time = Session._pass_time
+    jumped: list[Session] = []
 
-    def jump(self: search._Session) -> None:
+    def jump(self: Session) -> None:
         if not jumped and when(self):
             jumped.append(self)
             self._clock -= 36000
         pass_time(self)
 
-    monkeypatch.setattr(search._Session, "_pass_time", jump)
+    monkeypatch.setattr(Session, "_pass_time", jump)
 
 
-def is_waiting(folder: Path) -> Callable[[search._Session], bool]:
+def is_waiting(folder: Path) -> Callable[[Session], bool]:
     return lambda _: (folder / "waiting").exists()
 
 
@@ -343,7 +342,7 @@ def test_a_baseline_whose_worker_died_after_the_hours_goes_on(ray_cluster, tmp_p
 def test_what_a_worker_does_after_its_trial_is_done_changes_nothing(ray_cluster, tmp_path: Path) -> None:
     assert run(scripted_space([1.0, 2.0]), tmp_path, _1="die at the end") == "finished"
     assert ends(tmp_path) == [(0.01, "completed"), (1, "completed"), (2, "completed")]
-    assert newest_checkpoint(tmp_path / "trials", "abc123-0001")
+    assert checkpoints.newest(tmp_path / "trials", "abc123-0001")
 
 
 @pytest.mark.slow
@@ -454,7 +453,7 @@ def test_what_runs_when_the_budget_is_spent_is_stopped_early(
 def test_a_slow_baseline_does_not_stretch_the_hours_for_others(ray_cluster, tmp_path: Path, monkeypatch) -> None:
     """The baseline waits until the time is up: what runs beside it is stopped, and nothing starts."""
 
-    def both_run(session: search._Session) -> bool:
+    def both_run(session: Session) -> bool:
         if len(session.started) < 2:
             return False
         (tmp_path / "go").touch()
@@ -522,24 +521,6 @@ def test_more_at_once_than_fit_is_said(ray_cluster, tmp_path: Path, caplog) -> N
         assert [record.message for record in caplog.records] == ([said] if concurrent > cores else [])
 
 
-@pytest.mark.slow
-def test_a_function_runs_on_a_worker(ray_cluster) -> None:
-    assert search.run_on_worker(lambda: os.getpid(), Resources()) != os.getpid()
-    with pytest.raises(ValueError, match=r"it asks for 1000 CPU, found .*; lower --cpus-per-trial"):
-        search.default_resources(1000, None, None)
-
-
-def run_out_of_luck() -> None:
-    raise ValueError("said by the worker")
-
-
-@pytest.mark.slow
-def test_what_a_function_raises_on_a_worker_is_raised_here(ray_cluster) -> None:
-    with pytest.raises(ValueError, match=r"\Asaid by the worker\Z") as caught:
-        search.run_on_worker(run_out_of_luck, Resources())
-    assert "run_out_of_luck" in str(caught.value.__cause__)  # for --debug
-
-
 def test_what_went_wrong_is_told_without_rays_wrapping() -> None:
     def wrapped(explicit: bool) -> Exception:
         try:
@@ -554,59 +535,6 @@ def test_what_went_wrong_is_told_without_rays_wrapping() -> None:
     assert str(search._cause(wrapped(False))) == "[Errno 5] Input/output error"
     alone = search.tune.TuneError("Ray's own")
     assert search._cause(alone) is alone
-
-
-@pytest.mark.parametrize(
-    ("nodes", "asked", "found"),
-    [
-        ([{"CPU": 4}], (None, None), (1, 0)),
-        ([{"CPU": 64}, {"CPU": 16, "GPU": 2}, {"CPU": 12, "GPU": 1}], (None, None), (8, 1)),
-        ([{"CPU": 64}, {"CPU": 16, "GPU": 2}], (None, 0.5), (1, 0.5)),
-        ([{"CPU": 2, "GPU": 4}], (None, None), (1, 1)),
-        ([{"CPU": 1}, {"CPU": 1}], (2, None), "it asks for 2 CPU, found at most 1; lower --cpus-per-trial"),
-        ([{"CPU": 4, "GPU": 1}] * 2, (None, 2), "it asks for 2 GPU, found at most 1; lower --gpus-per-trial"),
-        ([{"CPU": 4, "GPU": 1}], (9, 2), "it asks for 9 CPU and 2 GPU, found at most 4 and 1; lower --cpus-per-trial"),
-        (
-            [{"CPU": 64}, {"CPU": 4, "GPU": 1}],
-            (8, None),
-            "it asks for 8 CPU and 1 GPU, found at most 64 and 1 on different nodes; lower --cpus-per-trial",
-        ),
-    ],
-    ids=str,
-)
-def test_a_trial_must_fit_one_node(monkeypatch, nodes: list[dict], asked: tuple, found: tuple | str) -> None:
-    alive = [{"Alive": True, "Resources": node} for node in nodes] + [{"Alive": False, "Resources": {"CPU": 99}}]
-    monkeypatch.setattr(search.ray, "nodes", lambda: alive)
-    if isinstance(found, str):
-        with pytest.raises(ValueError, match=f"a trial must fit one node of the cluster: {found}"):
-            search.default_resources(*asked, None)
-    else:
-        assert search.default_resources(*asked, 3) == Resources(*found, 3)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_two_small_nodes_are_no_large_one() -> None:
-    """In a process of its own: this one is connected to another cluster."""
-    code = """
-import ray
-from ray.cluster_utils import Cluster
-from tuner.search import default_resources
-nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-nodes.add_node(num_cpus=1)
-ray.init(address=nodes.address, log_to_driver=False)
-assert ray.cluster_resources()["CPU"] == 2
-try:
-    default_resources(2, 0, None)
-except ValueError as error:
-    print(error)
-ray.shutdown()
-nodes.shutdown()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == (
-        "a trial must fit one node of the cluster: it asks for 2 CPU, found at most 1; lower --cpus-per-trial\n"
-    )
 
 
 class FailsAt(Tracker):

@@ -14,7 +14,8 @@ from bench.strategies import EPOCHS, SPACE, Landscape, RayOptuna, distance, one_
 from bench.testbed import Curve, Search, Start, StudyStrategy, Trial, simulate
 from tests.tuner.conftest import small_space
 from tests.tuner.test_search import run, scripted_space
-from tuner import records, search
+from tuner import records
+from tuner.cluster import connected
 from tuner.space import Scheduler, Space
 
 
@@ -201,7 +202,7 @@ def test_the_test_bed_stops_what_a_search_on_ray_stops(tmp_path: Path) -> None:
     def curve(params: Mapping[str, Any]) -> Curve:  # as ScriptedTask
         return Curve(params["delta_cls_loss"] / 10 + np.arange(1, 5) / 1000)
 
-    with search.cluster(None):
+    with connected(None):
         assert run(space, tmp_path) == "finished"
     simulated = StudyStrategy(space, trials=9)
     simulate(simulated, curve, workers=1, epochs=100)

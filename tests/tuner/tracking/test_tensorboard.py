@@ -412,7 +412,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tests.tuner import test_search
 from tests.tuner.tracking.test_tensorboard import png
-from tuner import search
+from tuner.cluster import connected
 from tuner.tracking import RunInfo, TensorBoardTracker
 
 class Drawing(test_search.ScriptedTask):
@@ -430,7 +430,7 @@ space = test_search.scripted_space([1.0, 2.0])
 tracker = TensorBoardTracker()
 tracker.search_started(RunInfo("small", "abc123", folder, space.to_dict(), None, 3, None, "dice_mean", "max"))
 logging.basicConfig(level=logging.WARNING)
-with search.cluster(None):
+with connected(None):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # of this process, not of those that Ray started
     print(test_search.run(space, folder, tracker=tracker))
 """

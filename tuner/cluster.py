@@ -1,0 +1,126 @@
+"""Where Ray runs: connecting to it, what a trial holds there, running a function on a worker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+_SECONDS_TO_ANSWER = 10.0
+"""so long a cluster may take to accept a connection"""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a trial holds, and how many run at once. None: as many as fit."""
+
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float = 0.0
+    concurrent: int | None = None
+
+    @property
+    def devices(self) -> float:
+        """What a trial is charged for: GPUs, or CPUs where it has none."""
+        return self.gpus_per_trial or self.cpus_per_trial
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A Ray that this process is connected to: already, at `address`, or a local one of its own. ValueError if there
+    is none at `address`."""
+    if ray.is_initialized():
+        yield
+        return
+    if address:
+        _check_answers(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray speaks of things that this search does not use: its own results, its snapshots, its token.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # counts trials that went on after their worker died
+    try:
+        ray.init(
+            address=address or "local",  # never by chance the cluster of somebody else on this machine
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+        )
+    except ConnectionError as error:
+        if not address:
+            raise
+        raise _no_cluster(address, error) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """ValueError if nothing listens at host:port: Ray would ask for two minutes, then end this process."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):  # auto, or what Ray itself refuses
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"--address must be that of a running Ray cluster, found none at {address} ({error}); start one with "
+        "`ray start --head`, or leave --address out for a Ray of this search's own"
+    )
+
+
+def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None) -> Resources:
+    """What was asked for; else a whole GPU a trial where the cluster has some, with its share of the node's cores, or
+    one CPU. ValueError if no node can hold a trial."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = gpus if gpus is not None else float(any(node.get("GPU") for node in nodes))
+    shares = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU")] if gpus >= 1 else []
+    found = Resources(cpus if cpus is not None else float(max(1, min(shares, default=1))), gpus, concurrent)
+    asked = {"CPU": found.cpus_per_trial, "GPU": found.gpus_per_trial}
+    if not any(all(node.get(name, 0) >= wanted for name, wanted in asked.items()) for node in nodes):
+        most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
+        apart = "" if any(asked[name] > most[name] for name in asked) else " on different nodes"
+        short = [name for name in asked if apart or asked[name] > most[name]]
+        wanted = " and ".join(f"{asked[name]:g} {name}" for name in short)
+        largest = " and ".join(f"{most[name]:g}" for name in short)
+        raise ValueError(
+            f"a trial must fit one node of the cluster: it asks for {wanted}, found at most {largest}{apart}; "
+            f"lower --{short[0].lower()}s-per-trial"
+        )
+    return found
+
+
+def fit_at_once(resources: Resources) -> tuple[int, str]:
+    """How many trials the cluster as it is runs at once, and what bounds them."""
+    there = ray.cluster_resources()
+    count, name, wanted = min(
+        (int(there.get(name, 0) // wanted), name, wanted)
+        for name, wanted in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial))
+        if wanted
+    )
+    return count, f"{wanted:g} {name} a trial, {there.get(name, 0):g} there"
+
+
+def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
+    """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU. Raises what the
+    function raises."""
+    remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)
+    try:
+        return ray.get(remote(function).remote(*arguments))
+    except ray.exceptions.RayTaskError as error:  # its text is a traceback
+        raise error.cause from error
+
+
+def nodes_alive() -> set[str]:
+    """The ids of the nodes that the cluster believes to be there."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
