@@ -31,7 +31,7 @@ from tuner.checkpoints import Torn, Trials, Writer
 from tuner.cluster import Resources, fit_at_once
 from tuner.mirror import Mirror
 from tuner.nodes import NodeUnfit
-from tuner.remote import StorageFailed
+from tuner.remote import StorageFailed, Unusable
 from tuner.sampler import SearchStudy
 from tuner.session import OVER, Session
 from tuner.space import Budget
@@ -213,14 +213,14 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resourc
         with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
             try:
                 task.run(own, device, _fetched(config, own, trials, Path(scratch)), report)
-            except StorageFailed:
+            except (StorageFailed, Unusable):
                 raise
             except Exception as error:  # a trial that crashes is a result, with its reason
                 report(nothing_yet() | failure(error), None)
-    except StorageFailed as error:
+    except (StorageFailed, Unusable) as error:
         raise NodeUnfit(
-            f"a node must reach the run's storage to take trials, and this one did not for half an hour: {error}; see "
-            "whether the storage can be reached from there; the trial goes on from its last checkpoint"
+            f"a node must reach the run's storage to take trials, and this one does not: {error}; see why; the trial "
+            "goes on from its last checkpoint"
         ) from error
 
 
