@@ -29,6 +29,8 @@ from model.files import write_atomically, write_json
 from model.sample import Sample
 from model.splits import counts, keep_masks
 from model.thresholds import Thresholds, sigmoid
+from tuner import gpu
+from tuner.nodes import NodeUnfit
 from tuner.space import DECISION_METRICS, Space
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -157,12 +159,20 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def take_device(gpus: float, threads: int) -> torch.device:
-    """The device that this process was given, with as many CPU threads as it may use. RuntimeError if it was given a
-    GPU that torch cannot use: a silent CPU would take days."""
+    """The device that this process was given, its memory free and held to the trial's share, with as many CPU threads
+    as it may use. Of several GPUs it is the first, untouched: each is taken by a process of its own.
+
+    NodeUnfit if it was given a GPU that torch cannot use (a silent CPU would take days), or whose memory others hold.
+    """
     torch.set_num_threads(max(1, threads))
-    if gpus > 0 and not torch.cuda.is_available():
-        raise RuntimeError("this trial holds a GPU, but torch finds no CUDA here; install a CUDA build of torch")
-    return torch.device("cuda" if gpus > 0 else "cpu")
+    if gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise NodeUnfit("this trial holds a GPU, but torch finds no CUDA here; install a CUDA build of torch")
+    device = torch.device("cuda", 0)
+    if gpus <= 1:
+        gpu.take(device, gpus)
+    return device
 
 
 class _Keeper:
