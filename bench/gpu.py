@@ -338,7 +338,6 @@ class Bench:
         if importlib.util.find_spec("model.parallel") is None:
             print("skipped: there is no model/parallel.py yet")
             return
-        from tuner.trial import run_together
 
         samples = samples_in(self.folder)
         config = RunConfig(**SIZE, width=0.25, epochs=2, batch_size=5, learning_rate=0.1, hard_mining_places=2,
@@ -355,7 +354,7 @@ class Bench:
             if len(devices) == 1:
                 task.run(config, GPU, None, heard)
             else:
-                run_together(task, config, devices, None, heard)
+                task.run_together(config, devices, None, heard)
             found.append(([row["loss_total"] for row in reports[-1]["history"]], time.perf_counter() - started))
         table(
             ("processes", "losses", "s in all, with their start"),
