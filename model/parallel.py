@@ -53,6 +53,11 @@ class Team:
         """The rows of a batch that this process takes; there may be none."""
         return rows[self.rank :: self.ranks]
 
+    def meet(self) -> None:
+        """Returns when all processes have come so far: what one does next cannot spoil what another is still at."""
+        if self.ranks > 1:
+            _together(distributed.barrier)
+
     def summed(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
         return values if self.ranks == 1 else _sum_in_place(values.clone())

@@ -90,6 +90,7 @@ def fit(training: Training, cache: Cache) -> Iterator[dict[str, float]]:
 def train_epoch(training: Training, cache: Cache) -> dict[str, float]:
     """One pass over the images of the next epoch; mean losses over images, those of a whole team."""
     config, device, epoch, team = training.config, training.device, training.epochs_done, training.team
+    team.meet()  # the first one has kept the epoch before
     step_losses = _StepLosses(training, cache)
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)

@@ -86,9 +86,9 @@ def machine(cpus: float | None, gpus: float | None, concurrent: int | None) -> I
     fit = min(int(there[name] / wanted + 1e-9) for name, wanted in asked.items() if wanted)
     on_gpu = device.type == "cuda"
     found = Machine(
-        name=torch.cuda.get_device_name() if on_gpu else f"CPU, {cpus:g} core{'s' * (cpus != 1)} a trial",
+        name=gpu_of(device)[0] if on_gpu else f"CPU, {cpus:g} core{'s' * (cpus != 1)} a trial",
         on_gpu=on_gpu,
-        memory_bytes=torch.cuda.get_device_properties(0).total_memory if on_gpu else _memory_of_machine(),
+        memory_bytes=gpu_of(device)[1] if on_gpu else _memory_of_machine(),
         cores=there["cpus"],
         gpus=there["gpus"],
         devices_per_trial=gpus or cpus,
@@ -98,6 +98,12 @@ def machine(cpus: float | None, gpus: float | None, concurrent: int | None) -> I
         yield found, device
     finally:
         torch.set_num_threads(threads)
+
+
+def gpu_of(device: torch.device) -> tuple[str, int]:
+    """A GPU's name, and the bytes of its memory."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.total_memory
 
 
 def _memory_of_machine() -> int:

@@ -192,6 +192,16 @@ def _train_in_team(
             pass
 
 
+def run_on(
+    task: TrialTask, config: RunConfig, device: torch.device, gpus: float, resume: Path | None, report: Report
+) -> None:
+    """A trial on the device that was taken for it, or on all its GPUs."""
+    if gpus < 2:
+        task.run(config, device, resume, report)
+    else:
+        task.run_together(config, [torch.device("cuda", n) for n in range(int(gpus))], resume, report)
+
+
 def batch_problem(batch_size: int, devices: int) -> str | None:
     """Why a batch cannot be shared by so many devices, with the way out; None if it can."""
     if batch_size >= devices:
