@@ -28,7 +28,7 @@ from tuner.sampler import SearchStudy
 from tuner.session import OVER, Session
 from tuner.space import Budget
 from tuner.tracking import Trackers
-from tuner.trial import TrialTask, failure, nothing_yet, take_device
+from tuner.trial import TrialTask, failure, nothing_yet, run_on, take_device
 from tuner.use import Meter
 
 logger = logging.getLogger(__name__)
@@ -57,10 +57,10 @@ def run_trials(
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
-    on_cpu = resources.gpus_per_trial == 0
+    cpus = resources.cpus_per_trial
     trainable = tune.with_resources(
-        tune.with_parameters(_trial_on_worker, task=task, resources=resources),
-        {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
+        tune.with_parameters(_trial_on_worker, task=task, cpus=cpus),
+        lambda config: tune.PlacementGroupFactory([{"CPU": cpus, "GPU": config["gpus"]}]),
     )
     experiment = tune.Tuner(
         trainable,
@@ -68,7 +68,8 @@ def run_trials(
             search_alg=_StudySearcher(session),
             scheduler=_StudyScheduler(session),
             num_samples=-1,  # the searcher says when it is over
-            reuse_actors=on_cpu,  # a new process a trial costs a second; on a GPU it returns the memory
+            reuse_actors=resources.gpus_per_trial
+            == 0,  # a new process a trial costs a second; on a GPU it returns the memory
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: trial.config["folder"],
         ),
@@ -165,7 +166,7 @@ class _Stop(Stopper):
         return True
 
 
-def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resources) -> None:
+def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float) -> None:
     """What Ray runs: one trial, whose end is always reported, however it comes."""
     from model.config import RunConfig
 
@@ -176,11 +177,11 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resourc
         tune.report(told, checkpoint=kept)
 
     node = ray.get_runtime_context().get_node_id()
-    device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
+    device = take_device(config["gpus"], int(cpus))
     resume = Path(config["checkpoint"]) if config["checkpoint"] else None
     with Meter(device) as meter:
         try:
-            task.run(RunConfig.from_dict(config["config"]), device, resume, report)
+            run_on(task, RunConfig.from_dict(config["config"]), device, config["gpus"], resume, report)
         except Exception as error:  # a trial that crashes is a result, with its reason
             report(nothing_yet() | failure(error), None)
 

@@ -48,6 +48,8 @@ class Session:
         self.failure: str | None = None
         self.error: Exception | None = None
         """what went wrong in the driver itself: Ray would go on without a word"""
+        self.gpus: dict[str, float] = {}
+        """how many a trial holds"""
         self.nodes: dict[str, set[str]] = {}
         """where a trial runs, or may have been sent to"""
         self.starts: Counter[str] = Counter()
@@ -64,7 +66,7 @@ class Session:
         self._device = study.device_seconds()
         self._saved = self._wall, self._device
         self._clock = time.monotonic()
-        self.slots = resources.concurrent or max(1, fit_at_once(resources)[0])
+        self.slots = (resources.concurrent or max(1, fit_at_once(resources)[0])) + resources.cpu_trials
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is handed, for a restore that never happens: it gets None."""
@@ -96,6 +98,10 @@ class Session:
         progress = checkpoint.load_progress(checkpoint_folder) if checkpoint_folder else nothing_yet()
         for row in progress["history"]:  # the driver may have died between the checkpoint and the study
             self.study.report(proposal.number, row["epoch"], row["compared"])
+        self.gpus[key] = self._gpus_of_next()
+        if self.resources.cpu_trials:  # else all trials hold the same
+            held = self.resources.devices_of(self.gpus[key])
+            self.study.device_seconds_of(proposal.number, progress["seconds"], held)
         self.live[key] = proposal
         self.nodes[key] = nodes_alive()
         self.progress[key] = progress
@@ -107,7 +113,14 @@ class Session:
             "folder": proposal.trial if again == 1 else f"{proposal.trial}.{again}",
             "config": proposal.config.to_dict(),
             "checkpoint": str(checkpoint_folder.resolve()) if checkpoint_folder else None,
+            "gpus": self.gpus[key],
         }
+
+    def _gpus_of_next(self) -> float:
+        """A place on a GPU while there is one that is free; which trial gets it does not matter."""
+        without = sum(1 for key in self.live if not self.gpus[key])
+        is_free = len(self.live) - without < self.slots - self.resources.cpu_trials
+        return self.resources.gpus_per_trial if is_free else 0.0
 
     def _take_in_replays(self) -> None:
         """Asking may have told some trials from others' networks, or taken a held one back."""
@@ -174,6 +187,7 @@ class Session:
         used_up = self.used_up()
         proposal, progress = self.live.pop(key), self.progress.pop(key)
         nodes, started = self.nodes.pop(key), self.started.pop(key, None)
+        self.gpus.pop(key)
         status, reason = progress["status"], progress["reason"]
         if key in self.reason_stopped:
             status, reason = Status.STOPPED_EARLY, self.reason_stopped.pop(key)
@@ -204,7 +218,7 @@ class Session:
             **proposal.identity(),
             "started": self.study.first_started(proposal.number, self._wall),
             "ended": self._wall,
-            "device_seconds": progress["seconds"] * self.resources.devices,
+            "device_seconds": self._device_seconds(proposal, progress["seconds"]),
             **progress,
         }
         is_stopped = progress["status"] == Status.STOPPED_EARLY
@@ -230,6 +244,10 @@ class Session:
         last = self._last_failures[-_FAILURES_IN_A_ROW:]
         if len(last) == _FAILURES_IN_A_ROW and len(set(last)) == 1:
             self.failure = f"{_FAILURES_IN_A_ROW} trials in a row failed for the same reason: {progress['reason']}"
+
+    def _device_seconds(self, proposal: Proposal, seconds: float) -> float:
+        known = self.study.device_seconds_of(proposal.number, seconds) if self.resources.cpu_trials else None
+        return seconds * self.resources.devices if known is None else known
 
     def close(self) -> str:
         """Takes in what Ray stopped without a word; how the search ended. Raises what went wrong in the driver."""
@@ -291,7 +309,7 @@ class Session:
         now = time.monotonic()
         passed, self._clock = now - self._clock, now
         self._wall += passed
-        self._device += passed * len(self.started) * self.resources.devices
+        self._device += passed * sum(self.resources.devices_of(self.gpus[key]) for key in self.started)
         if self._wall - self._saved[0] > _SECONDS_BETWEEN_SAVES:
             self._save_clock()
 
