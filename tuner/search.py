@@ -11,21 +11,25 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import ray
-from ray import tune
+import torch
+from ray import cloudpickle, tune
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.tune import Checkpoint, FailureConfig, Stopper, TuneConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from tuner import cluster
 from tuner.cluster import Resources, fit_at_once
+from tuner.nodes import NodeUnfit
 from tuner.sampler import SearchStudy
-from tuner.session import OVER, Session
+from tuner.session import LEAVES, OVER, UNFIT, Session
 from tuner.space import Budget
 from tuner.tracking import Trackers
 from tuner.trial import TrialTask, failure, nothing_yet, take_device
@@ -52,18 +56,15 @@ def run_trials(
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal sets our flag; Ray's handler would drop what runs
-        "TUNE_MAX_PENDING_TRIALS_PG": str(session.slots),
+        "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # the session says how many, and that changes with the cluster
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's own record is never read back
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
     on_cpu = resources.gpus_per_trial == 0
-    trainable = tune.with_resources(
-        tune.with_parameters(_trial_on_worker, task=task, resources=resources),
-        {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
-    )
     experiment = tune.Tuner(
-        trainable,
+        tune.with_parameters(_trial_on_worker, task=task, resources=resources),
         tune_config=TuneConfig(
             search_alg=_StudySearcher(session),
             scheduler=_StudyScheduler(session),
@@ -95,6 +96,17 @@ def _cause(error: Exception) -> Exception:
     """What went wrong where Ray Tune tells of it: the text of a TuneError is a traceback."""
     cause = error.__cause__ or error.__context__
     return _cause(cause) if isinstance(error, tune.TuneError) and isinstance(cause, Exception) else error
+
+
+def placement(
+    config: dict[str, Any],  # noqa: ARG001 all trials of a search hold the same
+    resources: Resources,
+    unfit: Collection[str],
+) -> tune.PlacementGroupFactory:
+    """What a trial holds, and where: on any node but the unfit ones."""
+    bundle = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
+    where = {"bundle_label_selector": [cluster.elsewhere(unfit)]} if unfit else {}
+    return tune.PlacementGroupFactory([bundle], **where)
 
 
 class _StudySearcher(Searcher):
@@ -131,12 +143,32 @@ class _StudyScheduler(FIFOScheduler):
         super().__init__()
         self._session = session
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        with self._session.errors_end():
+            trial.update_resources(placement(trial.config, self._session.resources, self._session.unfit))
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Before the searcher hears of it, which is not told what went wrong."""
+        with self._session.errors_end():
+            error = _error_of(trial)
+            # Of a connection that broke it is not known yet whether the process died, or its node.
+            lost = isinstance(error, ActorUnavailableError) or getattr(error, "preempted", False)
+            said = f"{type(error.cause).__name__}: {error.cause}" if isinstance(error, RayTaskError) else None
+            self._session.ended(trial.trial_id, crashed=True, is_certain=not lost, error=said)
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         with self._session.errors_end():
             progress, use = (json.loads(result[name]) for name in ("progress", "use"))  # Ray flattens what is nested
             if not self._session.reported(trial.trial_id, progress, result["node"], use):
                 return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
+
+
+def _error_of(trial: Any) -> Exception | None:
+    """What Ray has just written of a trial's worker; None where that cannot be read here."""
+    with suppress(Exception):
+        return cast("Exception", cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+    return None
 
 
 class _Began(tune.Callback):
@@ -147,7 +179,7 @@ class _Began(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with self._session.errors_end():
-            self._session.began(trial.trial_id)
+            self._session.began(trial.trial_id, cluster.node_of(trial.temporary_state.ray_actor))
 
 
 class _Stop(Stopper):
@@ -171,18 +203,40 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resourc
 
     def report(progress: dict[str, Any], folder: Path | None) -> None:
         kept = Checkpoint.from_directory(str(folder)) if folder else None
-        use = meter.read()  # not part of the progress: records of equal searches are equal
+        use = meter.read() if meter else {}  # not part of the progress: records of equal searches are equal
         told = {"progress": json.dumps(progress), "use": json.dumps(use), "node": node}
         tune.report(told, checkpoint=kept)
 
     node = ray.get_runtime_context().get_node_id()
-    device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     resume = Path(config["checkpoint"]) if config["checkpoint"] else None
-    with Meter(device) as meter:
-        try:
+    meter = None
+    try:
+        if node in cluster.draining():  # Ray gave the trial to a process from before the notice
+            raise _NodeLeaves
+        device = _device(resources)
+        with Meter(device) as meter:
             task.run(RunConfig.from_dict(config["config"]), device, resume, report)
-        except Exception as error:  # a trial that crashes is a result, with its reason
+    except _NodeLeaves:
+        report(nothing_yet() | {"status": LEAVES}, None)
+        raise  # ends the process, to which Ray would give the next trial
+    except Exception as error:  # a trial that crashes is a result, with its reason
+        full = cluster.full_disk(error)
+        if full is None and not isinstance(error, NodeUnfit):
             report(nothing_yet() | failure(error), None)
+            return
+        report(nothing_yet() | {"status": UNFIT, "reason": str(error), "errno": full}, None)
+        raise NodeUnfit(str(error)) from None  # as above; what torch raises may not travel
+
+
+class _NodeLeaves(Exception):
+    """A trial has come to a node that has a notice to go."""
+
+
+def _device(resources: Resources) -> torch.device:
+    try:
+        return take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
+    except RuntimeError as error:
+        raise NodeUnfit(str(error)) from error
 
 
 @contextmanager
