@@ -270,7 +270,7 @@ def sync(options: argparse.Namespace) -> int:
 def wandb_sweep(options: argparse.Namespace) -> int:
     import yaml
 
-    from tuner.run import data_path
+    from tuner.datasets import checked
     from tuner.space_file import load
     from tuner.tracking import wandb_pages
     from tuner.tracking.sweep import sweep_config
@@ -279,7 +279,7 @@ def wandb_sweep(options: argparse.Namespace) -> int:
     file = Path(options.space)
     config = sweep_config(
         space,
-        data_path(_data(options)),
+        checked(_data(options)),
         source=str(file.resolve() if file.is_file() else options.space),  # agents may have another current folder
         project=wandb_pages.project(options.project),
         run_cap=space.budget.trials,

@@ -13,6 +13,7 @@ from typing import Any
 
 from model import layouts, splits
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
+from model.inspection import Read
 from model.splits import Splits
 from tuner import run, space_file
 from tuner.options import Options
@@ -70,10 +71,10 @@ def plan(
     return forecast(space, _images(found), corners, here)
 
 
-def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float) -> float:
+def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float, read: Read = Path.read_bytes) -> float:
     """How long the baseline takes in this process, which has a trial's resources, by two of its steps."""
     device = take_device(gpus, int(cpus))
-    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device)
+    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device, read)
     return corner.config.epochs * _epoch_seconds(corner, _images(found))
 
 

@@ -26,6 +26,7 @@ from model.config import JUDGING_FIELDS, Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
+from model.inspection import Read
 from model.sample import Sample
 from model.splits import counts, keep_masks
 from model.thresholds import Thresholds, sigmoid
@@ -53,9 +54,11 @@ class TrialTask:
     """one of `tuner.space.COSTS`"""
     constrained: tuple[str, ...] = ()
     """figures that constraints ask for: each replay carries those of its epoch"""
+    read: Read = Path.read_bytes
+    """how the samples' files are read"""
 
     @classmethod
-    def of(cls, space: Space, train: list[Sample], validation: list[Sample]) -> TrialTask:
+    def of(cls, space: Space, train: list[Sample], validation: list[Sample], read: Read = Path.read_bytes) -> TrialTask:
         """What a space asks of its trials."""
         return cls(
             train,
@@ -65,6 +68,7 @@ class TrialTask:
             space.replayed_values(),
             space.cost.metric if space.cost else None,
             tuple(bound.metric for bound in space.constraints),
+            read,
         )
 
     def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
@@ -77,8 +81,8 @@ class TrialTask:
         """
         size = config.input_height, config.input_width
         samples = keep_masks(self.train, config.num_segmented, config.seed)
-        cache = open_cache(samples, *size)
-        validation = open_cache(self.validation, *size)
+        cache = open_cache(samples, *size, read=self.read)
+        validation = open_cache(self.validation, *size, read=self.read)
         with tempfile.TemporaryDirectory(prefix="segdec-trial-") as scratch:
             keeper = _Keeper(self, config, Path(scratch), resume)
             if self.cost == "num_segmented":
