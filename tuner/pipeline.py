@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from model.splits import Splits
-from tuner import finals, importance, plan, report, storage, tracking
+from tuner import finals, importance, nodes, plan, report, storage, tracking
 from tuner.cluster import Resources, connected, default_resources, run_on_worker
 from tuner.options import Options
 from tuner.records import SearchFailed
@@ -53,7 +53,7 @@ def run_search(
         tracking.check_online()
     if chosen.study:
         chosen = replace(chosen, study=storage.checked(chosen.study))
-    run = create(space, data, Path(runs), name, chosen)
+    run = create(space, data, Path(runs), name, chosen, console=console)
     try:
         return go_on(run, console)
     except BaseException:  # what went wrong before anything was searched: the name stays free
@@ -111,16 +111,20 @@ def evaluate(run: Run, open_test: bool = False) -> None:
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
     found = run.splits()
     run.verify(found.validation + found.test)  # before the opening of the test split is logged
-    finals.evaluate(run.directory, found, run.space.objective.metric, resources, open_test)
+    nodes.check(_needs(run), found.validation + found.test, resources)
+    finals.evaluate(run.directory, found, run.space.objective.metric, resources, open_test, run.source.read)
 
 
 def _search(run: Run, console: Console | None) -> str:
     """Runs the trials that are left; how it ended: finished or stopped."""
     space, options, info = run.space, run.options, run.info
     found = run.splits()
-    run.verify(found.train + found.validation)
-    task = TrialTask.of(space, found.train, found.validation)
+    run.verify(found.train + found.validation, console)
+    task = TrialTask.of(space, found.train, found.validation, run.source.read)
     resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
+    needs = _needs(run)
+    nodes.check(needs, found.train + found.validation, resources)
+    nodes.prepare(needs, [found.train, found.validation], resources, console)
     if not info["sessions"]:
         _check_budget(run, found, resources, console)
     sessions = _closed(run, info["sessions"])
@@ -135,7 +139,7 @@ def _search(run: Run, console: Console | None) -> str:
     state = "failed"
     went_well = False
     try:
-        state = run_trials(study, task, run.directory, space.budget, resources, trackers)
+        state = run_trials(study, task, run.directory, space.budget, resources, trackers, needs)
         went_well = True
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"
@@ -150,6 +154,13 @@ def _search(run: Run, console: Console | None) -> str:
     return state
 
 
+def _needs(run: Run) -> nodes.Needs:
+    """What a node must have, where checkpoints lie among it."""
+    place = (run.directory / "trials").resolve()
+    place.mkdir(exist_ok=True)
+    return nodes.needs(run.source, run.space.data.height, run.space.data.width, str(place), run.options.address)
+
+
 def _check_budget(run: Run, found: Splits, resources: Resources, console: Console | None) -> None:
     """ValueError if a limit of time or money clearly cannot hold the baseline, by two of its steps on a worker."""
     space, budget = run.space, run.space.budget
@@ -157,7 +168,9 @@ def _check_budget(run: Run, found: Splits, resources: Resources, console: Consol
         return
     share = resources.cpus_per_trial, resources.gpus_per_trial
     with console.status("timing the baseline: does the budget hold it?") if console else nullcontext():
-        seconds = run_on_worker(plan.baseline_seconds, resources, space, found._replace(test=[]), *share)
+        seconds = run_on_worker(
+            plan.baseline_seconds, resources, space, found._replace(test=[]), *share, run.source.read
+        )
     plan.check_budget(budget, seconds, resources.devices, _CLEARLY_TOO_LONG)
 
 

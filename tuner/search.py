@@ -24,6 +24,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from tuner.cluster import Resources, fit_at_once
+from tuner.nodes import Needs
 from tuner.sampler import SearchStudy
 from tuner.session import OVER, Session
 from tuner.space import Budget
@@ -35,9 +36,16 @@ logger = logging.getLogger(__name__)
 
 
 def run_trials(
-    study: SearchStudy, task: TrialTask, run_directory: Path, budget: Budget, resources: Resources, trackers: Trackers
+    study: SearchStudy,
+    task: TrialTask,
+    run_directory: Path,
+    budget: Budget,
+    resources: Resources,
+    trackers: Trackers,
+    needs: Needs | None = None,
 ) -> str:
-    """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped").
+    """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped"). A node
+    that joins meanwhile must have what is needed.
 
     SearchFailed when trials crash one after another.
     """
@@ -59,7 +67,7 @@ def run_trials(
     }
     on_cpu = resources.gpus_per_trial == 0
     trainable = tune.with_resources(
-        tune.with_parameters(_trial_on_worker, task=task, resources=resources),
+        tune.with_parameters(_trial_on_worker, task=task, resources=resources, needs=needs),
         {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
     )
     experiment = tune.Tuner(
@@ -133,6 +141,8 @@ class _StudyScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         with self._session.errors_end():
+            if result["prepared"] and result["training_iteration"] == 1:
+                logger.warning("%s; it had joined late", result["prepared"])
             progress, use = (json.loads(result[name]) for name in ("progress", "use"))  # Ray flattens what is nested
             if not self._session.reported(trial.trial_id, progress, result["node"], use):
                 return TrialScheduler.STOP
@@ -165,17 +175,18 @@ class _Stop(Stopper):
         return True
 
 
-def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resources) -> None:
+def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resources, needs: Needs | None) -> None:
     """What Ray runs: one trial, whose end is always reported, however it comes."""
     from model.config import RunConfig
 
     def report(progress: dict[str, Any], folder: Path | None) -> None:
         kept = Checkpoint.from_directory(str(folder)) if folder else None
         use = meter.read()  # not part of the progress: records of equal searches are equal
-        told = {"progress": json.dumps(progress), "use": json.dumps(use), "node": node}
+        told = {"progress": json.dumps(progress), "use": json.dumps(use), "node": node, "prepared": prepared}
         tune.report(told, checkpoint=kept)
 
     node = ray.get_runtime_context().get_node_id()
+    prepared = needs.make_ready(task.train, task.validation) if needs else None
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     resume = Path(config["checkpoint"]) if config["checkpoint"] else None
     with Meter(device) as meter:

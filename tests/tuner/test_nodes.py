@@ -1,0 +1,140 @@
+"""What is asked of nodes before the first trial, on hosts that lack one thing each."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from model import synthetic
+from model.data import cached
+from tests import hosts, s3
+from tests.tuner.conftest import small_space
+from tuner import nodes, pipeline
+from tuner import run as runs
+from tuner.cluster import Resources
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(not hosts.available(), reason="needs root, namespaces and iproute2"),
+]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # workers import from the driver's current folder first
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    synthetic.write(tmp_path / "set", count=24, height=64, width=128)
+    return tmp_path / "set"
+
+
+def before(folder: Path) -> dict[str, str]:
+    """An environment in which what lies in a folder is found first."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
+
+
+def installed(folder: Path, name: str, version: str) -> dict[str, str]:
+    """An environment in which another release of a package is installed."""
+    metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return before(folder)
+
+
+def refusal(made: hosts.Hosts, data: Path | str, folder: Path, **options) -> str:
+    """Why a search on these hosts does not begin, which it says within a minute and leaves nothing."""
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="every node must be fit for the search") as error:
+        pipeline.run_search(small_space(), data, runs=folder / "runs", wandb="off", address=made.address, **options)
+    assert time.monotonic() - started < 60
+    assert not list((folder / "runs").iterdir())
+    return str(error.value)
+
+
+def lines_of(message: str, host: hosts.Host) -> list[str]:
+    return re.findall(rf"^  node {re.escape(host.address)} \({host.name}\): (.*)$", message, re.MULTILINE)
+
+
+def test_nodes_with_other_versions_are_named(data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    (broken / "tuner").mkdir(parents=True)
+    (broken / "tuner" / "__init__.py").write_text("raise ImportError('half installed')\n")
+    with hosts.cluster() as made:
+        good = made.add("good")
+        project = made.add("project", environment=installed(tmp_path / "a", "segdec-tuner", "9.9"))
+        torch = made.add("torch", environment=installed(tmp_path / "b", "torch", "2.7.0"))
+        half = made.add("half", environment=before(broken))
+        message = refusal(made, data, tmp_path)
+    assert "found 3 of 5 nodes that are not" in message
+    assert not lines_of(message, good)
+    assert [line[:61] for line in lines_of(message, project)] == [
+        "segdec-tuner must be 0.1.0 as the driver's is, found 9.9; ins"
+    ]
+    assert re.match(r"torch must be 2\.\d+\.\d\S* as the driver's is, found 2\.7\.0; inst", *lines_of(message, torch))
+    assert re.match(r"cannot import this project \(ImportError: half installed\); inst", *lines_of(message, half))
+
+
+def test_nodes_without_the_runs_folder_or_the_data_are_named(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with hosts.cluster() as made:
+        made.add("good")
+        apart = made.add("apart", own_disks={tmp_path / "runs": "1m"})
+        bare = made.add("bare", own_disks={data: "1m"})
+        message = refusal(made, data, tmp_path)
+    assert "found 2 of 3 nodes that are not" in message
+    assert re.search("put --runs on a mount that all nodes share, or say --storage", *lines_of(message, apart))
+    assert re.match(r"lacks 36 of 36 files of the data, the first \S+/images/\d+.png; mount", *lines_of(message, bare))
+
+
+def test_a_node_without_access_to_the_storage_is_named(data: Path, tmp_path: Path, monkeypatch) -> None:
+    with hosts.cluster() as made, s3.server(monkeypatch, f"{made.network}.1"):
+        made.add("good")
+        cut = made.add("cut", environment={"AWS_ENDPOINT_URL": f"http://{made.network}.200:9"})
+        message = refusal(made, data, tmp_path, storage=f"s3://{s3.BUCKET}/runs")
+    assert "found 1 of 3 nodes that are not" in message
+    assert re.search(rf"s3://{s3.BUCKET}/runs.*AWS_ENDPOINT_URL", *lines_of(message, cut))
+
+
+def test_a_late_node_builds_its_own_cache(data: Path, tmp_path: Path, own_cache: Path) -> None:
+    """And trains; what it did is said."""
+    own_cache.mkdir()
+    run = runs.create(small_space(), data, tmp_path / "runs")
+    found = run.splits()
+    splits = [found.train, found.validation]
+
+    @ray.remote(num_cpus=1)
+    def on_worker(needs: nodes.Needs) -> tuple[str | None, str | None, int]:
+        return needs.make_ready(*splits), needs.make_ready(*splits), len(cached(own_cache))
+
+    with hosts.cluster() as made:
+        first = made.add("first")
+        resources = Resources()
+        place = tmp_path / "runs" / "small" / "trials"
+        needs = nodes.needs(run.source, 64, 128, str(place), made.address)
+        nodes.check(needs, found.train + found.validation, resources)
+        nodes.prepare(needs, splits, resources, None)
+        assert len(cached(own_cache)) == 2
+        assert ray.get(on_worker.remote(needs)) == (None, None, 2)
+        first.kill()
+        late = made.add("late", own_disks={own_cache: "5m"})
+        said, again, count = ray.get(on_worker.remote(needs))
+        assert re.fullmatch(rf"node {late.address} \(late\) decoded 18 images in \d+ s", said)
+        assert (again, count) == (None, 2)
+        late.kill()
+        small = made.add("small", own_disks={own_cache: "100k"})
+        with pytest.raises(nodes.NodeUnfit, match=rf"node {small.address} \(small\): .*SEGDEC_TUNER_CACHE"):
+            ray.get(on_worker.remote(needs))
