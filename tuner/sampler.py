@@ -317,7 +317,8 @@ class SearchStudy:
 
     def _is_being_trained(self, proposal: Proposal) -> bool:
         wanted = proposal.config.training_fields()
-        return any(other.config.training_fields() == wanted for other in self._running.values())
+        others = (other.config for other in self._running.values())
+        return any(all(getattr(other, name) == value for name, value in wanted.items()) for other in others)
 
     def _suggest(self, trial: optuna.trial.Trial) -> dict[str, Any]:
         """Every parameter whose conditions hold, in the order of the space."""
