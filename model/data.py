@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -197,8 +197,8 @@ def _use_file(directory: Path) -> Path:
 
 def _decode(building: Path, samples: list[Sample], size: tuple[int, int], read: Read) -> Iterator[int]:
     """Writes the arrays of a cache; yields how many images are done."""
-    images = open_memmap(building / "images.npy", "w+", np.uint8, (len(samples), *size, 3))
-    masks = open_memmap(building / "masks.npy", "w+", np.uint8, (len(samples), *size))
+    images = _array(building / "images.npy", (len(samples), *size, 3))
+    masks = _array(building / "masks.npy", (len(samples), *size))
     sizes = np.empty((len(samples), 2), np.int64)
 
     def decode(n: int, image: bytes, mask: bytes) -> None:
@@ -221,7 +221,7 @@ def _decode(building: Path, samples: list[Sample], size: tuple[int, int], read: 
 def _write_dilated(path: Path, samples: list[Sample], shape: tuple[int, ...], size: int, read: Read) -> None:
     """Masks dilated at their original size, then resized. A finished file appears at once."""
     building = path.with_suffix(".part")
-    masks = open_memmap(building, "w+", np.uint8, (len(samples), *shape))
+    masks = _array(building, (len(samples), *shape))
 
     def decode(n: int, mask: bytes) -> None:
         if (source := samples[n].mask) is not None:
@@ -231,6 +231,16 @@ def _write_dilated(path: Path, samples: list[Sample], shape: tuple[int, ...], si
         pass
     masks.flush()
     building.rename(path)
+
+
+def _array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
+    """Zeros in a file, memory-mapped. OSError if the disk has no room: a write to memory that finds none ends the
+    process."""
+    array: np.memmap[Any, np.dtype[np.uint8]] = open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _each(

@@ -466,6 +466,12 @@ class SearchStudy:
                 self._storage.set_trial_user_attr(trial, "started", now)
         return now if known is None else float(known)
 
+    def has_started(self, number: int | None) -> bool:
+        """Whether a trial has ever been on a worker."""
+        if number is None:
+            return self._attr("baseline_started") is not None
+        return "started" in self._storage.get_trial_user_attrs(self._storage_id(number))
+
     def add_seconds(self, wall: float, device: float) -> None:
         """Time that the search has used, over all sessions, and what its trials held of devices meanwhile."""
         self._study.set_user_attr("wall_seconds", self.wall_seconds() + wall)

@@ -6,31 +6,41 @@ is read back: a search goes on as a new Tune experiment that is fed from the stu
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
-from ray.tune import Checkpoint, FailureConfig, Stopper, TuneConfig
+from ray.tune import FailureConfig, Stopper, TuneConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from tuner import checkpoints
+from tuner.checkpoints import Torn, Trials, Writer
 from tuner.cluster import Resources, fit_at_once
-from tuner.nodes import Needs
+from tuner.mirror import Mirror
+from tuner.nodes import Needs, NodeUnfit
+from tuner.remote import StorageFailed
 from tuner.sampler import SearchStudy
 from tuner.session import OVER, Session
 from tuner.space import Budget
 from tuner.tracking import Trackers
-from tuner.trial import TrialTask, failure, nothing_yet, take_device
+from tuner.trial import TrialTask, failure, nothing_yet, previews, take_device
 from tuner.use import Meter
+
+if TYPE_CHECKING:
+    from model.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +52,7 @@ def run_trials(
     budget: Budget,
     resources: Resources,
     trackers: Trackers,
+    mirror: Mirror | None = None,
     needs: Needs | None = None,
 ) -> str:
     """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped"). A node
@@ -49,14 +60,15 @@ def run_trials(
 
     SearchFailed when trials crash one after another.
     """
-    trials = run_directory / "trials"
-    session = Session(study, trials, budget, resources, trackers)
+    mirror = mirror or Mirror(run_directory)
+    trials = mirror.trials
+    session = Session(study, trials, budget, resources, trackers, mirror)
     if session.nothing_left():
         return session.close()
     fit, why = fit_at_once(resources)
     if (resources.concurrent or 0) > fit:
         logger.warning("--concurrent %d: only %d fit at once (%s)", resources.concurrent, fit, why)
-    attempt = sum(1 for _ in trials.glob("attempt-*")) + 1
+    session.attempt = trials.new_attempt()
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal sets our flag; Ray's handler would drop what runs
@@ -67,7 +79,7 @@ def run_trials(
     }
     on_cpu = resources.gpus_per_trial == 0
     trainable = tune.with_resources(
-        tune.with_parameters(_trial_on_worker, task=task, resources=resources, needs=needs),
+        tune.with_parameters(_trial_on_worker, task=task, resources=resources, trials=trials, needs=needs),
         {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
     )
     experiment = tune.Tuner(
@@ -81,8 +93,8 @@ def run_trials(
             trial_dirname_creator=lambda trial: trial.config["folder"],
         ),
         run_config=tune.RunConfig(
-            name=f"attempt-{attempt}",
-            storage_path=str(trials.resolve()),
+            name=f"attempt-{session.attempt}",
+            storage_path=str(trials.local),
             stop=_Stop(session),
             callbacks=[_Began(session)],
             failure_config=FailureConfig(max_failures=0),
@@ -143,8 +155,9 @@ class _StudyScheduler(FIFOScheduler):
         with self._session.errors_end():
             if result["prepared"] and result["training_iteration"] == 1:
                 logger.warning("%s; it had joined late", result["prepared"])
-            progress, use = (json.loads(result[name]) for name in ("progress", "use"))  # Ray flattens what is nested
-            if not self._session.reported(trial.trial_id, progress, result["node"], use):
+            progress, use, pictures = (json.loads(result[name]) for name in ("progress", "use", "pictures"))
+            pictures = {name: base64.b64decode(data) for name, data in pictures.items()}
+            if not self._session.reported(trial.trial_id, progress, result["node"], use, pictures):
                 return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
 
@@ -158,6 +171,11 @@ class _Began(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with self._session.errors_end():
             self._session.began(trial.trial_id)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        result.pop("pictures", None)  # Ray keeps the last result of every trial
 
 
 class _Stop(Stopper):
@@ -175,25 +193,58 @@ class _Stop(Stopper):
         return True
 
 
-def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resources, needs: Needs | None) -> None:
-    """What Ray runs: one trial, whose end is always reported, however it comes."""
+def _trial_on_worker(
+    config: dict[str, Any], task: TrialTask, resources: Resources, trials: Trials, needs: Needs | None
+) -> None:
+    """What Ray runs: one trial, whose end is always reported, however it comes. NodeUnfit where the trial is to go on
+    elsewhere."""
     from model.config import RunConfig
 
+    writer = Writer(trials, config["start"], config["config"])
+
     def report(progress: dict[str, Any], folder: Path | None) -> None:
-        kept = Checkpoint.from_directory(str(folder)) if folder else None
+        pictures: dict[str, str] = {}
+        if folder:
+            writer.write(folder, progress["epochs"], last=progress["status"] != "running")
+            if trials.there and progress["epochs"] == progress["best_epoch"]:  # the driver would have to fetch them
+                pictures = {name: base64.b64encode(data).decode() for name, data in previews(folder).items()}
         use = meter.read()  # not part of the progress: records of equal searches are equal
-        told = {"progress": json.dumps(progress), "use": json.dumps(use), "node": node, "prepared": prepared}
-        tune.report(told, checkpoint=kept)
+        told = {"progress": progress, "use": use, "pictures": pictures}
+        where = {"node": node, "prepared": prepared}
+        tune.report({name: json.dumps(value) for name, value in told.items()} | where)  # Ray would flatten it
 
     node = ray.get_runtime_context().get_node_id()
     prepared = needs.make_ready(task.train, task.validation) if needs else None
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
-    resume = Path(config["checkpoint"]) if config["checkpoint"] else None
-    with Meter(device) as meter:
+    own = RunConfig.from_dict(config["config"])
+    try:
+        with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
+            try:
+                task.run(own, device, _fetched(config, own, trials, Path(scratch)), report)
+            except StorageFailed:
+                raise
+            except Exception as error:  # a trial that crashes is a result, with its reason
+                report(nothing_yet() | failure(error), None)
+    except StorageFailed as error:
+        raise NodeUnfit(
+            f"a node must reach the run's storage to take trials, and this one did not for half an hour: {error}; see "
+            "whether the storage can be reached from there; the trial goes on from its last checkpoint"
+        ) from error
+
+
+def _fetched(config: dict[str, Any], own: RunConfig, trials: Trials, scratch: Path) -> Path | None:
+    """The checkpoint to go on from, on this machine: the one that the driver names, or an older one if that is torn."""
+    address = config["checkpoint"]
+    while address is not None:
         try:
-            task.run(RunConfig.from_dict(config["config"]), device, resume, report)
-        except Exception as error:  # a trial that crashes is a result, with its reason
-            report(nothing_yet() | failure(error), None)
+            return checkpoints.fetch(address, scratch / "checkpoint")
+        except Torn as error:
+            logger.warning("%s; it is left out", error)
+            shutil.rmtree(scratch / "checkpoint", ignore_errors=True)
+            checkpoints.discard(address)
+        found = checkpoints.patiently_newest(trials, config["trial"], own)
+        address = found.address if found else None
+    return None
 
 
 @contextmanager

@@ -6,13 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from model import checkpoint
 from tuner import checkpoints, records, schedulers
+from tuner.checkpoints import Found, Trials
 from tuner.cluster import Resources, fit_at_once, nodes_alive
+from tuner.mirror import Mirror
 from tuner.records import Proposal, SearchFailed, Status
+from tuner.remote import StorageFailed
 from tuner.sampler import SearchStudy
 from tuner.space import Budget
 from tuner.tracking import Trackers
@@ -27,6 +29,9 @@ _FAILURES_IN_A_ROW = 3
 _SECONDS_BETWEEN_SAVES = 10.0
 """so much of the hours used may be forgotten when the driver is killed"""
 
+_SECONDS_BETWEEN_LOOKS = 10.0
+"""so long nothing starts whose checkpoint cannot be looked for, before the next try"""
+
 _DEATHS = 3
 """So many deaths of a trial's worker process are the trial's own doing. That of its node does not count."""
 
@@ -35,9 +40,18 @@ class Session:
     """The trials that run, and what is to happen to them: what the adapters to Ray Tune (tuner/search.py) share."""
 
     def __init__(
-        self, study: SearchStudy, trials: Path, budget: Budget, resources: Resources, trackers: Trackers
+        self,
+        study: SearchStudy,
+        trials: Trials,
+        budget: Budget,
+        resources: Resources,
+        trackers: Trackers,
+        mirror: Mirror,
     ) -> None:
         self.study, self.trials, self.budget, self.resources, self.trackers = study, trials, budget, resources, trackers
+        self.mirror = mirror
+        self.attempt = 1
+        """the number of this session among all that wrote checkpoints"""
         self.live: dict[str, Proposal] = {}
         self.progress: dict[str, dict[str, Any]] = {}
         """what a trial has reached, in earlier sessions too"""
@@ -50,11 +64,15 @@ class Session:
         """what went wrong in the driver itself: Ray would go on without a word"""
         self.nodes: dict[str, set[str]] = {}
         """where a trial runs, or may have been sent to"""
+        self.folders: dict[str, str] = {}
+        """where its worker puts checkpoints, below `trials/`"""
         self.starts: Counter[str] = Counter()
         """how often a trial was given to a worker in this session"""
         self.blamed: Counter[str] = Counter()
         """how often its worker died without its node"""
-        self._file = records.RecordsFile(trials.parent)
+        self._file = records.RecordsFile(trials.local.parent)
+        self._next_look = 0.0
+        """when the storage may be asked again for a checkpoint, by the monotonic clock"""
         self._baseline_has_ended = False
         self._replays = {record["trial"] for record in study.records() if record["replayed_from"]}
         self._pruned: set[str] = set()
@@ -85,15 +103,20 @@ class Session:
         if self.is_over():
             # Ray asks no more after OVER, and a trial that runs may yet lose its worker.
             return None if self.live else OVER
-        if len(self.live) >= self.slots:
+        if len(self.live) >= self.slots or time.monotonic() < self._next_look:
             return None
         proposal = self.study.ask(new=self._has_room())
         self._take_in_replays()
         if proposal is None:
             # Nothing new now; a trial that is running may still change the sampler's mind.
             return None if self.live else OVER
-        checkpoint_folder = checkpoints.newest(self.trials, proposal.trial)
-        progress = checkpoint.load_progress(checkpoint_folder) if checkpoint_folder else nothing_yet()
+        try:
+            found = self._newest(proposal)
+        except StorageFailed:  # it has been trained in part, and nobody knows how far
+            self.study.put_back(proposal.number)
+            self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+            return None
+        progress = found.progress if found else nothing_yet()
         for row in progress["history"]:  # the driver may have died between the checkpoint and the study
             self.study.report(proposal.number, row["epoch"], row["compared"])
         self.live[key] = proposal
@@ -102,12 +125,34 @@ class Session:
         self.starts[proposal.trial] += 1
         self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["history"])
         again = self.starts[proposal.trial]
+        folder = proposal.trial if again == 1 else f"{proposal.trial}.{again}"
+        self.folders[key] = f"attempt-{self.attempt}/{folder}"
+        self.mirror.changed()
         return {
             "trial": proposal.trial,
-            "folder": proposal.trial if again == 1 else f"{proposal.trial}.{again}",
+            "folder": folder,
+            "start": self.folders[key],
             "config": proposal.config.to_dict(),
-            "checkpoint": str(checkpoint_folder.resolve()) if checkpoint_folder else None,
+            "checkpoint": found.address if found else None,
         }
+
+    def _newest(self, proposal: Proposal) -> Found | None:
+        """The checkpoint that a trial goes on from. StorageFailed where the storage is out of reach, but for a trial
+        that is new: it can have none but of a session whose last words the storage never got."""
+        is_new = not (self.starts[proposal.trial] or self.study.has_started(proposal.number))
+        if self.mirror.failing and is_new:
+            return None
+        try:
+            return checkpoints.newest(self.trials, proposal.trial, proposal.config)
+        except StorageFailed:
+            self.mirror.changed()  # says so
+            if is_new:
+                return None
+            raise
+
+    def _prune(self, trial: str, keep: int) -> None:
+        """Removes all but a trial's newest checkpoints, when the storage can be reached."""
+        self.mirror.later(partial(checkpoints.prune, self.trials, trial, keep))
 
     def _take_in_replays(self) -> None:
         """Asking may have told some trials from others' networks, or taken a held one back."""
@@ -116,9 +161,7 @@ class Session:
         for record in found:
             if record["replayed_from"] and record["trial"] not in self._replays:
                 self._replays.add(record["trial"])
-                checkpoints.prune(
-                    self.trials, record["trial"], keep=0
-                )  # it may have begun before the other network was done
+                self._prune(record["trial"], keep=0)  # it may have begun before the other network was done
                 self.trackers.trial_ended(record)
 
     def _has_room(self) -> bool:
@@ -128,6 +171,7 @@ class Session:
 
     def is_over(self) -> bool:
         """Whether nothing may start any more. The baseline always runs to its end."""
+        self.stop_asked = self.stop_asked or self.mirror.lost is not None
         if self.stop_asked or self.failure is not None or self.error is not None:
             return True
         return (self._baseline_ended() or self._baseline_runs()) and self.used_up() is not None
@@ -144,8 +188,11 @@ class Session:
         self.started[key] = self._wall
         self.study.first_started(self.live[key].number, self._wall)
 
-    def reported(self, key: str, progress: dict[str, Any], node: str, use: dict[str, float]) -> bool:
-        """Takes in a trial's progress on a node, and what it used there since the last; False when it is to stop."""
+    def reported(
+        self, key: str, progress: dict[str, Any], node: str, use: dict[str, float], pictures: dict[str, bytes]
+    ) -> bool:
+        """Takes in a trial's progress on a node, what it used there since the last, and previews where they do not lie
+        here; False when it is to stop."""
         proposal = self.live[key]
         self.nodes[key] = {node}
         if progress["status"] == Status.FAILED:  # what it had reached stays known
@@ -155,9 +202,10 @@ class Session:
             return True
         row = progress["history"][-1]
         self.study.report(proposal.number, row["epoch"], row["compared"])
-        checkpoints.prune(self.trials, proposal.trial, keep=2)  # the newest may have been cut short
-        is_best = row["epoch"] == progress["best_epoch"]
-        pictures = checkpoints.previews(self.trials, proposal.trial) if is_best else {}
+        if pictures:
+            checkpoints.keep_previews(self.trials, self.folders[key], row["epoch"], pictures)
+        elif row["epoch"] == progress["best_epoch"]:
+            pictures = checkpoints.previews(self.trials, proposal.trial)
         self.trackers.epoch_ended(proposal.trial, row, use, pictures)
         used_up = self.used_up()
         if progress["status"] == Status.COMPLETED or proposal.is_baseline:
@@ -174,6 +222,8 @@ class Session:
         used_up = self.used_up()
         proposal, progress = self.live.pop(key), self.progress.pop(key)
         nodes, started = self.nodes.pop(key), self.started.pop(key, None)
+        self.folders.pop(key)
+        self.mirror.changed()
         status, reason = progress["status"], progress["reason"]
         if key in self.reason_stopped:
             status, reason = Status.STOPPED_EARLY, self.reason_stopped.pop(key)
@@ -214,13 +264,13 @@ class Session:
         found = self.study.records()
         self._file.write(found)
         keeps = is_held or progress["status"] == Status.COMPLETED
-        checkpoints.prune(self.trials, proposal.trial, keep=1 if keeps else 0)
+        self._prune(proposal.trial, keep=1 if keeps else 0)
         if is_held:
             self._last_failures.clear()
             self.trackers.trial_held(record)
             return
         for trial in records.cannot_win(found) - self._pruned:
-            checkpoints.prune(self.trials, trial, keep=0)
+            self._prune(trial, keep=0)
             self._pruned.add(trial)
         self.trackers.trial_ended(record)
         if progress["status"] != Status.FAILED:
@@ -248,17 +298,18 @@ class Session:
             self.ended(key, crashed=False)
         if is_finished:
             for proposal in self.study.take_interrupted():
-                folder = checkpoints.newest(self.trials, proposal.trial)
-                progress = checkpoint.load_progress(folder) if folder else nothing_yet()
+                found = self._newest(proposal)
+                progress = found.progress if found else nothing_yet()
                 self._finish(proposal, progress | {"status": "stopped_early", "reason": self.used_up()})
         for record in self.study.let_go(for_good=is_finished):
-            checkpoints.prune(self.trials, record["trial"], keep=0)
+            self._prune(record["trial"], keep=0)
             self.trackers.trial_ended(record)
         self._save_clock()
         self._file.write(self.study.records())
 
     def must_stop(self) -> bool:
         """Whether all running trials are to end now. The baseline always runs to its end."""
+        self.stop_asked = self.stop_asked or self.mirror.lost is not None
         if self.stop_asked or self.failure is not None or self.error is not None:
             return True
         return self.used_up() is not None and self._baseline_ended()

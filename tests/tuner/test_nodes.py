@@ -6,14 +6,16 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import ray
+from s3fs import S3FileSystem
 
 from model import synthetic
 from model.data import cached
-from tests import hosts, s3
+from tests import hosts
 from tests.tuner.conftest import small_space
 from tuner import nodes, pipeline
 from tuner import run as runs
@@ -69,6 +71,30 @@ def lines_of(message: str, host: hosts.Host) -> list[str]:
     return re.findall(rf"^  node {re.escape(host.address)} \({host.name}\): (.*)$", message, re.MULTILINE)
 
 
+@contextmanager
+def s3(address: str, monkeypatch) -> Iterator[None]:
+    """A real S3 server, with an empty bucket, that this process and what it starts from now on use for s3://."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
+    server.start()
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://{address}:{server.get_host_and_port()[1]}",
+        "AWS_ACCESS_KEY_ID": "somebody",
+        "AWS_SECRET_ACCESS_KEY": "her secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # one of these remembers its server
+    try:
+        S3FileSystem().mkdir("bucket")
+        yield
+    finally:
+        server.stop()
+        S3FileSystem.clear_instance_cache()
+
+
 def test_nodes_with_other_versions_are_named(data: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     (broken / "tuner").mkdir(parents=True)
@@ -101,12 +127,12 @@ def test_nodes_without_the_runs_folder_or_the_data_are_named(data: Path, tmp_pat
 
 
 def test_a_node_without_access_to_the_storage_is_named(data: Path, tmp_path: Path, monkeypatch) -> None:
-    with hosts.cluster() as made, s3.server(monkeypatch, f"{made.network}.1"):
+    with hosts.cluster() as made, s3(f"{made.network}.1", monkeypatch):
         made.add("good")
         cut = made.add("cut", environment={"AWS_ENDPOINT_URL": f"http://{made.network}.200:9"})
-        message = refusal(made, data, tmp_path, storage=f"s3://{s3.BUCKET}/runs")
+        message = refusal(made, data, tmp_path, storage="s3://bucket/runs")
     assert "found 1 of 3 nodes that are not" in message
-    assert re.search(rf"s3://{s3.BUCKET}/runs.*AWS_ENDPOINT_URL", *lines_of(message, cut))
+    assert re.search("s3://bucket/runs.*AWS_ENDPOINT_URL", *lines_of(message, cut))
 
 
 def test_a_late_node_builds_its_own_cache(data: Path, tmp_path: Path, own_cache: Path) -> None:
