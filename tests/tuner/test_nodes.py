@@ -121,7 +121,7 @@ def test_nodes_without_the_runs_folder_or_the_data_are_named(data: Path, tmp_pat
         apart = made.add("apart", own_disks={tmp_path / "runs": "1m"})
         bare = made.add("bare", own_disks={data: "1m"})
         message = refusal(made, data, tmp_path)
-    assert "found 2 of 3 nodes that are not" in message
+    assert "found 2 of 4 nodes that are not" in message
     assert re.search("put --runs on a mount that all nodes share, or say --storage", *lines_of(message, apart))
     assert re.match(r"lacks 36 of 36 files of the data, the first \S+/images/\d+.png; mount", *lines_of(message, bare))
 
