@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 
 from model.files import write_atomically
 from tuner.options import problem_of_storage
 
 _SECONDS_TO_CONNECT = 5
 _SECONDS_TO_ANSWER = 15
+_BYTES_A_SECOND = 2**18
+"""the slowest line on which a file may still arrive"""
+_SECONDS_FOR_A_LISTING = 600
 _SECONDS_FOR_A_TOKEN = 20.0
 """so long a storage may take to write and read a few bytes, before it counts as out of reach"""
 
@@ -68,7 +72,7 @@ class Folder:
         with self._told():
             system, path = _opened(self.address)
             try:
-                found = system.ls(path, detail=True)
+                found = system.ls(path, detail=True, **_at_most(system))
             except FileNotFoundError:
                 return {}
         names = {self._relative(path, one["name"]): one for one in found}
@@ -83,7 +87,7 @@ class Folder:
             path = f"{root}/{parent}" if parent else root
             try:
                 if _is_object_store(system):
-                    found = system.find(path, detail=True, prefix=start)
+                    found = system.find(path, detail=True, prefix=start, timeout=_SECONDS_FOR_A_LISTING)
                 else:
                     within = [
                         one["name"] for one in system.ls(path, detail=True) if _last(one["name"]).startswith(start)
@@ -98,7 +102,7 @@ class Folder:
         """FileNotFoundError if it is not there."""
         with self._told():
             system, path = _opened(self.address)
-            found: bytes = system.cat_file(f"{path}/{name}")
+            found: bytes = system.cat_file(f"{path}/{name}", **_at_most(system, 2**26))
             return found
 
     def write(self, name: str, data: bytes) -> None:
@@ -110,7 +114,7 @@ class Folder:
                 return
             system, path = _opened(self.address)
             _make_room_for(system, f"{path}/{name}")
-            system.pipe_file(f"{path}/{name}", data)
+            system.pipe_file(f"{path}/{name}", data, **_at_most(system, len(data)))
 
     def put(self, source: Path, name: str) -> None:
         """Copies a local file there, whole or not at all."""
@@ -120,7 +124,7 @@ class Folder:
                 return
             system, path = _opened(self.address)
             _make_room_for(system, f"{path}/{name}")
-            system.put_file(str(source), f"{path}/{name}")
+            system.put_file(str(source), f"{path}/{name}", **_at_most(system, source.stat().st_size))
 
     def get(self, name: str, target: Path) -> None:
         """Copies a file from there to a local path. FileNotFoundError if it is not there."""
@@ -135,7 +139,7 @@ class Folder:
             system, path = _opened(self.address)
             for name in names:
                 with suppress(FileNotFoundError):
-                    system.rm_file(f"{path}/{name}")
+                    system.rm_file(f"{path}/{name}", **_at_most(system))
 
     @staticmethod
     def _relative(root: str, name: str) -> str:
@@ -278,6 +282,14 @@ def _unknown(address: str, why: str) -> str:
         f"the storage must be a path, or an address that fsspec knows such as s3://BUCKET/FOLDER, or one with a ?query "
         f"that pyarrow knows, found {address}: {why}"
     )
+
+
+def _at_most(system: Any, size: int = 0) -> dict[str, float]:
+    """How long something may take, where fsspec can end it: s3fs alone would wait for ever for a server that accepts a
+    file and never answers, and such a file might arrive after newer ones."""
+    if not isinstance(system, AsyncFileSystem):
+        return {}
+    return {"timeout": _SECONDS_TO_CONNECT + _SECONDS_TO_ANSWER + size / _BYTES_A_SECOND}
 
 
 def _is_object_store(system: Any) -> bool:
