@@ -145,15 +145,21 @@ def _in_cache(name: str) -> Path:
 def _copy(address: str, folder: Path, console: Console | None) -> None:
     """Makes the folder hold what lies at the address now: fetches what is new or has changed, removes what is gone.
 
-    ValueError if nothing lies there.
+    ValueError if nothing lies there, or nobody lets us look.
     """
     files, root = _opened(address)
     folder.parent.mkdir(parents=True, exist_ok=True)
     index = folder.with_name(f"{folder.name}.json")
     with locked(folder.with_name(f"{folder.name}.lock")):
-        with _told_as_os_error(address):
-            files.invalidate_cache()
-            listed = files.find(root, detail=True)
+        try:
+            with _told_as_os_error(address):
+                files.invalidate_cache()
+                listed = files.find(root, detail=True)
+        except OSError as error:
+            raise ValueError(
+                f"the data must be where they can be read from here, found {error}; mend --data, or the credentials "
+                "where tools for this storage look for them"
+            ) from error
         there = {posixpath.relpath(name, root): info for name, info in listed.items()}
         versions = {name: _version(info) for name, info in there.items()}
         if not there:

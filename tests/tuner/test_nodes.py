@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from rich.console import Console
 from s3fs import S3FileSystem
 
 from model import synthetic
@@ -164,3 +166,21 @@ def test_a_late_node_builds_its_own_cache(data: Path, tmp_path: Path, own_cache:
         small = made.add("small", own_disks={own_cache: "100k"})
         with pytest.raises(nodes.NodeUnfit, match=rf"node {small.address} \(small\): .*SEGDEC_TUNER_CACHE"):
             ray.get(on_worker.remote(needs))
+
+
+def test_a_search_on_data_in_object_storage(data: Path, tmp_path: Path, own_cache: Path, monkeypatch) -> None:
+    """A host that sees neither the driver's copy nor any folder of the data decodes, trains and evaluates."""
+    own_cache.mkdir()
+    with hosts.cluster() as made, s3(f"{made.network}.1", monkeypatch):
+        for path in [*data.rglob("*.png"), data / "index.csv"]:
+            S3FileSystem().pipe_file(f"bucket/set/{path.relative_to(data)}", path.read_bytes())
+        own_disks = {own_cache: "5m", data: "1m"}
+        made.add("worker", own_disks=own_disks, environment={"OMP_NUM_THREADS": "1"})
+        space = small_space(budget={"trials": 1})
+        options = {"wandb": "off", "address": made.address, "runs": tmp_path / "runs"}
+        said = io.StringIO()
+        run = pipeline.run_search(space, "s3://bucket/set", console=Console(file=said, width=200), **options)
+    assert re.search(r"^10\.77\.\d+\.2: decoded 18 images$", said.getvalue(), re.MULTILINE)
+    assert [record["status"] for record in run.records] == ["completed"]
+    assert run.metrics["test"]["dice_mean"] > 0
+    assert not cached(own_cache)
