@@ -11,7 +11,6 @@ from unittest import mock
 
 import boto3
 import s3fs
-
 from moto.server import ThreadedMotoServer
 
 _UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"

@@ -18,7 +18,19 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tuner.options import ADDRESS, COUNT, MM_PER_PX, NOT_NEGATIVE, PORT, POSITIVE, SEED, STUDY_VARIABLE, WAIT, Rule
+from tuner.options import (
+    ADDRESS,
+    COUNT,
+    GPUS,
+    MM_PER_PX,
+    NO_OR_COUNT,
+    PORT,
+    POSITIVE,
+    SEED,
+    STUDY_VARIABLE,
+    WAIT,
+    Rule,
+)
 from tuner.records import SearchFailed
 
 _SHOWN_PAIRS = 20
@@ -78,7 +90,8 @@ def search(options: argparse.Namespace) -> int:
     from tuner.pipeline import run_search
 
     names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
-             "address", "wandb", "wandb_wait", "tensorboard", "seed", "warm_start", "study", "storage")  # fmt: skip
+             "cpu_trials", "address", "wandb", "wandb_wait", "tensorboard", "seed", "warm_start", "study",
+             "storage")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
     return _ended(run_search(options.space, _data(options), console=options.console, **chosen))
 
@@ -357,8 +370,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit if not given")
     made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")
     made.add_argument(
-        "--gpus-per-trial", metavar="F", type=_not_negative, help="GPUs that a trial holds, or a share of one"
+        "--gpus-per-trial",
+        metavar="F",
+        type=_gpus,
+        help="GPUs that a trial holds, or a part of one, which is enforced; "
+        "if not given, the part that holds the space's largest trial, by its measured memory",
     )
+    made.add_argument(
+        "--cpu-trials", metavar="N", type=_no_or_count, default=0,
+        help="trials at once that run on CPU cores alone, beside those on GPUs",
+    )  # fmt: skip
     made.add_argument("--address", metavar="ADDR", type=_address, help="a running Ray cluster, host:port or auto")
     made.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
@@ -406,9 +427,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--cpus-per-trial", metavar="N", type=_count, help="CPU cores that it uses; one, or a GPU's share, if not given"
     )
-    made.add_argument(
-        "--gpus-per-trial", metavar="F", type=_not_negative, help="0 leaves a GPU alone; one if there is any"
-    )
+    made.add_argument("--gpus-per-trial", metavar="F", type=_gpus, help="0 leaves a GPU alone; one if there is any")
     made.add_argument(
         "--wandb",
         choices=("off", "offline", "online"),
@@ -488,7 +507,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit here if not given")
     made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")
     made.add_argument(
-        "--gpus-per-trial", metavar="F", type=_not_negative, help="GPUs that a trial holds, or a share of one"
+        "--gpus-per-trial",
+        metavar="F",
+        type=_gpus,
+        help="GPUs that a trial holds, or a part of one; if not given, as a search would choose",
     )
     made.add_argument("--json", action="store_true", help="for programs")
 
@@ -564,7 +586,8 @@ def _value(rule: Rule, kind: type) -> Callable[[str], Any]:
 
 _count = _value(COUNT, int)
 _positive = _value(POSITIVE, float)
-_not_negative = _value(NOT_NEGATIVE, float)
+_gpus = _value(GPUS, float)
+_no_or_count = _value(NO_OR_COUNT, int)
 _mm_per_px = _value(MM_PER_PX, float)
 _wait = _value(WAIT, float)
 _seed = _value(SEED, int)

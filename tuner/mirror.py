@@ -153,9 +153,11 @@ class StorageMirror(Mirror):
 
     def _work(self) -> None:
         wait = 1.0
-        while not self._closed.is_set() and self.lost is None:
+        while self.lost is None:
             with self._turn:
                 self._turn.wait_for(lambda: self._asked > self._done or self._closed.is_set())
+                if self._closed.is_set():
+                    return
                 asked = self._asked
                 whole, self._whole = self._whole or time.monotonic() - self._last_whole > _SECONDS_BETWEEN_SLOW, False
             began = time.monotonic()
@@ -196,7 +198,7 @@ class StorageMirror(Mirror):
         news = [name for name, signature in here.items() if self._known.get(name) != signature]
         is_whole = True
         for name in sorted(news, key=lambda name: (name != JOURNAL, here[name][1], name)):
-            if self.lost:
+            if self.lost or self._closed.is_set():
                 return False
             path = self.directory / name
             try:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from model.inspection import digest
 from model.sample import Sample
-from tuner import remote
+from tuner import cluster, remote
 from tuner.cluster import Resources
 from tuner.datasets import SYNTHETIC, Source
+from tuner.records import NodeUnfit as NodeUnfit  # from here too
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,6 @@ _MARK = ".mark"
 
 _checked: set[str] = set()
 """marks of sessions for which this process has looked at its node"""
-
-
-class NodeUnfit(ValueError):
-    """This node cannot run trials of the search, and others may; the message says why, and the way out."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +68,19 @@ class Needs:
     def make_ready(self, *splits: list[Sample]) -> str | None:
         """Looks at this node once a process, and builds its cache of these splits unless it has it; what was done, in
         words. NodeUnfit if the node cannot run trials."""
-        node = f"{ray.util.get_node_ip_address()} ({socket.gethostname()})"
         if self.place is not None and self.mark not in _checked:
+            node = ray.get_runtime_context().get_node_id()
             problems = _version_problems(self.versions, versions()) or _problems_here(self, node, *splits)
             if problems:
-                raise NodeUnfit(f"node {node}: {'; '.join(problems)}")
+                raise NodeUnfit("; ".join(problems))
         _checked.add(self.mark)
         started = time.monotonic()
-        try:
-            total = max((total for _, total in _build_here(self, *splits)), default=0)
-        except NodeUnfit as error:
-            raise NodeUnfit(f"node {node}: {error}") from error
-        return f"node {node} decoded {total:,} images in {time.monotonic() - started:.0f} s" if total else None
+        if not (total := max((total for _, total in _build_here(self, *splits)), default=0)):
+            return None
+        return (
+            f"node {socket.gethostname()} ({ray.util.get_node_ip_address()}) decoded {total:,} images in "
+            f"{time.monotonic() - started:.0f} s"
+        )
 
 
 def needs(source: Source, height: int, width: int, place: str, address: str | None) -> Needs:
@@ -169,7 +167,7 @@ def _raise(problems: Mapping[str, list[str]], nodes: Mapping[str, Any]) -> None:
 
 
 def _name(node: Mapping[str, Any]) -> str:
-    return f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+    return f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
 def _alive() -> dict[str, dict[str, Any]]:
@@ -177,13 +175,11 @@ def _alive() -> dict[str, dict[str, Any]]:
 
 
 def _able(resources: Resources) -> dict[str, dict[str, Any]]:
-    """The nodes that can hold a trial, by their ids."""
-    asked = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
-    return {
-        key: node
-        for key, node in _alive().items()
-        if all(node["Resources"].get(name, 0) >= wanted for name, wanted in asked.items())
-    }
+    """The nodes that can hold a trial and stay, by their ids."""
+    able = cluster.able_nodes(resources)
+    if resources.cpu_trials:
+        able |= cluster.able_nodes(replace(resources, gpus_per_trial=0.0))
+    return {node: found for node, found in _alive().items() if node in able}
 
 
 def _only_on(node: str) -> NodeAffinitySchedulingStrategy:
@@ -286,7 +282,7 @@ def _storage_problems(needs: Needs, node: str) -> list[str]:
     try:
         if place.local and not place.local.is_dir():
             return [_apart(needs.place)]
-        remote.check_token(needs.place, node.split(" ")[0])
+        remote.check_token(needs.place, node)
         if place.read(_MARK) != needs.mark.encode():
             return [_apart(needs.place)]
     except FileNotFoundError:

@@ -27,7 +27,12 @@ class Rule:
 
 COUNT = Rule("a whole number of at least 1", lambda v: type(v) is int and v >= 1)
 POSITIVE = Rule("a number above 0", lambda v: is_number(v) and v > 0)
-NOT_NEGATIVE = Rule("a number of at least 0", lambda v: is_number(v) and v >= 0)
+GPUS = Rule(
+    "a number from 0 to 1, or a whole number of GPUs",
+    lambda v: is_number(v) and v >= 0 and (v <= 1 or v == int(v)),
+    "leave it out to have it chosen by what a trial needs",
+)
+NO_OR_COUNT = Rule("a whole number of at least 0", lambda v: type(v) is int and v >= 0)
 MM_PER_PX = Rule(
     "a number of mm from 0.000001 to 1000, a metre",
     lambda v: is_number(v) and 1e-6 <= v <= 1000,
@@ -52,7 +57,8 @@ _RULES = {
     "hours": POSITIVE,
     "concurrent": COUNT,
     "cpus_per_trial": POSITIVE,
-    "gpus_per_trial": NOT_NEGATIVE,
+    "gpus_per_trial": GPUS,
+    "cpu_trials": NO_OR_COUNT,
     "address": ADDRESS,
     "wandb": WANDB,
     "wandb_wait": WAIT,
@@ -74,6 +80,8 @@ class Options:
     concurrent: int | None = None
     cpus_per_trial: float | None = None
     gpus_per_trial: float | None = None
+    cpu_trials: int = 0
+    """trials at once that hold no GPU, beside those that do"""
     address: str | None = None
     wandb: Literal["off", "offline", "online"] = "offline"
     wandb_wait: float = 5.0

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from model.splits import Splits
 from tuner import checkpoints, finals, importance, mirror, nodes, plan, remote, report, storage, tracking
-from tuner.cluster import Resources, connected, default_resources, run_on_worker
+from tuner.cluster import Resources, connected, default_resources, run_on_worker, sharing_gpus
 from tuner.mirror import Mirror, mirrored
 from tuner.options import Options
 from tuner.records import SearchFailed
@@ -24,7 +24,7 @@ from tuner.sampler import SearchStudy
 from tuner.search import run_trials
 from tuner.space import Space
 from tuner.space_file import load as load_space
-from tuner.trial import TrialTask
+from tuner.trial import TrialTask, batch_problem
 
 _CLEARLY_TOO_LONG = 2.0
 """A search is refused where the baseline is forecast to take so many times what a limit holds (docs/decisions.md)."""
@@ -114,8 +114,7 @@ def evaluate(run: Run, open_test: bool = False) -> None:
         raise ValueError(
             f"finals need a search that is finished, found one that is {state}; run `tuner resume {run.directory}`"
         )
-    options = run.options
-    resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
+    resources = _resources(run)
     found = run.splits()
     run.verify(found.validation + found.test)  # before the opening of the test split is logged
     nodes.check(_needs(run), found.validation + found.test, resources)
@@ -130,12 +129,14 @@ def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     found = run.splits()
     run.verify(found.train + found.validation, console)
     task = TrialTask.of(space, found.train, found.validation, run.source.read)
-    resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
+    resources = _resources(run)
+    if problem := batch_problem(space.baseline_config(0).batch_size, int(resources.gpus_per_trial)):
+        raise ValueError(problem)
     needs = _needs(run)
     nodes.check(needs, found.train + found.validation, resources)
     nodes.prepare(needs, [found.train, found.validation], resources, console)
     if not info["sessions"]:
-        _check_budget(run, found, resources, console)
+        resources = _measured(run, found, resources, console)
     sessions = _closed(run, info["sessions"])
     study = SearchStudy(space, info["id"], run.study, begun=bool(sessions))
     if options.warm_start:
@@ -172,17 +173,47 @@ def _needs(run: Run) -> nodes.Needs:
     return nodes.needs(run.source, run.space.data.height, run.space.data.width, place, run.options.address)
 
 
-def _check_budget(run: Run, found: Splits, resources: Resources, console: Console | None) -> None:
-    """ValueError if a limit of time or money clearly cannot hold the baseline, by two of its steps on a worker."""
-    space, budget = run.space, run.space.budget
-    if budget.hours is None and budget.device_hours is None and budget.money is None:
-        return
+def _resources(run: Run) -> Resources:
+    """What a trial holds: as was asked for, else as was chosen when the run began."""
+    asked = {name: getattr(run.options, name) for name in ("cpus_per_trial", "gpus_per_trial")}
+    chosen: dict[str, Any] = run.info.get("resources") or {}
+    cpus, gpus = (chosen.get(name) if value is None else value for name, value in asked.items())
+    return default_resources(cpus, gpus, run.options.concurrent, run.options.cpu_trials)
+
+
+def _measured(run: Run, found: Splits, resources: Resources, console: Console | None) -> Resources:
+    """What a trial holds, by the memory that the largest took on a worker if its part of a GPU is ours to choose.
+
+    ValueError if a limit of time or money clearly cannot hold the baseline, by two of its steps there.
+    """
+    space, budget, options = run.space, run.space.budget, run.options
+    chooses = options.gpus_per_trial is None and resources.gpus_per_trial > 0 and "resources" not in run.info
+    is_limited = budget.hours is not None or budget.device_hours is not None or budget.money is not None
+    if not (chooses or is_limited):
+        return resources
     share = resources.cpus_per_trial, resources.gpus_per_trial
-    with console.status("timing the baseline: does the budget hold it?") if console else nullcontext():
-        seconds = run_on_worker(
-            plan.baseline_seconds, resources, space, found._replace(test=[]), *share, run.source.read
+    what = "measuring what a trial takes of a GPU" if chooses else "timing the baseline: does the budget hold it?"
+    with console.status(what) if console else nullcontext():
+        function = plan.measure if chooses else plan.baseline_seconds
+        measured = run_on_worker(function, resources, space, found._replace(test=[]), *share, run.source.read)
+    if chooses:
+        resources = sharing_gpus(
+            measured["trial_bytes"],
+            measured["gpu_bytes"],
+            options.cpus_per_trial,
+            plan.at_once(options.concurrent, plan.trials_of(space)),
+            options.concurrent,
+            options.cpu_trials,
         )
+    seconds = measured["baseline_seconds"] if chooses else measured
     plan.check_budget(budget, seconds, resources.devices, _CLEARLY_TOO_LONG)
+    if chooses:
+        why = plan.chosen(measured, resources.gpus_per_trial, resources.cpus_per_trial)
+        held = {"cpus_per_trial": resources.cpus_per_trial, "gpus_per_trial": resources.gpus_per_trial}
+        run.note(resources=held | {"why": why})
+        if console:
+            console.print(why, markup=False, highlight=False, soft_wrap=True)
+    return resources
 
 
 def _warm(other: Run, space: Space) -> str:

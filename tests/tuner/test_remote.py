@@ -119,7 +119,7 @@ def test_without_credentials(wire: s3.Wire, monkeypatch, tmp_path: Path) -> None
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(ValueError, match="NoCredentialsError: .*; give them as the service's own tools find them"):
+    with pytest.raises(ValueError, match=r"NoCredentialsError: .*; give them as the service's own tools find them"):
         remote.checked("s3://bucket/x")
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -155,7 +155,7 @@ def test_a_server_that_never_answers_is_an_error(wire: s3.Wire, monkeypatch) -> 
         monkeypatch.setitem(os.environ, "AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         s3fs.S3FileSystem.clear_instance_cache()
         began = time.monotonic()
-        with pytest.raises(ValueError, match="found s3://bucket/x: .*Timeout.*; see that it can be reached"):
+        with pytest.raises(ValueError, match=r"found s3://bucket/x: .*Timeout.*; see that it can be reached"):
             remote.checked("s3://bucket/x")
         assert time.monotonic() - began < 20
     s3fs.S3FileSystem.clear_instance_cache()
