@@ -119,7 +119,7 @@ def check(needs: Needs, samples: list[Sample], resources: Resources) -> None:
         if not problems[node] and not _is_seen(place, f"{_MARK}-{node}"):
             problems[node] = [_apart(needs.place)]
     with suppress(OSError):
-        place.remove([f"{_MARK}-{node}" for node in sound])
+        place.remove([f"{_MARK}-{node}" for node in sound] + [_MARK] * any(problems.values()))
     _raise(problems, looked_at)
 
 

@@ -90,7 +90,7 @@ def s3(address: str, monkeypatch) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()  # one of these remembers its server
     try:
-        S3FileSystem().mkdir("bucket")
+        S3FileSystem().makedirs("bucket", exist_ok=True)  # all servers of a process have the same buckets
         yield
     finally:
         server.stop()
