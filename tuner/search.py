@@ -23,7 +23,7 @@ from ray.tune import Checkpoint, FailureConfig, Stopper, TuneConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuner.cluster import Resources, fit_at_once
+from tuner.cluster import Resources, fit_at_once, with_autoscaler
 from tuner.sampler import SearchStudy
 from tuner.session import OVER, Session
 from tuner.space import Budget
@@ -46,13 +46,18 @@ def run_trials(
     if session.nothing_left():
         return session.close()
     fit, why = fit_at_once(resources)
-    if (resources.concurrent or 0) > fit:
+    reachable = with_autoscaler(resources)
+    if not fit:
+        logger.warning(
+            "no node can take a trial yet: waiting for the autoscaler, which may bring room for %d", reachable
+        )
+    elif (resources.concurrent or 0) > max(fit, reachable):
         logger.warning("--concurrent %d: only %d fit at once (%s)", resources.concurrent, fit, why)
     attempt = sum(1 for _ in trials.glob("attempt-*")) + 1
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal sets our flag; Ray's handler would drop what runs
-        "TUNE_MAX_PENDING_TRIALS_PG": str(session.slots),
+        "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # the session says how many there may be
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's own record is never read back
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",

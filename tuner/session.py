@@ -11,7 +11,7 @@ from typing import Any
 
 from model import checkpoint
 from tuner import checkpoints, records, schedulers
-from tuner.cluster import Resources, fit_at_once, nodes_alive
+from tuner.cluster import Resources, Slots, nodes_alive
 from tuner.records import Proposal, SearchFailed, Status
 from tuner.sampler import SearchStudy
 from tuner.space import Budget
@@ -64,7 +64,7 @@ class Session:
         self._device = study.device_seconds()
         self._saved = self._wall, self._device
         self._clock = time.monotonic()
-        self.slots = resources.concurrent or max(1, fit_at_once(resources)[0])
+        self._slots = Slots(resources)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is handed, for a restore that never happens: it gets None."""
@@ -85,7 +85,7 @@ class Session:
         if self.is_over():
             # Ray asks no more after OVER, and a trial that runs may yet lose its worker.
             return None if self.live else OVER
-        if len(self.live) >= self.slots:
+        if len(self.live) >= self._slots.count():
             return None
         proposal = self.study.ask(new=self._has_room())
         self._take_in_replays()
