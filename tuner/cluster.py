@@ -10,19 +10,25 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray._private.state
+import yaml
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from tuner.records import NodeUnfit, SearchFailed
 from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
 logger = logging.getLogger(__name__)
+
+_HEAD = "node:__internal_head__"
+"""the resource that the head alone has"""
 
 _SECONDS_TO_ANSWER = 10.0
 """so long a cluster may take to accept a connection"""
@@ -78,30 +84,47 @@ def connected(address: str | None) -> Iterator[None]:
     if address:
         # Ray would use the user's token with `auto` alone, and be refused elsewhere; RAY_AUTH_MODE still decides.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    try:
-        ray.init(
-            address=address or "local",  # never by chance the cluster of somebody else on this machine
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-        )
-    except ConnectionError as error:
-        if not address:
-            raise
-        raise _no_cluster(address, error) from error
-    except RuntimeError as error:
-        if "Version mismatch" not in str(error):
-            raise
-        raise _other_version(address, error) from error
-    over = threading.Event()
-    if address:
-        threading.Thread(target=_watch_head, args=[over], name="head", daemon=True).start()
+    with nullcontext() if address else _on_loopback():
+        try:
+            ray.init(
+                address=address or "local",  # never by chance the cluster of somebody else on this machine
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        except ConnectionError as error:
+            if not address:
+                raise
+            raise _no_cluster(address, error) from error
+        except RuntimeError as error:
+            if "Version mismatch" not in str(error):
+                raise
+            raise _other_version(address, error) from error
+        over = threading.Event()
+        if address:
+            threading.Thread(target=_watch_head, args=[over], name="head", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1 alone, as Ray does by itself on macOS, and not on all
+    addresses of this machine. Its processes read the variable; in this one Ray has read it already."""
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(variable), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        over.set()
-        ray.shutdown()
+        del os.environ[variable]
+        if before[0] is not None:
+            os.environ[variable] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
 def _watch_head(over: threading.Event) -> None:
@@ -156,15 +179,16 @@ def _other_version(address: str | None, error: Exception) -> ValueError:
 
 
 def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None, cpu_trials: int = 0) -> Resources:
-    """What was asked for; else a whole GPU a trial where the cluster has some, with its part of the node's cores (less
-    what trials without a GPU need), or one CPU. ValueError if no node can hold a trial."""
-    nodes = _nodes()
+    """What was asked for; else a whole GPU a trial where the cluster has some or could have, with its part of the
+    node's cores (less what trials without a GPU need), or one CPU. ValueError if no node can hold a trial, nor one that
+    an autoscaler could start."""
+    nodes = [*_nodes(), *(kind.resources for kind in _startable())]
     gpus = gpus if gpus is not None else float(any(node.get("GPU") for node in nodes))
     if cpus is None:
         cpus = _cores_each(nodes, gpus, cpu_trials)
     found = Resources(cpus, gpus, concurrent, cpu_trials)
     asked = {"CPU": found.cpus_per_trial, "GPU": found.gpus_per_trial}
-    if not any(all(node.get(name, 0) >= wanted for name, wanted in asked.items()) for node in nodes):
+    if not any(_times(node, found) for node in nodes):
         most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
         apart = "" if any(asked[name] > most[name] for name in asked) else " on different nodes"
         short = [name for name in asked if apart or asked[name] > most[name]]
@@ -233,6 +257,65 @@ def fit_at_once(resources: Resources) -> tuple[int, str]:
         counts.append((sum(places(node.get("GPU", 0), gpus) for node in _nodes()), "GPU", gpus))
     count, name, wanted = min(counts)
     return count, f"{wanted:g} {name} a trial, {there.get(name, 0):g} there"
+
+
+def with_autoscaler(resources: Resources) -> int:
+    """How many trials at once the head and all nodes that the autoscaler may start would run; 0 without one."""
+    kinds = _startable()
+    if not kinds:
+        return 0
+    heads = [node["Resources"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
+    trials = sum(_times(head, resources) for head in heads)
+    room = kinds[0].most_in_all
+    for kind in sorted(kinds, key=lambda kind: _times(kind.resources, resources), reverse=True):
+        nodes = min(room, kind.most)
+        room -= nodes
+        trials += nodes * _times(kind.resources, resources)
+    return trials
+
+
+def _times(node: Mapping[str, float], resources: Resources) -> int:
+    """How many trials a node holds."""
+    cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
+    by_cpu = int(node.get("CPU", 0) // cpus)
+    return min(by_cpu, places(node.get("GPU", 0), gpus)) if gpus else by_cpu
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of node that an autoscaler may start."""
+
+    name: str
+    resources: dict[str, float]
+    most: int
+    most_in_all: int
+    """of all kinds together"""
+
+
+def _startable() -> list[_Kind]:
+    """What the autoscaler of this cluster may start. Ray 2.60 tells no driver; but drivers run on the head, and so does
+    the autoscaler, whose command line names its configuration."""
+    mine = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_text().split("\0")
+        except (OSError, UnicodeDecodeError):  # it has ended, or is none of ours
+            continue
+        given = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
+        if mine in words and given:
+            return _kinds(Path(given[0]).expanduser())
+    return []
+
+
+def _kinds(file: Path) -> list[_Kind]:
+    """The kinds of workers of an autoscaler's configuration."""
+    found = yaml.safe_load(file.read_text())
+    most = found.get("max_workers", 0)
+    return [
+        _Kind(name, kind.get("resources", {}), kind.get("max_workers", most), most)
+        for name, kind in found["available_node_types"].items()
+        if name != found["head_node_type"]
+    ]
 
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:

@@ -108,6 +108,7 @@ class Session:
         self._clock = time.monotonic()
         self._looked = self._clock - _SECONDS_BETWEEN_LOOKS
         self._slots = 1
+        self._with_autoscaler = cluster.with_autoscaler(resources)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is handed, for a restore that never happens: it gets None."""
@@ -275,7 +276,8 @@ class Session:
         if self._clock - self._looked < _SECONDS_BETWEEN_LOOKS:
             return
         self._looked = self._clock
-        fit = self.resources.concurrent or max(1, cluster.fit_at_once(self.resources)[0])
+        # Without a node, a trial waits for one.
+        fit = self.resources.concurrent or max(1, cluster.fit_at_once(self.resources)[0], self._with_autoscaler)
         self._slots = fit + self.resources.cpu_trials
         there = self.unfit.keys() & cluster.nodes_alive()
         if not there or cluster.able_nodes(self.resources) - there or self.failure or self.error:

@@ -61,6 +61,7 @@ def test_what_a_function_raises_on_a_worker_is_raised_here(ray_cluster) -> None:
 def test_a_trial_must_fit_one_node(monkeypatch, nodes: list[dict], asked: tuple, found: tuple | str) -> None:
     alive = [{"Alive": True, "Resources": node} for node in nodes] + [{"Alive": False, "Resources": {"CPU": 99}}]
     monkeypatch.setattr(cluster.ray, "nodes", lambda: alive)
+    monkeypatch.setattr(cluster, "_startable", list)
     if isinstance(found, str):
         with pytest.raises(ValueError, match=f"a trial must fit one node of the cluster: {found}"):
             cluster.default_resources(*asked, None)
