@@ -22,8 +22,7 @@ import yaml
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-from tuner.nodes import NodeUnfit
-from tuner.records import SearchFailed
+from tuner.records import NodeUnfit, SearchFailed
 from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
 logger = logging.getLogger(__name__)

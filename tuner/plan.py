@@ -14,6 +14,7 @@ from typing import Any
 
 from model import layouts, splits
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
+from model.inspection import Read
 from model.splits import Splits
 from tuner import run, space_file
 from tuner.options import Options
@@ -71,18 +72,18 @@ def plan(
     return forecast(space, _images(found), corners, here)
 
 
-def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float) -> float:
+def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float, read: Read = Path.read_bytes) -> float:
     """How long the baseline takes in this process, which has a trial's resources, by two of its steps."""
     device = take_device(gpus, int(cpus))
-    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device)
+    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device, read)
     return corner.config.epochs * _epoch_seconds(corner, _images(found))
 
 
-def measure(space: Space, found: Splits, cpus: float, gpus: float) -> dict[str, Any]:
+def measure(space: Space, found: Splits, cpus: float, gpus: float, read: Read = Path.read_bytes) -> dict[str, Any]:
     """What a search asks of this process, which has a trial's resources with a whole GPU: how long the baseline takes,
     and how much of the GPU the largest of the space's trials."""
     device = take_device(gpus, int(cpus))
-    corners = [time_corner(space, found, names, config, device) for names, config in corners_of(space).items()]
+    corners = [time_corner(space, found, names, config, device, read) for names, config in corners_of(space).items()]
     baseline = next(corner for corner in corners if "baseline" in corner.names)
     name, total = gpu_of(device)
     return {

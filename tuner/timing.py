@@ -19,6 +19,7 @@ from model import checkpoint, splits, train
 from model.config import RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, score
+from model.inspection import Read
 from model.sample import Sample
 from model.splits import Splits
 from tuner import gpu
@@ -115,12 +116,19 @@ def _memory_of_machine() -> int:
         return total
 
 
-def time_corner(space: Space, found: Splits, names: tuple[str, ...], config: RunConfig, device: torch.device) -> Corner:
+def time_corner(
+    space: Space,
+    found: Splits,
+    names: tuple[str, ...],
+    config: RunConfig,
+    device: torch.device,
+    read: Read = Path.read_bytes,
+) -> Corner:
     """Times a configuration on a few images, in smaller parts where memory runs out, as a trial would go on too."""
     small = config
     while True:
         try:
-            return _time_once(space, found, names, small, device)
+            return _time_once(space, found, names, small, device, read)
         except (MemoryError, RuntimeError) as error:
             try:
                 small = with_less_memory(small, error)
@@ -130,14 +138,16 @@ def time_corner(space: Space, found: Splits, names: tuple[str, ...], config: Run
                 torch.cuda.empty_cache()
 
 
-def _time_once(space: Space, found: Splits, names: tuple[str, ...], config: RunConfig, device: torch.device) -> Corner:
+def _time_once(
+    space: Space, found: Splits, names: tuple[str, ...], config: RunConfig, device: torch.device, read: Read
+) -> Corner:
     kept = splits.keep_masks(found.train, config.num_segmented, config.seed)
     size = config.input_height, config.input_width
     with tempfile.TemporaryDirectory(prefix="segdec-plan-") as scratch, _memory(device) as memory:
         root = Path(scratch)
         batch = _balanced(kept, config.batch_size + config.hard_mining_places)
-        cache = open_cache(batch, *size, root)
-        validation = open_cache(_spread(found.validation, _JUDGED_IMAGES), *size, root)
+        cache = open_cache(batch, *size, root, read)
+        validation = open_cache(_spread(found.validation, _JUDGED_IMAGES), *size, root, read)
         # A batch holds the hard images as well. So small a step size changes no cost, and diverges nowhere.
         timed = replace(config, batch_size=len(batch), hard_mining_places=0, learning_rate=1e-4)
         training = train.start(timed, device)

@@ -34,11 +34,21 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+class NoNodes:
+    """Nobody to ask."""
+
+    def needs(self, *_: Any) -> None:
+        """Nothing."""
+
+    check = prepare = needs
+
+
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch) -> None:
     """No cluster, no trials; a baseline takes half an hour, and its device is two cores."""
     monkeypatch.setattr(pipeline, "connected", lambda address: nullcontext())
     monkeypatch.setattr(pipeline, "default_resources", lambda *asked: Resources(cpus_per_trial=2.0))
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", lambda *_: "finished")
     monkeypatch.setattr(pipeline, "run_on_worker", lambda function, resources, *arguments: function(*arguments))
     monkeypatch.setattr(plan, "baseline_seconds", lambda *_: HOURS_OF_BASELINE * 3600)
@@ -140,6 +150,7 @@ def fails(number: int) -> Callable[..., str]:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_said_with_the_way_out(data: Path, tmp_path: Path, monkeypatch, number: int) -> None:
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", fails(number))
     message = rf"the disk is full \(.*{os.strerror(number)}\); make room, then `tuner resume {tmp_path}/small` goes on"
     with pytest.raises(SearchFailed, match=message):
@@ -158,9 +169,11 @@ def test_what_ended_a_search_is_not_hidden_by_a_note_that_fails(data: Path, tmp_
         note(run, **values)
 
     monkeypatch.setattr(Run, "note", full)
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", fails(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         search(data, tmp_path, {"trials": 3})
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", lambda *_: "finished")
     with pytest.raises(SearchFailed, match="the disk is full"):  # nothing else has said so
         pipeline.go_on(runs.load(tmp_path / "small"))
@@ -188,6 +201,7 @@ def test_importance_is_written_when_a_search_fails_and_not_at_a_second_ctrl_c(
     def fail(*_: Any) -> str:
         raise error
 
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", fail)
     with pytest.raises(type(error)):
         search(data, tmp_path, {"trials": 3})
