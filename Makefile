@@ -25,7 +25,7 @@ format: .venv/.installed
 # Constraints pin what was run; pyproject.toml says what may run. The extras are what all verbs need.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dashboard,export,wandb-pages,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cluster,dashboard,export,wandb-pages,dev]'
 	touch $@
 
 clean:

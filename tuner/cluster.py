@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
+import re
 import socket
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray._private.state
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
+from tuner.nodes import NodeUnfit
+from tuner.records import SearchFailed
 from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_TO_ANSWER = 10.0
 """so long a cluster may take to accept a connection"""
+
+_SECONDS_BETWEEN_LOOKS_AT_HEAD = 3.0
+_SECONDS_WITHOUT_HEAD = 40.0
+"""Ray ends a driver after 60 s."""
+
+_TRIES = 3
+"""so often a function is called whose nodes or processes die under it"""
+
+FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+"""see `full_disk`"""
+
+NODE_LABEL = "ray.io/node-id"
+"""what Ray labels every node with"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +76,9 @@ def connected(address: str | None) -> Iterator[None]:
     # Ray speaks of things that this search does not use: its own results, its snapshots, its token.
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # counts trials that went on after their worker died
+    if address:
+        # Ray would use the user's token with `auto` alone, and be refused elsewhere; RAY_AUTH_MODE still decides.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(
             address=address or "local",  # never by chance the cluster of somebody else on this machine
@@ -65,10 +91,37 @@ def connected(address: str | None) -> Iterator[None]:
         if not address:
             raise
         raise _no_cluster(address, error) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise _other_version(address, error) from error
+    over = threading.Event()
+    if address:
+        threading.Thread(target=_watch_head, args=[over], name="head", daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         ray.shutdown()
+
+
+def _watch_head(over: threading.Event) -> None:
+    """Ends this process, with a message, when the head has been gone for long: calls to Ray would block, until Ray
+    kills the process with a message about its own parts. What a search has done is kept as after any kill."""
+    address = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    answered = time.monotonic()
+    while not over.wait(_SECONDS_BETWEEN_LOOKS_AT_HEAD):
+        with suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
+            answered = time.monotonic()
+        if time.monotonic() - answered > _SECONDS_WITHOUT_HEAD and not over.is_set():
+            logger.error(
+                "the head of the Ray cluster at %s has not answered for %.0f s: it is gone, or cut off from here; what "
+                "is done is kept, and `tuner resume RUN` goes on when a head is there again",
+                address, _SECONDS_WITHOUT_HEAD,
+            )  # fmt: skip
+            os._exit(1)
 
 
 def _check_answers(address: str) -> None:
@@ -86,6 +139,20 @@ def _no_cluster(address: str, error: Exception) -> ValueError:
     return ValueError(
         f"--address must be that of a running Ray cluster, found none at {address} ({error}); start one with "
         "`ray start --head`, or leave --address out for a Ray of this search's own"
+    )
+
+
+def _other_version(address: str | None, error: Exception) -> ValueError:
+    """Ray's own message has lines for the cluster and for this process, each "Ray: 2.60.0" and "Python: 3.11.2"."""
+    found = " and ".join(
+        f"Ray {version} with Python {python}"
+        for version, python in zip(
+            re.findall(r"Ray: (\S+)", str(error)), re.findall(r"Python: (\S+)", str(error)), strict=False
+        )
+    )
+    return ValueError(
+        f"the cluster at {address} must run the Ray and the Python of this process, found {found}, in this order; "
+        "install the same versions on both sides"
     )
 
 
@@ -171,14 +238,113 @@ def fit_at_once(resources: Resources) -> tuple[int, str]:
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
     """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU. Raises what the
-    function raises."""
-    remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)
+    function raises. Where the node or the process dies under it, or the node is unfit, it is called again elsewhere."""
+    remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)(_call)
+    unfit: set[str] = set()
+    deaths = 0
+    while True:
+        running = remote.options(label_selector=elsewhere(unfit)).remote(function, arguments)
+        try:
+            found = ray.get(running)
+        except ray.exceptions.RayTaskError as error:  # its text is a traceback
+            raise error.cause from error
+        except ray.exceptions.RayError as error:  # not the function's doing
+            deaths += 1
+            if deaths == _TRIES:
+                raise SearchFailed(
+                    f"{function.__name__} lost its node or its process {_TRIES} times, memory may have run out "
+                    f"({type(error).__name__}: {error})"
+                ) from error
+        except BaseException:  # Ctrl-C
+            ray.cancel(running, force=True)
+            raise
+        else:
+            if not isinstance(found, _Unfit):
+                return found
+            unfit.add(found.node)
+            if not able_nodes(resources) - unfit:
+                raise found.error
+            logger.warning("%s", takes_no_more(found.node, str(found.error)))
+
+
+@dataclass(frozen=True)
+class _Unfit:
+    """The answer of a node that is unfit."""
+
+    node: str
+    error: Exception
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """On the worker: what a function answers, or that the node is to blame for what it raised."""
     try:
-        return ray.get(remote(function).remote(*arguments))
-    except ray.exceptions.RayTaskError as error:  # its text is a traceback
-        raise error.cause from error
+        return function(*arguments)
+    except Exception as error:
+        if full_disk(error) is None and not isinstance(error, NodeUnfit):
+            raise
+        return _Unfit(ray.get_runtime_context().get_node_id(), error)
+
+
+def full_disk(error: BaseException) -> int | None:
+    """What a disk says that is full, or whose quota or limit is reached, as an error number; None if it is not that."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in FULL_DISK else None
+    # torch and safetensors write without Python, and tell in words.
+    said = {os.strerror(number): number for number in FULL_DISK} | {"PytorchStreamWriter failed": errno.ENOSPC}
+    return next((number for words, number in said.items() if words in str(error)), None)
+
+
+def elsewhere(unfit: Collection[str]) -> dict[str, str]:
+    """The label selector of all nodes but some."""
+    return {NODE_LABEL: f"!in({','.join(sorted(unfit))})"} if unfit else {}
+
+
+def takes_no_more(node: str, reason: str) -> str:
+    """The message to a node that is unfit."""
+    return (
+        f"node {name_of(node)} takes no more trials in this session: {reason}; mend that and start Ray there anew, or "
+        "take the node out of the cluster"
+    )
+
+
+def able_nodes(resources: Resources) -> set[str]:
+    """The ids of the nodes that could hold a trial, if nothing else ran there, and that stay."""
+    wanted = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
+    stay = nodes_that_stay()
+    return {
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["NodeID"] in stay and all(node["Resources"].get(name, 0) >= n for name, n in wanted.items())
+    }
 
 
 def nodes_alive() -> set[str]:
     """The ids of the nodes that the cluster believes to be there."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def nodes_that_stay() -> set[str]:
+    """Those of them that have no notice to go."""
+    return nodes_alive() - set(draining())
+
+
+def draining() -> dict[str, float]:
+    """The nodes with a notice to go: in how many seconds each, 0 where that is not known."""
+    now = time.time()
+    found = ray._private.state.state.get_draining_nodes()
+    return {node: max(0.0, deadline_ms / 1000 - now) for node, deadline_ms in found.items()}
+
+
+def name_of(node: str) -> str:
+    """A node as a user knows it."""
+    for found in ray.nodes():
+        if found["NodeID"] == node:
+            host, address = found["NodeManagerHostname"], found["NodeManagerAddress"]
+            return f"{host} ({address})"
+    return node
+
+
+def node_of(actor: Any) -> str | None:
+    """The node of an actor's process; None where that is not known."""
+    found = ray._private.state.actors(actor._actor_id.hex()) if actor else {}
+    return found.get("Address", {}).get("NodeID") or None

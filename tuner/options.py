@@ -92,6 +92,8 @@ class Options:
     """the folder of another run, whose completed trials the sampler knows from the start"""
     study: str | None = None
     """the URL of the database that keeps the study, without a password, or the word env; a journal if None"""
+    storage: str | None = None
+    """where checkpoints lie and the run is mirrored: a path or an address, without credentials (tuner/remote.py)"""
     no_report: bool = False
     """the search alone: the test split stays sealed, also when the run is resumed"""
 
@@ -103,6 +105,8 @@ class Options:
             if (value := getattr(self, name)) is not defaults[name] and not rule.holds(value)
         ]
         if self.study is not None and (problem := _problem_of_study(self.study)):
+            problems.append(problem)
+        if self.storage is not None and (problem := problem_of_storage(self.storage)):
             problems.append(problem)
         if problems:
             raise ValueError("\n  ".join(problems))
@@ -140,6 +144,31 @@ def _problem_of_study(study: object) -> str | None:
             f"in {scheme}://...; leave it to the driver (PGPASSWORD or ~/.pgpass; for MySQL read_default_file=FILE in "
             f"the URL), or put the whole URL into the environment variable {STUDY_VARIABLE} and say --study env"
         )
+    return None
+
+
+def problem_of_storage(storage: object) -> str | None:
+    """What is wrong with the form of a storage address; never with the value where it could hold a secret."""
+    wanted = "storage must be a path, or an address such as s3://BUCKET/FOLDER"
+    if not isinstance(storage, str) or not storage.strip():
+        return f"{wanted}, found {storage!r}; leave it out for checkpoints in the run's own folder"
+    scheme, separator, rest = storage.partition("://")
+    if not separator:
+        return None
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or "::" in storage:
+        return f"{wanted}, and not several addresses in one"
+    authority = rest.partition("/")[0].partition("?")[0]
+    keys = [key for key, _ in parse_qsl(storage.partition("?")[2], keep_blank_values=True)]
+    secrets = [key for key in keys if is_secret(key) or re.search("key|sig|credential", key.lower())]
+    if secrets or ":" in authority.rpartition("@")[0]:
+        where = f"as {secrets[0]}=" if secrets else "before the @"
+        return (
+            f"storage must hold no secret, for run.json keeps it and the list of processes shows it; found one {where} "
+            f"in {scheme}://...; give credentials as the service's own tools find them, for S3 in the environment, in "
+            "~/.aws or by the machine's role"
+        )
+    if not rest.partition("?")[0].strip("/"):
+        return f"{wanted}, found no {'path' if scheme == 'file' else 'bucket or host'} in {storage}"
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from model.splits import Splits
-from tuner import finals, importance, plan, report, storage, tracking
+from tuner import checkpoints, finals, importance, mirror, plan, remote, report, storage, tracking
 from tuner.cluster import Resources, connected, default_resources, run_on_worker, sharing_gpus
+from tuner.mirror import Mirror, mirrored
 from tuner.options import Options
 from tuner.records import SearchFailed
 from tuner.run import Run, create
@@ -58,6 +58,9 @@ def run_search(
         tracking.check_online()
     if chosen.study:
         chosen = replace(chosen, study=storage.checked(chosen.study))
+    if chosen.storage:
+        chosen = replace(chosen, storage=remote.checked(chosen.storage))
+        mirror.check_free(str(chosen.storage), name or space.name)
     run = create(space, data, Path(runs), name, chosen)
     try:
         return go_on(run, console)
@@ -71,17 +74,18 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     if run.info["state"] != "finished":
         run.check_version()
-    with run.locked(), full_disk_explained(run), connected(run.options.address):
+    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, connected(run.options.address):
         try:
             state = run.info["state"]
             if state != "finished":
                 with storage.explained(run.study):
-                    state = _search(run, console)
+                    state = _search(run, console, mirror)
             elif not importance.is_current(run.directory):
                 importance.write(run.directory, run.space)
             if state == "finished" and not run.options.no_report:
                 if not (run.directory / "evaluation" / "selection.json").exists():
                     evaluate(run)
+                    mirror.changed()
                 report.write(run.directory)
                 tracking.log_report(watched(run), run.options.wandb, run.options.wandb_wait)
         except SearchFailed as failure:
@@ -94,11 +98,14 @@ def go_on(run: Run, console: Console | None = None) -> Run:
 
 @contextmanager
 def full_disk_explained(run: Run) -> Iterator[None]:
-    """Tells a disk that is full, or a quota or a limit that is reached, as SearchFailed with the way out."""
+    """Tells a disk that is full, or a quota or a limit that is reached, as SearchFailed with the way out; and so a
+    storage without which nothing goes on."""
     try:
         yield
+    except remote.StorageFailed as error:
+        raise SearchFailed(f"{error}; `tuner resume {run.directory}` goes on when it can be reached") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in checkpoints.FULL:
             raise
         again = f"`tuner resume {run.directory}` goes on" if run.info["sessions"] else "start the search again"
         raise SearchFailed(f"the disk is full ({error}); make room, then {again}") from error
@@ -115,10 +122,11 @@ def evaluate(run: Run, open_test: bool = False) -> None:
     resources = _resources(run)
     found = run.splits()
     run.verify(found.validation + found.test)  # before the opening of the test split is logged
-    finals.evaluate(run.directory, found, run.space.objective.metric, resources, open_test)
+    trials = mirror.trials_of(run)
+    finals.evaluate(run.directory, trials, found, run.space.objective.metric, resources, open_test)
 
 
-def _search(run: Run, console: Console | None) -> str:
+def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     """Runs the trials that are left; how it ended: finished or stopped."""
     space, options, info = run.space, run.options, run.info
     found = run.splits()
@@ -138,10 +146,11 @@ def _search(run: Run, console: Console | None) -> str:
     trackers.search_started(watched(run))
     session = {"started": time.time(), "ended": None}
     run.note(state="running", sessions=[*sessions, session])
+    mirror.begin()
     state = "failed"
     went_well = False
     try:
-        state = run_trials(study, task, run.directory, space.budget, resources, trackers)
+        state = run_trials(study, task, run.directory, space.budget, resources, trackers, mirror)
         went_well = True
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"
@@ -153,6 +162,8 @@ def _search(run: Run, console: Console | None) -> str:
             run.note(state=state, sessions=[*sessions, session | {"ended": time.time()}])
         if went_well or state == "failed":  # a second Ctrl-C waits for nothing
             importance.write(run.directory, space)
+    if mirror.lost:
+        raise SearchFailed(mirror.lost)
     return state
 
 

@@ -317,7 +317,8 @@ class SearchStudy:
 
     def _is_being_trained(self, proposal: Proposal) -> bool:
         wanted = proposal.config.training_fields()
-        return any(other.config.training_fields() == wanted for other in self._running.values())
+        others = (other.config for other in self._running.values())
+        return any(all(getattr(other, name) == value for name, value in wanted.items()) for other in others)
 
     def _suggest(self, trial: optuna.trial.Trial) -> dict[str, Any]:
         """Every parameter whose conditions hold, in the order of the space."""
@@ -480,6 +481,12 @@ class SearchStudy:
             if known is None:
                 self._storage.set_trial_user_attr(trial, "started", now)
         return now if known is None else float(known)
+
+    def has_started(self, number: int | None) -> bool:
+        """Whether a trial has ever been on a worker."""
+        if number is None:
+            return self._attr("baseline_started") is not None
+        return "started" in self._storage.get_trial_user_attrs(self._storage_id(number))
 
     def add_seconds(self, wall: float, device: float) -> None:
         """Time that the search has used, over all sessions, and what its trials held of devices meanwhile."""
