@@ -301,7 +301,7 @@ class Bench:
             list(train.fit(training, cache))
             scores = score(training.network, cache, config, GPU)
             thresholds = scores.choose(config.judgement())
-            shown = np.asarray(cache.images[:8])
+            shown = np.array(cache.images[:8])
             answers = list(predict(training.network, shown, config, GPU))
             decisions, logits = (torch.cat(part).cpu().numpy() for part in zip(*answers, strict=True))
             masks = np.stack([thresholds.mask(*one) for one in zip(logits, decisions, strict=True)]) > 0

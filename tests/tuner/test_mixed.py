@@ -72,3 +72,18 @@ def test_trials_with_and_without_a_gpu_in_one_search(one_gpu, tmp_path: Path, mo
         assert record["device_seconds"] == pytest.approx(0.5 * sum(last.values()))
     study = SearchStudy(space, "abc123", tmp_path / "study.journal")
     assert study.device_seconds() <= 0.5 * study.wall_seconds() * 1.01  # one at a time holds half a GPU
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_trials_without_a_gpu_leave_its_node_to_the_others(one_gpu, monkeypatch) -> None:
+    """Where there is room elsewhere."""
+    resources = Resources(2, 1.0, 1, cpu_trials=2)
+    [here] = ray.nodes()
+    other = here | {"NodeID": "abc", "Resources": {"CPU": 4.0}}
+    for nodes, avoided in (([here], None), ([here, other | {"Resources": {"CPU": 3.0}}], None), ([here, other], here)):
+        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
+        found = search.placement({"gpus": 0.0}, resources, ())
+        selectors = found._kwargs.get("bundle_label_selector")
+        assert selectors == ([{"ray.io/node-id": f"!in({avoided['NodeID']})"}] if avoided else None)
+        assert "bundle_label_selector" not in search.placement({"gpus": 1.0}, resources, ())._kwargs
