@@ -381,6 +381,16 @@ def elsewhere(unfit: Collection[str]) -> dict[str, str]:
     return {NODE_LABEL: f"!in({','.join(sorted(unfit))})"} if unfit else {}
 
 
+def kept_for_gpus(resources: Resources) -> set[str]:
+    """The nodes with GPUs, where the others have room for all trials without: on these, they would hold cores that
+    trials on GPUs then lack."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    with_gpus = {node["NodeID"] for node in nodes if node["Resources"].get("GPU")}
+    cores = [node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] not in with_gpus]
+    room = sum(int(count // resources.cpus_per_trial) for count in cores)
+    return with_gpus if room >= resources.cpu_trials else set()
+
+
 def takes_no_more(node: str, reason: str) -> str:
     """The message to a node that is unfit."""
     return (

@@ -47,6 +47,11 @@ def run_search(
     """
     space = space if isinstance(space, Space) else load_space(space)
     chosen = Options(**options)
+    if chosen.cpu_trials and space.cost and space.cost.metric == "device_seconds":
+        raise ValueError(
+            f"--cpu-trials must be 0 where device_seconds is an objective, found {chosen.cpu_trials}: beside trials on "
+            "GPUs one without holds no device, so it would win; leave it out"
+        )
     if chosen.warm_start:
         chosen = replace(chosen, warm_start=_warm(load_run(chosen.warm_start), space))
     if chosen.wandb == "online":

@@ -92,8 +92,7 @@ def run_trials(
             search_alg=_StudySearcher(session),
             scheduler=_StudyScheduler(session),
             num_samples=-1,  # the searcher says when it is over
-            # A new process a trial costs a second; on a GPU it returns the memory.
-            reuse_actors=resources.gpus_per_trial == 0,
+            reuse_actors=resources.gpus_per_trial == 0,  # a new process costs a second; on a GPU it returns the memory
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: trial.config["folder"],
         ),
@@ -123,9 +122,11 @@ def _cause(error: Exception) -> Exception:
 
 
 def placement(config: dict[str, Any], resources: Resources, unfit: Collection[str]) -> tune.PlacementGroupFactory:
-    """What a trial holds, and where: on any node but the unfit ones."""
+    """What a trial holds, and where: on any node but the unfit ones, and those that others need for their GPUs."""
     bundle = {"CPU": resources.cpus_per_trial, "GPU": config["gpus"]}
-    where = {"bundle_label_selector": [cluster.elsewhere(unfit)]} if unfit else {}
+    beside = resources.gpus_per_trial and not config["gpus"]
+    avoided = {*unfit, *(cluster.kept_for_gpus(resources) if beside else ())}
+    where = {"bundle_label_selector": [cluster.elsewhere(avoided)]} if avoided else {}
     return tune.PlacementGroupFactory([bundle], **where)
 
 

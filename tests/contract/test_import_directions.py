@@ -70,6 +70,8 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/checkpoints.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.session")),
         ("tuner/cluster.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.session", "tuner.trial")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
+        ("tuner/gpu.py", ("ray", "optuna", "wandb", "tuner.trial", "tuner.search")),
+        ("tuner/shares.py", ("ray", "optuna", "wandb", "torch")),
         ("tuner/use.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.trial")),
         ("tuner/records.py", ("ray", "optuna", "torch")),
         ("tuner/finals.py", ("optuna", "wandb")),
