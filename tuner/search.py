@@ -34,7 +34,7 @@ from tuner.cluster import Resources, fit_at_once, with_autoscaler
 from tuner.mirror import Mirror
 from tuner.nodes import Needs
 from tuner.records import NodeUnfit
-from tuner.remote import StorageFailed
+from tuner.remote import StorageFailed, Unusable
 from tuner.sampler import SearchStudy
 from tuner.session import LEAVES, OVER, UNFIT, Session
 from tuner.space import Budget
@@ -260,11 +260,8 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trial
         raise  # ends the process, to which Ray would give the next trial
     except Exception as error:  # a trial that crashes is a result, with its reason
         full = cluster.full_disk(error)
-        if isinstance(error, StorageFailed):
-            error = NodeUnfit(
-                f"a node must reach the run's storage to take trials, and this one did not for half an hour: {error}; "
-                "see whether the storage can be reached from there"
-            )
+        if isinstance(error, StorageFailed | Unusable):
+            error = NodeUnfit(f"a node must reach the run's storage to take trials, and this one does not: {error}")
         if full is None and not isinstance(error, NodeUnfit):
             report(nothing_yet() | failure(error), None)
             return

@@ -35,6 +35,7 @@ def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert users_of("ray") == {"tuner/cluster.py", "tuner/nodes.py", "tuner/search.py"}
     optuna_users = {name for name in users_of("optuna") if not name.startswith("tuner/tracking/")}
     assert optuna_users == {"tuner/draw.py", "tuner/importance.py", "tuner/sampler.py", "tuner/storage.py"}
+    assert users_of("fsspec") == users_of("pyarrow") == {"tuner/remote.py"}
     assert users_of("sqlalchemy") == {"tuner/storage.py"}
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
     assert users_of("wandb_workspaces") == {"tuner/tracking/wandb_views.py"}
@@ -68,6 +69,8 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/search.py", ("wandb", "model.network", "model.losses")),
         ("tuner/session.py", ("ray", "optuna", "wandb", "torch", "tuner.search")),
         ("tuner/checkpoints.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.session")),
+        ("tuner/remote.py", (*HEAVY, "torch", "tuner.run", "tuner.checkpoints", "tuner.mirror", "tuner.session")),
+        ("tuner/mirror.py", (*HEAVY, "torch", "tuner.search", "tuner.session", "tuner.sampler", "tuner.pipeline")),
         ("tuner/cluster.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.session", "tuner.trial")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
         ("tuner/gpu.py", ("ray", "optuna", "wandb", "tuner.trial", "tuner.search")),
