@@ -82,6 +82,7 @@ def run_trials(
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal sets our flag; Ray's handler would drop what runs
         "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # the session says how many, and that changes with the cluster
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # or Tune starts the trial again as it was given at first
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's own record is never read back
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
