@@ -203,7 +203,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and YAML; `from_dict` takes them back."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in RULES}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
@@ -214,7 +214,7 @@ class RunConfig:
 
     def training_fields(self) -> dict[str, Any]:
         """The fields that decide the weights of each epoch."""
-        return {name: value for name, value in self.to_dict().items() if name not in JUDGING_FIELDS}
+        return {name: getattr(self, name) for name in RULES if name not in JUDGING_FIELDS}
 
     def judgement(self) -> Judgement:
         """The other fields: how a training is judged."""

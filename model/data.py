@@ -247,18 +247,31 @@ def epoch_order(positive_N: Bools, epoch: int, seed: int, frequency_sampling: bo
 def batches(
     cache: Cache, config: RunConfig, epoch: int, device: torch.device, hard_rows: Array | None = None
 ) -> Iterator[Batch]:
-    """The training batches of an epoch (counted from 0), in the same order and augmented alike whenever asked.
+    """The training batches of an epoch (counted from 0), in the same order and augmented alike whenever asked."""
+    load = loader(cache, config, epoch, device)
+    return map(load, step_rows(cache, config, epoch, hard_rows))
+
+
+def step_rows(cache: Cache, config: RunConfig, epoch: int, hard_rows: Array | None = None) -> Iterator[Ints]:
+    """The rows of each step of an epoch.
 
     With `hard_rows`, `hard_mining_places` of them are added to each batch, drawn without repeating while they last.
     """
-    targets = cache.targets(config.dilate)
     order = epoch_order(cache.positive, epoch, config.seed, config.frequency_sampling)
-    augment = _augmentation(config)
     for start in range(0, len(order), config.batch_size):
         rows = order[start : start + config.batch_size]
         if hard_rows is not None and len(hard_rows):
             rng = np.random.default_rng([config.seed, epoch, start])
             rows = np.concatenate([rows, rng.permutation(hard_rows)[: config.hard_mining_places]])
+        yield rows
+
+
+def loader(cache: Cache, config: RunConfig, epoch: int, device: torch.device) -> Callable[[Ints], Batch]:
+    """A function that makes a batch of rows; what it makes of an image depends on the epoch and on no other image."""
+    targets = cache.targets(config.dilate)
+    augment = _augmentation(config)
+
+    def load(rows: Ints) -> Batch:
         pairs = [augment(cache.images[n], targets[n], (config.seed, epoch, int(n))) for n in rows]
         segmented = cache.segmented[rows]
         masks = np.stack([mask for _, mask in pairs]) * segmented[:, None, None].astype(np.uint8)
@@ -267,7 +280,7 @@ def batches(
             weights = np.stack(
                 [distance_weight(m, config.weight_power, config.weight_maximum, config.weight_per) for m in masks]
             )
-        yield Batch(
+        return Batch(
             images_BCHW=to_input(np.stack([image for image, _ in pairs]), device),
             targets_B1HW=torch.from_numpy(masks).to(device)[:, None].float(),
             weights_B1HW=None if weights is None else torch.from_numpy(weights).to(device)[:, None].float(),
@@ -275,6 +288,8 @@ def batches(
             segmented_B=torch.from_numpy(segmented).to(device).float(),
             rows=rows,
         )
+
+    return load
 
 
 def to_input(images_BHWC: Array, device: torch.device) -> torch.Tensor:

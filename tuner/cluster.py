@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
+import re
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.state
 import yaml
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-_HEAD = "node:__internal_head__"
-"""the resource that the head alone has"""
+from tuner.nodes import NodeUnfit
+from tuner.records import SearchFailed
+from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
-_SECONDS_BETWEEN_COUNTS = 5.0
-"""so long a node that has joined may wait for its first trial"""
+logger = logging.getLogger(__name__)
 
 _SECONDS_TO_ANSWER = 10.0
 """so long a cluster may take to accept a connection"""
+
+_SECONDS_BETWEEN_LOOKS_AT_HEAD = 3.0
+_SECONDS_WITHOUT_HEAD = 40.0
+"""Ray ends a driver after 60 s."""
+
+_TRIES = 3
+"""so often a function is called whose nodes or processes die under it"""
+
+FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+"""see `full_disk`"""
+
+_HEAD = "node:__internal_head__"
+"""the resource that the head alone has"""
+
+NODE_LABEL = "ray.io/node-id"
+"""what Ray labels every node with"""
 
 
 @dataclass(frozen=True)
@@ -35,11 +56,18 @@ class Resources:
     cpus_per_trial: float = 1.0
     gpus_per_trial: float = 0.0
     concurrent: int | None = None
+    cpu_trials: int = 0
+    """how many run at once beside these with the same CPUs and no GPU"""
 
     @property
     def devices(self) -> float:
-        """What a trial is charged for: GPUs, or CPUs where it has none."""
-        return self.gpus_per_trial or self.cpus_per_trial
+        """What a trial is charged for: GPUs, or CPUs where no trial has one."""
+        return self.devices_of(self.gpus_per_trial)
+
+    def devices_of(self, gpus: float) -> float:
+        """The same of a trial that holds so many GPUs. Beside trials on GPUs, one without costs nothing: device time
+        and money count GPUs there, which cores come with."""
+        return gpus if self.gpus_per_trial else self.cpus_per_trial
 
 
 @contextmanager
@@ -71,9 +99,17 @@ def connected(address: str | None) -> Iterator[None]:
             if not address:
                 raise
             raise _no_cluster(address, error) from error
+        except RuntimeError as error:
+            if "Version mismatch" not in str(error):
+                raise
+            raise _other_version(address, error) from error
+        over = threading.Event()
+        if address:
+            threading.Thread(target=_watch_head, args=[over], name="head", daemon=True).start()
         try:
             yield
         finally:
+            over.set()
             ray.shutdown()
 
 
@@ -91,6 +127,25 @@ def _on_loopback() -> Iterator[None]:
         if before[0] is not None:
             os.environ[variable] = before[0]
         ray_constants.ENABLE_RAY_CLUSTER = before[1]
+
+
+def _watch_head(over: threading.Event) -> None:
+    """Ends this process, with a message, when the head has been gone for long: calls to Ray would block, until Ray
+    kills the process with a message about its own parts. What a search has done is kept as after any kill."""
+    address = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    answered = time.monotonic()
+    while not over.wait(_SECONDS_BETWEEN_LOOKS_AT_HEAD):
+        with suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
+            answered = time.monotonic()
+        if time.monotonic() - answered > _SECONDS_WITHOUT_HEAD and not over.is_set():
+            logger.error(
+                "the head of the Ray cluster at %s has not answered for %.0f s: it is gone, or cut off from here; what "
+                "is done is kept, and `tuner resume RUN` goes on when a head is there again",
+                address, _SECONDS_WITHOUT_HEAD,
+            )  # fmt: skip
+            os._exit(1)
 
 
 def _check_answers(address: str) -> None:
@@ -111,16 +166,30 @@ def _no_cluster(address: str, error: Exception) -> ValueError:
     )
 
 
-def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None) -> Resources:
-    """What was asked for; else a whole GPU a trial where the cluster has some or could have, with its share of the
-    node's cores, or one CPU. ValueError if no node can hold a trial, nor one that an autoscaler could start."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes += [kind.resources for kind in _startable()]
+def _other_version(address: str | None, error: Exception) -> ValueError:
+    """Ray's own message has lines for the cluster and for this process, each "Ray: 2.60.0" and "Python: 3.11.2"."""
+    found = " and ".join(
+        f"Ray {version} with Python {python}"
+        for version, python in zip(
+            re.findall(r"Ray: (\S+)", str(error)), re.findall(r"Python: (\S+)", str(error)), strict=False
+        )
+    )
+    return ValueError(
+        f"the cluster at {address} must run the Ray and the Python of this process, found {found}, in this order; "
+        "install the same versions on both sides"
+    )
+
+
+def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None, cpu_trials: int = 0) -> Resources:
+    """What was asked for; else a whole GPU a trial where the cluster has some, with its part of the node's cores (less
+    what trials without a GPU need), or one CPU. ValueError if no node can hold a trial, nor one that is to come."""
+    nodes = _nodes()
     gpus = gpus if gpus is not None else float(any(node.get("GPU") for node in nodes))
-    shares = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU")] if gpus >= 1 else []
-    found = Resources(cpus if cpus is not None else float(max(1, min(shares, default=1))), gpus, concurrent)
-    asked = _asked(found)
-    if not any(_times(node, asked) for node in nodes):
+    if cpus is None:
+        cpus = _cores_each(nodes, gpus, cpu_trials)
+    found = Resources(cpus, gpus, concurrent, cpu_trials)
+    asked = {"CPU": found.cpus_per_trial, "GPU": found.gpus_per_trial}
+    if not any(all(node.get(name, 0) >= wanted for name, wanted in asked.items()) for node in nodes):
         most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
         apart = "" if any(asked[name] > most[name] for name in asked) else " on different nodes"
         short = [name for name in asked if apart or asked[name] > most[name]]
@@ -130,107 +199,207 @@ def default_resources(cpus: float | None, gpus: float | None, concurrent: int | 
             f"a trial must fit one node of the cluster: it asks for {wanted}, found at most {largest}{apart}; "
             f"lower --{short[0].lower()}s-per-trial"
         )
+    if cpu_trials and not gpus:
+        raise ValueError(
+            f"trials without a GPU run beside those that have one, found --cpu-trials {cpu_trials} where no trial has "
+            "one; leave it out, all trials run on CPU cores"
+        )
+    if (room := _room_beside(nodes, cpus, gpus)) < cpu_trials:
+        raise ValueError(
+            f"beside the trials on GPUs, which hold {cpus:g} CPU each, there must be room for {cpu_trials} trials of "
+            f"as many without, found room for {room}; lower --cpu-trials, --cpus-per-trial or the number of trials on "
+            "a GPU"
+        )
     return found
 
 
-def fit_at_once(resources: Resources) -> tuple[int, str]:
-    """How many trials the cluster as it is runs at once, and what bounds them."""
-    there = ray.cluster_resources()
-    asked = {name: wanted for name, wanted in _asked(resources).items() if wanted}
-    count, name = min((int(there.get(name, 0) // wanted), name) for name, wanted in asked.items())
-    return count, f"{asked[name]:g} {name} a trial, {there.get(name, 0):g} there"
+def sharing_gpus(
+    trial_bytes: int, gpu_bytes: int, cpus: float | None, at_once: int | None, concurrent: int | None, cpu_trials: int
+) -> Resources:
+    """Trials side by side on each GPU, as many as its memory and the node's cores hold, and no more than it takes to
+    have so many at once."""
+    holders = [node for node in _nodes() if node.get("GPU")]
+    spread = math.ceil(at_once / sum(node["GPU"] for node in holders)) if at_once else None
+    most = min(most_on_a_gpu(node.get("CPU", 0), node["GPU"], cpus) for node in holders)
+    for count in range(min(most, spread or most), 1, -1):  # fewer where trials without a GPU need cores too
+        with suppress(ValueError):
+            return default_resources(cpus, part_of_gpu(trial_bytes, gpu_bytes, count), concurrent, cpu_trials)
+    return default_resources(cpus, 1.0, concurrent, cpu_trials)
 
 
-class Slots:
-    """How many trials are at a cluster at once: as many as its nodes hold, which may join and leave, or as many as they
-    would with all those that its autoscaler may start."""
-
-    def __init__(self, resources: Resources) -> None:
-        self._resources = resources
-        self._with_autoscaler = with_autoscaler(resources)
-        self._fit, self._counted = 0, -math.inf
-
-    def count(self) -> int:
-        """At least 1: without a node, a trial waits for one."""
-        if self._resources.concurrent:
-            return self._resources.concurrent
-        if time.monotonic() - self._counted > _SECONDS_BETWEEN_COUNTS:
-            self._fit, self._counted = fit_at_once(self._resources)[0], time.monotonic()
-        return max(1, self._fit, self._with_autoscaler)
+def _nodes() -> list[dict[str, float]]:
+    """What each node has that is there, or that the autoscaler may still start."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kinds, most = _startable(ray.get_runtime_context().gcs_address)
+    workers = [node for node in there if _HEAD not in node]
+    to_come = [
+        resources for resources, count in kinds for _ in range(count - sum(_alike(node, resources) for node in workers))
+    ]
+    return there + to_come[: max(0, most - len(workers))]
 
 
-def with_autoscaler(resources: Resources) -> int:
-    """How many trials at once the head and all nodes that the autoscaler may start would run; 0 without one."""
-    kinds = _startable()
-    if not kinds:
-        return 0
-    asked = _asked(resources)
-    heads = [node["Resources"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
-    trials = sum(_times(head, asked) for head in heads)
-    room = kinds[0].most_in_all
-    for kind in sorted(kinds, key=lambda kind: _times(kind.resources, asked), reverse=True):
-        nodes = min(room, kind.most)
-        room -= nodes
-        trials += nodes * _times(kind.resources, asked)
-    return trials
+def _alike(node: dict[str, float], kind: dict[str, float]) -> bool:
+    """Whether a node may be of a kind: Ray does not label nodes with it."""
+    return all(node.get(name, 0) == kind.get(name, 0) for name in ("CPU", "GPU"))
 
 
-def _asked(resources: Resources) -> dict[str, float]:
-    return {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
-
-
-def _times(node: Mapping[str, float], asked: Mapping[str, float]) -> int:
-    """How many trials a node holds."""
-    return int(min(node.get(name, 0) // wanted for name, wanted in asked.items() if wanted))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of node that an autoscaler may start."""
-
-    name: str
-    resources: dict[str, float]
-    most: int
-    most_in_all: int
-    """of all kinds together"""
-
-
-def _startable() -> list[_Kind]:
-    """What the autoscaler of this cluster may start. Ray 2.60 tells no driver; but drivers run on the head, and so does
-    the autoscaler, whose command line names its configuration."""
-    mine = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+@lru_cache
+def _startable(address: str) -> tuple[list[tuple[dict[str, float], int]], int]:
+    """What each kind of node has that the cluster's autoscaler may start, and how many of it, those with GPUs first;
+    how many in all. Ray 2.60 tells no driver; but drivers run on the head, and so does the autoscaler, whose command
+    line names its configuration."""
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = process.read_text().split("\0")
         except (OSError, UnicodeDecodeError):  # it has ended, or is none of ours
             continue
-        given = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
-        if mine in words and given:
-            return _kinds(Path(given[0]).expanduser())
-    return []
+        named = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
+        if named and f"--gcs-address={address}" in words:
+            config = yaml.safe_load(Path(named[0]).expanduser().read_text())
+            kinds = [kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]]
+            most = config["max_workers"]
+            found = [(kind["resources"], kind.get("max_workers", most)) for kind in kinds]
+            return sorted(found, key=lambda kind: kind[0].get("GPU", 0), reverse=True), most
+    return [], 0
 
 
-def _kinds(file: Path) -> list[_Kind]:
-    """The kinds of workers of an autoscaler's configuration."""
-    found = yaml.safe_load(file.read_text())
-    most = found.get("max_workers", 0)
-    return [
-        _Kind(name, kind.get("resources", {}), kind.get("max_workers", most), most)
-        for name, kind in found["available_node_types"].items()
-        if name != found["head_node_type"]
-    ]
+def _cores_each(nodes: list[dict[str, float]], gpus: float, cpu_trials: int) -> float:
+    holders = [node for node in nodes if gpus and places(node.get("GPU", 0), gpus)]
+    shares = [cores_each(node.get("CPU", 0), node["GPU"], gpus) for node in holders]
+    most = min(shares, default=1.0)
+    return next((float(n) for n in range(int(most), 1, -1) if _room_beside(nodes, n, gpus) >= cpu_trials), 1.0)
+
+
+def _room_beside(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
+    """How many trials without a GPU fit beside as many as fit with one."""
+    room = 0
+    for node in nodes:
+        cores = node.get("CPU", 0)
+        on_gpus = places(node.get("GPU", 0), gpus) if gpus else 0
+        room += int(max(0.0, cores - min(on_gpus, cores // cpus) * cpus) // cpus)
+    return room
+
+
+def fit_at_once(resources: Resources) -> tuple[int, str]:
+    """How many trials the cluster runs at once, with the nodes that its autoscaler may start, and what bounds them."""
+    nodes = _nodes()
+    cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
+    counts = [(int(sum(node.get("CPU", 0) for node in nodes) // cpus), "CPU", cpus)]
+    if gpus:
+        counts.append((sum(places(node.get("GPU", 0), gpus) for node in nodes), "GPU", gpus))
+    count, name, wanted = min(counts)
+    return count, f"{wanted:g} {name} a trial, {sum(node.get(name, 0) for node in nodes):g} there"
 
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
     """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU. Raises what the
-    function raises."""
-    remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)
+    function raises. Where the node or the process dies under it, or the node is unfit, it is called again elsewhere."""
+    remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)(_call)
+    unfit: set[str] = set()
+    deaths = 0
+    while True:
+        running = remote.options(label_selector=elsewhere(unfit)).remote(function, arguments)
+        try:
+            found = ray.get(running)
+        except ray.exceptions.RayTaskError as error:  # its text is a traceback
+            raise error.cause from error
+        except ray.exceptions.RayError as error:  # not the function's doing
+            deaths += 1
+            if deaths == _TRIES:
+                raise SearchFailed(
+                    f"{function.__name__} lost its node or its process {_TRIES} times, memory may have run out "
+                    f"({type(error).__name__}: {error})"
+                ) from error
+        except BaseException:  # Ctrl-C
+            ray.cancel(running, force=True)
+            raise
+        else:
+            if not isinstance(found, _Unfit):
+                return found
+            unfit.add(found.node)
+            if not able_nodes(resources) - unfit:
+                raise found.error
+            logger.warning("%s", takes_no_more(found.node, str(found.error)))
+
+
+@dataclass(frozen=True)
+class _Unfit:
+    """The answer of a node that is unfit."""
+
+    node: str
+    error: Exception
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """On the worker: what a function answers, or that the node is to blame for what it raised."""
     try:
-        return ray.get(remote(function).remote(*arguments))
-    except ray.exceptions.RayTaskError as error:  # its text is a traceback
-        raise error.cause from error
+        return function(*arguments)
+    except Exception as error:
+        if full_disk(error) is None and not isinstance(error, NodeUnfit):
+            raise
+        return _Unfit(ray.get_runtime_context().get_node_id(), error)
+
+
+def full_disk(error: BaseException) -> int | None:
+    """What a disk says that is full, or whose quota or limit is reached, as an error number; None if it is not that."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in FULL_DISK else None
+    # torch and safetensors write without Python, and tell in words.
+    said = {os.strerror(number): number for number in FULL_DISK} | {"PytorchStreamWriter failed": errno.ENOSPC}
+    return next((number for words, number in said.items() if words in str(error)), None)
+
+
+def elsewhere(unfit: Collection[str]) -> dict[str, str]:
+    """The label selector of all nodes but some."""
+    return {NODE_LABEL: f"!in({','.join(sorted(unfit))})"} if unfit else {}
+
+
+def takes_no_more(node: str, reason: str) -> str:
+    """The message to a node that is unfit."""
+    return (
+        f"node {name_of(node)} takes no more trials in this session: {reason}; mend that and start Ray there anew, or "
+        "take the node out of the cluster"
+    )
+
+
+def able_nodes(resources: Resources) -> set[str]:
+    """The ids of the nodes that could hold a trial, if nothing else ran there, and that stay."""
+    wanted = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
+    stay = nodes_that_stay()
+    return {
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["NodeID"] in stay and all(node["Resources"].get(name, 0) >= n for name, n in wanted.items())
+    }
 
 
 def nodes_alive() -> set[str]:
     """The ids of the nodes that the cluster believes to be there."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def nodes_that_stay() -> set[str]:
+    """Those of them that have no notice to go."""
+    return nodes_alive() - set(draining())
+
+
+def draining() -> dict[str, float]:
+    """The nodes with a notice to go: in how many seconds each, 0 where that is not known."""
+    now = time.time()
+    found = ray._private.state.state.get_draining_nodes()
+    return {node: max(0.0, deadline_ms / 1000 - now) for node, deadline_ms in found.items()}
+
+
+def name_of(node: str) -> str:
+    """A node as a user knows it."""
+    for found in ray.nodes():
+        if found["NodeID"] == node:
+            host, address = found["NodeManagerHostname"], found["NodeManagerAddress"]
+            return f"{host} ({address})"
+    return node
+
+
+def node_of(actor: Any) -> str | None:
+    """The node of an actor's process; None where that is not known."""
+    found = ray._private.state.actors(actor._actor_id.hex()) if actor else {}
+    return found.get("Address", {}).get("NodeID") or None

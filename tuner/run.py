@@ -253,6 +253,8 @@ def checked_splits(space: Space, data: str | Path) -> Splits:
 def load(directory: str | Path, data: str | Path | None = None) -> Run:
     """An existing run, whose data now lie in `data` if that is given. ValueError if the folder holds none, or if its
     space was changed: the trials would not be of the space that they seem to be of."""
+    if "://" in str(directory):
+        raise ValueError(f"a run must be a folder here, found {directory}; `tuner resume {directory}` brings it")
     path = Path(directory)
     if path.name in ("", ".."):  # a run is called by its folder, and `.` says nothing
         path = path.resolve()

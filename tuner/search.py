@@ -6,80 +6,94 @@ is read back: a search goes on as a new Tune experiment that is fed from the stu
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
+import shutil
 import signal
+import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
-from ray import tune
-from ray.tune import Checkpoint, FailureConfig, Stopper, TuneConfig
+import torch
+from ray import cloudpickle, tune
+from ray.exceptions import ActorUnavailableError, RayTaskError
+from ray.tune import FailureConfig, Stopper, TuneConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuner.cluster import Resources, fit_at_once, with_autoscaler
+from tuner import checkpoints, cluster
+from tuner.checkpoints import Torn, Trials, Writer
+from tuner.cluster import Resources, fit_at_once
+from tuner.mirror import Mirror
+from tuner.nodes import NodeUnfit
+from tuner.remote import StorageFailed
 from tuner.sampler import SearchStudy
-from tuner.session import OVER, Session
+from tuner.session import LEAVES, OVER, UNFIT, Session
 from tuner.space import Budget
 from tuner.tracking import Trackers
-from tuner.trial import TrialTask, failure, nothing_yet, take_device
+from tuner.trial import TrialTask, failure, nothing_yet, previews, run_on, take_device
 from tuner.use import Meter
+
+if TYPE_CHECKING:
+    from model.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
 
 def run_trials(
-    study: SearchStudy, task: TrialTask, run_directory: Path, budget: Budget, resources: Resources, trackers: Trackers
+    study: SearchStudy,
+    task: TrialTask,
+    run_directory: Path,
+    budget: Budget,
+    resources: Resources,
+    trackers: Trackers,
+    mirror: Mirror | None = None,
 ) -> str:
     """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped").
 
     SearchFailed when trials crash one after another.
     """
-    trials = run_directory / "trials"
-    session = Session(study, trials, budget, resources, trackers)
+    mirror = mirror or Mirror(run_directory)
+    trials = mirror.trials
+    session = Session(study, trials, budget, resources, trackers, mirror)
     if session.nothing_left():
         return session.close()
     fit, why = fit_at_once(resources)
-    reachable = with_autoscaler(resources)
-    if not fit:
-        logger.warning(
-            "no node can take a trial yet: waiting for the autoscaler, which may bring room for %d", reachable
-        )
-    elif (resources.concurrent or 0) > max(fit, reachable):
+    if not cluster.able_nodes(resources):
+        logger.warning("no node can take a trial yet: waiting for the autoscaler, whose limits allow %d at once", fit)
+    elif (resources.concurrent or 0) > fit:
         logger.warning("--concurrent %d: only %d fit at once (%s)", resources.concurrent, fit, why)
-    attempt = sum(1 for _ in trials.glob("attempt-*")) + 1
+    session.attempt = trials.new_attempt()
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal sets our flag; Ray's handler would drop what runs
-        "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # the session says how many there may be
+        "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # the session says how many, and that changes with the cluster
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's own record is never read back
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
-    on_cpu = resources.gpus_per_trial == 0
-    trainable = tune.with_resources(
-        tune.with_parameters(_trial_on_worker, task=task, resources=resources),
-        {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
-    )
     experiment = tune.Tuner(
-        trainable,
+        tune.with_parameters(_trial_on_worker, task=task, cpus=resources.cpus_per_trial, trials=trials),
         tune_config=TuneConfig(
             search_alg=_StudySearcher(session),
             scheduler=_StudyScheduler(session),
             num_samples=-1,  # the searcher says when it is over
-            reuse_actors=on_cpu,  # a new process a trial costs a second; on a GPU it returns the memory
+            reuse_actors=resources.gpus_per_trial
+            == 0,  # a new process a trial costs a second; on a GPU it returns the memory
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: trial.config["folder"],
         ),
         run_config=tune.RunConfig(
-            name=f"attempt-{attempt}",
-            storage_path=str(trials.resolve()),
+            name=f"attempt-{session.attempt}",
+            storage_path=str(trials.local),
             stop=_Stop(session),
             callbacks=[_Began(session)],
             failure_config=FailureConfig(max_failures=0),
@@ -100,6 +114,13 @@ def _cause(error: Exception) -> Exception:
     """What went wrong where Ray Tune tells of it: the text of a TuneError is a traceback."""
     cause = error.__cause__ or error.__context__
     return _cause(cause) if isinstance(error, tune.TuneError) and isinstance(cause, Exception) else error
+
+
+def placement(config: dict[str, Any], resources: Resources, unfit: Collection[str]) -> tune.PlacementGroupFactory:
+    """What a trial holds, and where: on any node but the unfit ones."""
+    bundle = {"CPU": resources.cpus_per_trial, "GPU": config["gpus"]}
+    where = {"bundle_label_selector": [cluster.elsewhere(unfit)]} if unfit else {}
+    return tune.PlacementGroupFactory([bundle], **where)
 
 
 class _StudySearcher(Searcher):
@@ -136,12 +157,33 @@ class _StudyScheduler(FIFOScheduler):
         super().__init__()
         self._session = session
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        with self._session.errors_end():
+            trial.update_resources(placement(trial.config, self._session.resources, self._session.unfit))
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Before the searcher hears of it, which is not told what went wrong."""
+        with self._session.errors_end():
+            error = _error_of(trial)
+            # Of a connection that broke it is not known yet whether the process died, or its node.
+            lost = isinstance(error, ActorUnavailableError) or getattr(error, "preempted", False)
+            said = f"{type(error.cause).__name__}: {error.cause}" if isinstance(error, RayTaskError) else None
+            self._session.ended(trial.trial_id, crashed=True, is_certain=not lost, error=said)
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         with self._session.errors_end():
-            progress, use = (json.loads(result[name]) for name in ("progress", "use"))  # Ray flattens what is nested
-            if not self._session.reported(trial.trial_id, progress, result["node"], use):
+            progress, use, pictures = (json.loads(result[name]) for name in ("progress", "use", "pictures"))
+            pictures = {name: base64.b64decode(data) for name, data in pictures.items()}
+            if not self._session.reported(trial.trial_id, progress, result["node"], use, pictures):
                 return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
+
+
+def _error_of(trial: Any) -> Exception | None:
+    """What Ray has just written of a trial's worker; None where that cannot be read here."""
+    with suppress(Exception):
+        return cast("Exception", cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+    return None
 
 
 class _Began(tune.Callback):
@@ -152,7 +194,12 @@ class _Began(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with self._session.errors_end():
-            self._session.began(trial.trial_id)
+            self._session.began(trial.trial_id, cluster.node_of(trial.temporary_state.ray_actor))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        result.pop("pictures", None)  # Ray keeps the last result of every trial
 
 
 class _Stop(Stopper):
@@ -170,24 +217,74 @@ class _Stop(Stopper):
         return True
 
 
-def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resources) -> None:
-    """What Ray runs: one trial, whose end is always reported, however it comes."""
+def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trials: Trials) -> None:
+    """What Ray runs: one trial, whose end is always reported, however it comes. NodeUnfit where the trial is to go on
+    elsewhere."""
     from model.config import RunConfig
 
+    writer = Writer(trials, config["start"], config["config"])
+
     def report(progress: dict[str, Any], folder: Path | None) -> None:
-        kept = Checkpoint.from_directory(str(folder)) if folder else None
-        use = meter.read()  # not part of the progress: records of equal searches are equal
-        told = {"progress": json.dumps(progress), "use": json.dumps(use), "node": node}
-        tune.report(told, checkpoint=kept)
+        pictures: dict[str, str] = {}
+        if folder:
+            writer.write(folder, progress["epochs"], last=progress["status"] != "running")
+            if trials.there and progress["epochs"] == progress["best_epoch"]:  # the driver would have to fetch them
+                pictures = {name: base64.b64encode(data).decode() for name, data in previews(folder).items()}
+        use = meter.read() if meter else {}  # not part of the progress: records of equal searches are equal
+        told = {"progress": progress, "use": use, "pictures": pictures}
+        tune.report({name: json.dumps(value) for name, value in told.items()} | {"node": node})  # Ray would flatten it
 
     node = ray.get_runtime_context().get_node_id()
-    device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
-    resume = Path(config["checkpoint"]) if config["checkpoint"] else None
-    with Meter(device) as meter:
-        try:
-            task.run(RunConfig.from_dict(config["config"]), device, resume, report)
-        except Exception as error:  # a trial that crashes is a result, with its reason
+    own = RunConfig.from_dict(config["config"])
+    meter = None
+    try:
+        if node in cluster.draining():  # Ray gave the trial to a process from before the notice
+            raise _NodeLeaves
+        device = _device(config["gpus"], int(cpus))
+        with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
+            resume = _fetched(config, own, trials, Path(scratch))
+            run_on(task, own, device, config["gpus"], resume, report)
+    except _NodeLeaves:
+        report(nothing_yet() | {"status": LEAVES}, None)
+        raise  # ends the process, to which Ray would give the next trial
+    except Exception as error:  # a trial that crashes is a result, with its reason
+        full = cluster.full_disk(error)
+        if isinstance(error, StorageFailed):
+            error = NodeUnfit(
+                f"a node must reach the run's storage to take trials, and this one did not for half an hour: {error}; "
+                "see whether the storage can be reached from there"
+            )
+        if full is None and not isinstance(error, NodeUnfit):
             report(nothing_yet() | failure(error), None)
+            return
+        report(nothing_yet() | {"status": UNFIT, "reason": str(error), "errno": full}, None)
+        raise NodeUnfit(str(error)) from None  # as above; what torch raises may not travel
+
+
+class _NodeLeaves(Exception):
+    """A trial has come to a node that has a notice to go."""
+
+
+def _device(gpus: float, threads: int) -> torch.device:
+    try:
+        return take_device(gpus, threads)
+    except RuntimeError as error:
+        raise NodeUnfit(str(error)) from error
+
+
+def _fetched(config: dict[str, Any], own: RunConfig, trials: Trials, scratch: Path) -> Path | None:
+    """The checkpoint to go on from, on this machine: the one that the driver names, or an older one if that is torn."""
+    address = config["checkpoint"]
+    while address is not None:
+        try:
+            return checkpoints.fetch(address, scratch / "checkpoint")
+        except Torn as error:
+            logger.warning("%s; it is left out", error)
+            shutil.rmtree(scratch / "checkpoint", ignore_errors=True)
+            checkpoints.discard(address)
+        found = checkpoints.patiently_newest(trials, config["trial"], own)
+        address = found.address if found else None
+    return None
 
 
 @contextmanager

@@ -59,9 +59,7 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 @contextmanager
-def head(
-    *options: str, autoscaling: Callable[[str], Path] | None = None, **environment: str
-) -> Iterator[str]:
+def head(*options: str, autoscaling: Callable[[str], Path] | None = None, **environment: str) -> Iterator[str]:
     """A cluster's head on 127.0.0.1, with the token, in a process group of its own; its address, of which the
     autoscaler's configuration may be made."""
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # short: Ray's sockets lie there
@@ -120,7 +118,9 @@ def space_file(folder: Path, space: Space) -> Path:
 def alive(address: str) -> int:
     """How many nodes the cluster has, asked from a process of its own."""
     code = f"import ray; ray.init({address!r}, log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | OWN, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | OWN, capture_output=True, text=True, check=True
+    )
     return int(done.stdout.split()[-1])
 
 
@@ -129,7 +129,11 @@ def alive(address: str) -> int:
 def test_a_search_brings_nodes_that_go_when_it_is_over(tmp_path: Path) -> None:
     """The autoscaler with what cluster.yaml says, and a head that takes no trial."""
     config = tmp_path / "autoscaling.yaml"
-    environment = {"RAY_FAKE_CLUSTER": "1", "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    environment = {
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
     space = space_file(tmp_path, small_space(budget={"trials": 3}))
 
     def configured(address: str) -> Path:
