@@ -101,10 +101,13 @@ def autoscaled(address: str, cpus: int = 1, idle_minutes: float = 0.1) -> dict[s
     return defaults | config
 
 
-def tuner(*words: str | Path, cwd: Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    own = OWN | {"PYTHONPATH": str(ROOT)}
+def tuner(
+    *words: str | Path | float, cwd: Path, timeout: float = 240, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """The command, in an environment with these variables, or without where one is None."""
+    own = os.environ | OWN | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
-        [sys.executable, "-m", "tuner", *map(str, words)], cwd=cwd, env=os.environ | own | environment,
+        [sys.executable, "-m", "tuner", *map(str, words)], cwd=cwd, env={name: value for name, value in own.items() if value is not None},
         capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
 
@@ -145,7 +148,7 @@ def test_a_search_brings_nodes_that_go_when_it_is_over(tmp_path: Path) -> None:
         done = tuner("search", space, "--data", "synthetic", "--address", at, "--gpus-per-trial", 0,
                      "--cpus-per-trial", 1, "--wandb", "off", cwd=tmp_path)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "no node can take a trial yet: waiting for the autoscaler, which may bring room for 4" in " ".join(
+        assert "no node can take a trial yet: waiting for the autoscaler, whose limits allow 4 at once" in " ".join(
             done.stderr.split()
         )
         run = tmp_path / "runs" / "small"
@@ -179,3 +182,54 @@ def test_a_search_without_a_cluster_listens_on_loopback_alone(tmp_path: Path) ->
         end(search)
     assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
     assert {ip.removeprefix("::ffff:") for _, ip in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_laptop_submits_a_search_to_a_cluster(tmp_path: Path) -> None:
+    """Dashboard and token on; the laptop has the token in its home, another folder, and a space outside that."""
+    laptop, home, elsewhere = (tmp_path / name for name in ("laptop", "home", "elsewhere"))
+    for folder in (laptop, home, elsewhere):
+        folder.mkdir()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    space = space_file(elsewhere, small_space(budget={"trials": 2}))
+    (laptop / "notes.txt").write_text("travels")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    secret = "local-" + "f00d" * 10
+    at_home = {"HOME": str(tmp_path), "RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": None, "WANDB_API_KEY": secret}
+    options = ("--num-cpus=1", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}")
+    with head(*options, HOME=str(home), PYTHONPATH=str(ROOT), PATH=f"{RAY.parent}:{os.environ['PATH']}"):
+        done = tuner("search", space, "--data", "synthetic", "--wandb", "off", "--no-report", "--address", url,
+                     cwd=laptop, timeout=400, **at_home)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = home / "runs" / "small"
+        assert done.stdout.splitlines()[-1] == str(run)  # what the command there printed
+        assert "no --storage: results will lie in ~/runs on the cluster's head" in done.stderr
+        records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+        assert [record["status"] for record in records] == ["completed"] * 2
+        assert not (laptop / "runs").exists()
+        again = tuner("search", space, "--data", "synthetic", "--address", url, cwd=laptop, **at_home)
+        assert (again.returncode, "already exists" in again.stdout) == (2, True), again.stdout + again.stderr
+        resumed = tuner("resume", "runs/small", "--address", url, cwd=laptop, **at_home)
+        assert (resumed.returncode, resumed.stdout.splitlines()[-1]) == (0, str(run)), resumed.stderr
+        stranger = tuner("search", space, "--address", url, cwd=laptop, **(at_home | {"HOME": str(laptop)}))
+        assert (stranger.returncode, "asks for its token" in stranger.stderr) == (2, True), stranger.stderr
+        submit = [RAY, "job", "submit", "--address", url, "--working-dir", elsewhere, "--",
+                  "tuner", "search", "small.yaml", "--name", "by-ray", "--data", "synthetic", "--wandb", "off",
+                  "--no-report", "--address", "auto", "--runs", str(home / "runs")]  # fmt: skip
+        by_ray = subprocess.run(
+            [sys.executable, *submit], env=os.environ | OWN, capture_output=True, text=True, check=False
+        )
+        assert by_ray.returncode == 0, by_ray.stdout + by_ray.stderr
+        assert len((home / "runs" / "by-ray" / "records.jsonl").read_text().splitlines()) == 2
+        listed = subprocess.run(
+            [sys.executable, RAY, "job", "list", "--address", url],
+            env=os.environ | OWN,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "--address auto" in listed.stdout
+        assert secret not in listed.stdout
