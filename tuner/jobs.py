@@ -7,6 +7,7 @@ lies in the current folder travels, and nothing of the environment: keys and tok
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -35,6 +37,8 @@ from tuner.run import SYNTHETIC
 from tuner.space_file import load, shipped
 
 _SECONDS_TO_ANSWER = 10.0
+_SECONDS_TO_START = 60.0
+
 _MOST_MB = 100
 """of the current folder; Ray keeps what travels in the head's memory, and takes no more"""
 
@@ -60,7 +64,7 @@ def search(space: str, data: str, chosen: Mapping[str, Any], console: Console) -
         console.print(
             f"no --storage: results will lie in ~/{chosen['runs']} on the cluster's head, and go with it; before, for "
             f"example `ray rsync-down cluster.yaml '~/{chosen['runs']}/' {chosen['runs']}/` brings them here",
-            style="yellow", markup=False, highlight=False,
+            style="yellow", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     elif "://" not in chosen["storage"]:
         _check_absolute("--storage", chosen["storage"])
@@ -182,7 +186,7 @@ def _run(address: str, words: list[str], package: Path | None, console: Console)
     environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": _SECONDS_TO_STOP}}
     if package is not None:
         environment["working_dir"] = str(package)
-    job = client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+    job = _submit(client, entrypoint, environment)
     token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
     follow = f"{token}ray job logs --follow {job} --address {address}"
     stop = f"{token}ray job stop {job} --address {address}"
@@ -201,6 +205,18 @@ def _run(address: str, words: list[str], package: Path | None, console: Console)
     if details.driver_exit_code:
         return int(details.driver_exit_code)
     raise SearchFailed(f"the job ended without an exit code ({details.message}); its output: {follow}")
+
+
+def _submit(client: JobSubmissionClient, entrypoint: str, environment: dict[str, Any]) -> str:
+    """The id of the job. A head that has just started may have nobody to run it yet."""
+    give_up = time.monotonic() + _SECONDS_TO_START
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))
+        except RuntimeError as error:
+            if "try again later" not in str(error) or time.monotonic() > give_up:
+                raise
+        time.sleep(1)
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> None:
@@ -228,6 +244,8 @@ def _client(address: str) -> JobSubmissionClient:
         pass
     except (OSError, HTTPException, ValueError) as error:
         raise _no_dashboard(address, error) from error
+    for name in ("", ".dashboard.modules.dashboard_sdk", ".dashboard.modules.job.sdk"):  # what it does is told here
+        logging.getLogger(f"ray{name}").setLevel(logging.ERROR)
     # Ray would use the user's token where RAY_AUTH_MODE says so alone.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import pytest
 import ray
 import yaml
 
+from tests.conftest import heeds_ctrl_c
 from tests.tuner.conftest import small_space
 from tuner.space import Space
 
@@ -66,7 +68,7 @@ def head(*options: str, autoscaling: Callable[[str], Path] | None = None, **envi
     address = f"127.0.0.1:{free_port()}"
     start = [sys.executable, RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1",
              f"--port={address.rpartition(':')[2]}", "--disable-usage-stats", "--object-store-memory=100000000",
-             f"--temp-dir={folder}", *options]  # fmt: skip
+             f"--temp-dir={folder}", f"--dashboard-agent-listen-port={free_port()}", *options]  # fmt: skip
     if autoscaling:
         start.append(f"--autoscaling-config={autoscaling(address)}")
     with (folder / "head.txt").open("w") as said:
@@ -211,7 +213,7 @@ def test_a_laptop_submits_a_search_to_a_cluster(tmp_path: Path) -> None:
         assert [record["status"] for record in records] == ["completed"] * 2
         assert not (laptop / "runs").exists()
         again = tuner("search", space, "--data", "synthetic", "--address", url, cwd=laptop, **at_home)
-        assert (again.returncode, "already exists" in again.stdout) == (2, True), again.stdout + again.stderr
+        assert (again.returncode, "a run's name must be new" in again.stdout) == (2, True), again.stdout + again.stderr
         resumed = tuner("resume", "runs/small", "--address", url, cwd=laptop, **at_home)
         assert (resumed.returncode, resumed.stdout.splitlines()[-1]) == (0, str(run)), resumed.stderr
         stranger = tuner("search", space, "--address", url, cwd=laptop, **(at_home | {"HOME": str(laptop)}))
@@ -226,10 +228,30 @@ def test_a_laptop_submits_a_search_to_a_cluster(tmp_path: Path) -> None:
         assert len((home / "runs" / "by-ray" / "records.jsonl").read_text().splitlines()) == 2
         listed = subprocess.run(
             [sys.executable, RAY, "job", "list", "--address", url],
-            env=os.environ | OWN,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+            env=os.environ | OWN, capture_output=True, text=True, check=True,
+        )  # fmt: skip
         assert "--address auto" in listed.stdout
         assert secret not in listed.stdout
+        interrupted(space, url, laptop, at_home, home / "runs" / "interrupted")
+
+
+def interrupted(space: Path, url: str, laptop: Path, at_home: dict[str, str | None], run: Path) -> None:
+    """Ctrl-C leaves the job running; the commands that it names follow it and stop it."""
+    own = os.environ | OWN | {"PYTHONPATH": str(ROOT)} | at_home
+    search = subprocess.Popen(
+        [sys.executable, "-m", "tuner", "search", str(space), "--name", run.name, "--data", "synthetic", "--wandb", "off",
+         "--trials", "500", "--address", url],
+        cwd=laptop, env={name: value for name, value in own.items() if value is not None},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c,
+    )  # fmt: skip
+    while not (run / "records.jsonl").exists():
+        assert search.poll() is None
+        time.sleep(0.2)
+    search.send_signal(signal.SIGINT)
+    _, said = search.communicate(timeout=60)
+    assert search.returncode == 130
+    assert "the job goes on; follow it: RAY_AUTH_MODE=token ray job logs --follow raysubmit_" in said
+    stop = shlex.split(said.partition("stop it: RAY_AUTH_MODE=token ray ")[2].splitlines()[0])
+    assert json.loads((run / "run.json").read_text())["state"] == "running"
+    subprocess.run([sys.executable, RAY, *stop], env=os.environ | OWN, capture_output=True, check=True)
+    assert json.loads((run / "run.json").read_text())["state"] == "stopped"  # it was given the time for it
