@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tuner.options import (
-    ADDRESS,
+    ADDRESS_OR_DASHBOARD,
     COUNT,
+    DASHBOARD,
     GPUS,
     MM_PER_PX,
     NO_OR_COUNT,
@@ -93,6 +94,10 @@ def search(options: argparse.Namespace) -> int:
              "cpu_trials", "address", "wandb", "wandb_wait", "tensorboard", "seed", "warm_start", "study",
              "storage")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
+    if DASHBOARD.holds(options.address):
+        from tuner import jobs
+
+        return jobs.search(options.space, _data(options), chosen, options.console)
     return _ended(run_search(options.space, _data(options), console=options.console, **chosen))
 
 
@@ -102,6 +107,10 @@ def resume(options: argparse.Namespace) -> int:
     from tuner.run import load_search
 
     run = options.run
+    if options.address:
+        from tuner import jobs
+
+        return jobs.resume(run, options.data, options.address, options.runs, options.console)
     if mirror.is_mirror(run):
         run = mirror.bring(run, Path(options.runs), options.console)
         options.console.print(f"goes on in {run}")
@@ -380,7 +389,13 @@ def _parser() -> argparse.ArgumentParser:
         "--cpu-trials", metavar="N", type=_no_or_count, default=0,
         help="trials at once that run on CPU cores alone, beside those on GPUs",
     )  # fmt: skip
-    made.add_argument("--address", metavar="ADDR", type=_address, help="a running Ray cluster, host:port or auto")
+    made.add_argument(
+        "--address",
+        metavar="ADDR",
+        type=_address,
+        help="a running Ray cluster, host:port or auto; to http://HOST:PORT of its dashboard the same command is "
+        "submitted as a job, with the current folder",
+    )
     made.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
     )
@@ -439,6 +454,12 @@ def _parser() -> argparse.ArgumentParser:
         "run", metavar="RUN_OR_URI", help="the folder of a run, or URI/NAME at its --storage, from where it is brought"
     )
     made.add_argument("--runs", metavar="DIR", default="runs", help="where a run that is brought will lie")
+    made.add_argument(
+        "--address",
+        metavar="ADDR",
+        type=_dashboard,
+        help="go on with a run of that cluster, as a job there; http://HOST:PORT",
+    )
     made.add_argument(
         "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
     )
@@ -592,7 +613,8 @@ _mm_per_px = _value(MM_PER_PX, float)
 _wait = _value(WAIT, float)
 _seed = _value(SEED, int)
 _port = _value(PORT, int)
-_address = _value(ADDRESS, str)
+_address = _value(ADDRESS_OR_DASHBOARD, str)
+_dashboard = _value(DASHBOARD, str)
 _share = _value(Rule("a share above 0 and below 0.9", lambda v: POSITIVE.holds(v) and v < 0.9), float)
 
 

@@ -10,9 +10,10 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,6 @@ from tuner.records import NodeUnfit, SearchFailed
 from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
 logger = logging.getLogger(__name__)
-
-_HEAD = "node:__internal_head__"
-"""the resource that the head alone has"""
 
 _SECONDS_TO_ANSWER = 10.0
 """so long a cluster may take to accept a connection"""
@@ -46,6 +44,8 @@ FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 _NODE_DIED = re.compile("Raylet is terminated|has been marked dead")
 """what Ray prints on standard output of each node that dies, with the end of its log"""
+_HEAD = "node:__internal_head__"
+"""the resource that the head alone has"""
 
 NODE_LABEL = "ray.io/node-id"
 """what Ray labels every node with"""
@@ -185,16 +185,15 @@ def _other_version(address: str | None, error: Exception) -> ValueError:
 
 
 def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None, cpu_trials: int = 0) -> Resources:
-    """What was asked for; else a whole GPU a trial where the cluster has some or could have, with its part of the
-    node's cores (less what trials without a GPU need), or one CPU. ValueError if no node can hold a trial, nor one that
-    an autoscaler could start."""
-    nodes = [*_nodes(), *(kind.resources for kind in _startable())]
+    """What was asked for; else a whole GPU a trial where the cluster has some, with its part of the node's cores (less
+    what trials without a GPU need), or one CPU. ValueError if no node can hold a trial, nor one that is to come."""
+    nodes = _nodes()
     gpus = gpus if gpus is not None else float(any(node.get("GPU") for node in nodes))
     if cpus is None:
         cpus = _cores_each(nodes, gpus, cpu_trials)
     found = Resources(cpus, gpus, concurrent, cpu_trials)
     asked = {"CPU": found.cpus_per_trial, "GPU": found.gpus_per_trial}
-    if not any(_times(node, found) for node in nodes):
+    if not any(all(node.get(name, 0) >= wanted for name, wanted in asked.items()) for node in nodes):
         most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
         apart = "" if any(asked[name] > most[name] for name in asked) else " on different nodes"
         short = [name for name in asked if apart or asked[name] > most[name]]
@@ -233,8 +232,39 @@ def sharing_gpus(
 
 
 def _nodes() -> list[dict[str, float]]:
-    """What each node that is there has."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """What each node has that is there, or that the autoscaler may still start."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kinds, most = _startable(ray.get_runtime_context().gcs_address)
+    workers = [node for node in there if _HEAD not in node]
+    to_come = [
+        resources for resources, count in kinds for _ in range(count - sum(_alike(node, resources) for node in workers))
+    ]
+    return there + to_come[: max(0, most - len(workers))]
+
+
+def _alike(node: dict[str, float], kind: dict[str, float]) -> bool:
+    """Whether a node may be of a kind: Ray does not label nodes with it."""
+    return all(node.get(name, 0) == kind.get(name, 0) for name in ("CPU", "GPU"))
+
+
+@lru_cache
+def _startable(address: str) -> tuple[list[tuple[dict[str, float], int]], int]:
+    """What each kind of node has that the cluster's autoscaler may start, and how many of it, those with GPUs first;
+    how many in all. Ray 2.60 tells no driver; but drivers run on the head, and so does the autoscaler, whose command
+    line names its configuration."""
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_text().split("\0")
+        except (OSError, UnicodeDecodeError):  # it has ended, or is none of ours
+            continue
+        named = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
+        if named and f"--gcs-address={address}" in words:
+            config = yaml.safe_load(Path(named[0]).expanduser().read_text())
+            kinds = [kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]]
+            most = config["max_workers"]
+            found = [(kind["resources"], kind.get("max_workers", most)) for kind in kinds]
+            return sorted(found, key=lambda kind: kind[0].get("GPU", 0), reverse=True), most
+    return [], 0
 
 
 def _cores_each(nodes: list[dict[str, float]], gpus: float, cpu_trials: int) -> float:
@@ -255,73 +285,14 @@ def _room_beside(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int
 
 
 def fit_at_once(resources: Resources) -> tuple[int, str]:
-    """How many trials the cluster as it is runs at once, and what bounds them."""
-    there = ray.cluster_resources()
+    """How many trials the cluster runs at once, with the nodes that its autoscaler may start, and what bounds them."""
+    nodes = _nodes()
     cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
-    counts = [(int(there.get("CPU", 0) // cpus), "CPU", cpus)]
+    counts = [(int(sum(node.get("CPU", 0) for node in nodes) // cpus), "CPU", cpus)]
     if gpus:
-        counts.append((sum(places(node.get("GPU", 0), gpus) for node in _nodes()), "GPU", gpus))
+        counts.append((sum(places(node.get("GPU", 0), gpus) for node in nodes), "GPU", gpus))
     count, name, wanted = min(counts)
-    return count, f"{wanted:g} {name} a trial, {there.get(name, 0):g} there"
-
-
-def with_autoscaler(resources: Resources) -> int:
-    """How many trials at once the head and all nodes that the autoscaler may start would run; 0 without one."""
-    kinds = _startable()
-    if not kinds:
-        return 0
-    heads = [node["Resources"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
-    trials = sum(_times(head, resources) for head in heads)
-    room = kinds[0].most_in_all
-    for kind in sorted(kinds, key=lambda kind: _times(kind.resources, resources), reverse=True):
-        nodes = min(room, kind.most)
-        room -= nodes
-        trials += nodes * _times(kind.resources, resources)
-    return trials
-
-
-def _times(node: Mapping[str, float], resources: Resources) -> int:
-    """How many trials a node holds."""
-    cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
-    by_cpu = int(node.get("CPU", 0) // cpus)
-    return min(by_cpu, places(node.get("GPU", 0), gpus)) if gpus else by_cpu
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of node that an autoscaler may start."""
-
-    name: str
-    resources: dict[str, float]
-    most: int
-    most_in_all: int
-    """of all kinds together"""
-
-
-def _startable() -> list[_Kind]:
-    """What the autoscaler of this cluster may start. Ray 2.60 tells no driver; but drivers run on the head, and so does
-    the autoscaler, whose command line names its configuration."""
-    mine = f"--gcs-address={ray.get_runtime_context().gcs_address}"
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = process.read_text().split("\0")
-        except (OSError, UnicodeDecodeError):  # it has ended, or is none of ours
-            continue
-        given = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
-        if mine in words and given:
-            return _kinds(Path(given[0]).expanduser())
-    return []
-
-
-def _kinds(file: Path) -> list[_Kind]:
-    """The kinds of workers of an autoscaler's configuration."""
-    found = yaml.safe_load(file.read_text())
-    most = found.get("max_workers", 0)
-    return [
-        _Kind(name, kind.get("resources", {}), kind.get("max_workers", most), most)
-        for name, kind in found["available_node_types"].items()
-        if name != found["head_node_type"]
-    ]
+    return count, f"{wanted:g} {name} a trial, {sum(node.get(name, 0) for node in nodes):g} there"
 
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:

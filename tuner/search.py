@@ -30,7 +30,7 @@ from ray.tune.search import Searcher
 
 from tuner import checkpoints, cluster
 from tuner.checkpoints import Torn, Trials, Writer
-from tuner.cluster import Resources, fit_at_once, with_autoscaler
+from tuner.cluster import Resources, fit_at_once
 from tuner.mirror import Mirror
 from tuner.nodes import Needs
 from tuner.records import NodeUnfit
@@ -69,12 +69,9 @@ def run_trials(
     if session.nothing_left():
         return session.close()
     fit, why = fit_at_once(resources)
-    reachable = with_autoscaler(resources)
-    if not fit:
-        logger.warning(
-            "no node can take a trial yet: waiting for the autoscaler, which may bring room for %d", reachable
-        )
-    elif (resources.concurrent or 0) > max(fit, reachable):
+    if not cluster.able_nodes(resources):
+        logger.warning("no node can take a trial yet: waiting for the autoscaler, whose limits allow %d at once", fit)
+    elif (resources.concurrent or 0) > fit:
         logger.warning("--concurrent %d: only %d fit at once (%s)", resources.concurrent, fit, why)
     session.attempt = trials.new_attempt()
     os.environ |= {

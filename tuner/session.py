@@ -109,7 +109,6 @@ class Session:
         self._clock = time.monotonic()
         self._looked = self._clock - _SECONDS_BETWEEN_LOOKS
         self._slots = 1
-        self._with_autoscaler = cluster.with_autoscaler(resources)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is handed, for a restore that never happens: it gets None."""
@@ -278,7 +277,7 @@ class Session:
             return
         self._looked = self._clock
         # Without a node, a trial waits for one.
-        fit = self.resources.concurrent or max(1, cluster.fit_at_once(self.resources)[0], self._with_autoscaler)
+        fit = self.resources.concurrent or max(1, cluster.fit_at_once(self.resources)[0])
         self._slots = fit + self.resources.cpu_trials
         there = self.unfit.keys() & cluster.nodes_alive()
         if not there or cluster.able_nodes(self.resources) - there or self.failure or self.error:

@@ -32,7 +32,7 @@ def users_of(package: str) -> set[str]:
 
 
 def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
-    assert users_of("ray") == {"tuner/cluster.py", "tuner/nodes.py", "tuner/search.py"}
+    assert users_of("ray") == {"tuner/cluster.py", "tuner/jobs.py", "tuner/nodes.py", "tuner/search.py"}
     optuna_users = {name for name in users_of("optuna") if not name.startswith("tuner/tracking/")}
     assert optuna_users == {"tuner/draw.py", "tuner/importance.py", "tuner/sampler.py", "tuner/storage.py"}
     assert users_of("fsspec") == users_of("pyarrow") == {"tuner/remote.py"}
@@ -71,6 +71,7 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/checkpoints.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.session")),
         ("tuner/remote.py", (*HEAVY, "torch", "tuner.run", "tuner.checkpoints", "tuner.mirror", "tuner.session")),
         ("tuner/mirror.py", (*HEAVY, "torch", "tuner.search", "tuner.session", "tuner.sampler", "tuner.pipeline")),
+        ("tuner/jobs.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.cluster", "tuner.pipeline")),
         ("tuner/cluster.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.session", "tuner.trial")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
         ("tuner/gpu.py", ("ray", "optuna", "wandb", "tuner.trial", "tuner.search")),

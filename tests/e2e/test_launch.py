@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ import pytest
 import ray
 import yaml
 
+from tests.conftest import heeds_ctrl_c
 from tests.tuner.conftest import small_space
 from tuner.space import Space
 
@@ -66,7 +68,7 @@ def head(*options: str, autoscaling: Callable[[str], Path] | None = None, **envi
     address = f"127.0.0.1:{free_port()}"
     start = [sys.executable, RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1",
              f"--port={address.rpartition(':')[2]}", "--disable-usage-stats", "--object-store-memory=100000000",
-             f"--temp-dir={folder}", *options]  # fmt: skip
+             f"--temp-dir={folder}", f"--dashboard-agent-listen-port={free_port()}", *options]  # fmt: skip
     if autoscaling:
         start.append(f"--autoscaling-config={autoscaling(address)}")
     with (folder / "head.txt").open("w") as said:
@@ -101,10 +103,13 @@ def autoscaled(address: str, cpus: int = 1, idle_minutes: float = 0.1) -> dict[s
     return defaults | config
 
 
-def tuner(*words: str | Path, cwd: Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    own = OWN | {"PYTHONPATH": str(ROOT)}
+def tuner(
+    *words: str | Path | float, cwd: Path, timeout: float = 240, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """The command, in an environment with these variables, or without where one is None."""
+    own = os.environ | OWN | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
-        [sys.executable, "-m", "tuner", *map(str, words)], cwd=cwd, env=os.environ | own | environment,
+        [sys.executable, "-m", "tuner", *map(str, words)], cwd=cwd, env={name: value for name, value in own.items() if value is not None},
         capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
 
@@ -145,7 +150,7 @@ def test_a_search_brings_nodes_that_go_when_it_is_over(tmp_path: Path) -> None:
         done = tuner("search", space, "--data", "synthetic", "--address", at, "--gpus-per-trial", 0,
                      "--cpus-per-trial", 1, "--wandb", "off", cwd=tmp_path)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "no node can take a trial yet: waiting for the autoscaler, which may bring room for 4" in " ".join(
+        assert "no node can take a trial yet: waiting for the autoscaler, whose limits allow 4 at once" in " ".join(
             done.stderr.split()
         )
         run = tmp_path / "runs" / "small"
@@ -179,3 +184,74 @@ def test_a_search_without_a_cluster_listens_on_loopback_alone(tmp_path: Path) ->
         end(search)
     assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
     assert {ip.removeprefix("::ffff:") for _, ip in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_laptop_submits_a_search_to_a_cluster(tmp_path: Path) -> None:
+    """Dashboard and token on; the laptop has the token in its home, another folder, and a space outside that."""
+    laptop, home, elsewhere = (tmp_path / name for name in ("laptop", "home", "elsewhere"))
+    for folder in (laptop, home, elsewhere):
+        folder.mkdir()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    space = space_file(elsewhere, small_space(budget={"trials": 2}))
+    (laptop / "notes.txt").write_text("travels")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    secret = "local-" + "f00d" * 10
+    at_home = {"HOME": str(tmp_path), "RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": None, "WANDB_API_KEY": secret}
+    options = ("--num-cpus=1", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}")
+    with head(*options, HOME=str(home), PYTHONPATH=str(ROOT), PATH=f"{RAY.parent}:{os.environ['PATH']}"):
+        done = tuner("search", space, "--data", "synthetic", "--wandb", "off", "--no-report", "--address", url,
+                     cwd=laptop, timeout=400, **at_home)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = home / "runs" / "small"
+        assert done.stdout.splitlines()[-1] == str(run)  # what the command there printed
+        assert "no --storage: results will lie in ~/runs on the cluster's head" in done.stderr
+        records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+        assert [record["status"] for record in records] == ["completed"] * 2
+        assert not (laptop / "runs").exists()
+        again = tuner("search", space, "--data", "synthetic", "--address", url, cwd=laptop, **at_home)
+        assert (again.returncode, "a run's name must be new" in again.stdout) == (2, True), again.stdout + again.stderr
+        resumed = tuner("resume", "runs/small", "--address", url, cwd=laptop, **at_home)
+        assert (resumed.returncode, resumed.stdout.splitlines()[-1]) == (0, str(run)), resumed.stderr
+        stranger = tuner("search", space, "--address", url, cwd=laptop, **(at_home | {"HOME": str(laptop)}))
+        assert (stranger.returncode, "asks for its token" in stranger.stderr) == (2, True), stranger.stderr
+        submit = [RAY, "job", "submit", "--address", url, "--working-dir", elsewhere, "--",
+                  "tuner", "search", "small.yaml", "--name", "by-ray", "--data", "synthetic", "--wandb", "off",
+                  "--no-report", "--address", "auto", "--runs", str(home / "runs")]  # fmt: skip
+        by_ray = subprocess.run(
+            [sys.executable, *submit], env=os.environ | OWN, capture_output=True, text=True, check=False
+        )
+        assert by_ray.returncode == 0, by_ray.stdout + by_ray.stderr
+        assert len((home / "runs" / "by-ray" / "records.jsonl").read_text().splitlines()) == 2
+        listed = subprocess.run(
+            [sys.executable, RAY, "job", "list", "--address", url],
+            env=os.environ | OWN, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "--address auto" in listed.stdout
+        assert secret not in listed.stdout
+        interrupted(space, url, laptop, at_home, home / "runs" / "interrupted")
+
+
+def interrupted(space: Path, url: str, laptop: Path, at_home: dict[str, str | None], run: Path) -> None:
+    """Ctrl-C leaves the job running; the commands that it names follow it and stop it."""
+    own = os.environ | OWN | {"PYTHONPATH": str(ROOT)} | at_home
+    search = subprocess.Popen(
+        [sys.executable, "-m", "tuner", "search", str(space), "--name", run.name, "--data", "synthetic", "--wandb", "off",
+         "--trials", "500", "--address", url],
+        cwd=laptop, env={name: value for name, value in own.items() if value is not None},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c,
+    )  # fmt: skip
+    while not (run / "records.jsonl").exists():
+        assert search.poll() is None
+        time.sleep(0.2)
+    search.send_signal(signal.SIGINT)
+    _, said = search.communicate(timeout=60)
+    assert search.returncode == 130
+    assert "the job goes on; follow it: RAY_AUTH_MODE=token ray job logs --follow raysubmit_" in said
+    stop = shlex.split(said.partition("stop it: RAY_AUTH_MODE=token ray ")[2].splitlines()[0])
+    assert json.loads((run / "run.json").read_text())["state"] == "running"
+    subprocess.run([sys.executable, RAY, *stop], env=os.environ | OWN, capture_output=True, check=True)
+    assert json.loads((run / "run.json").read_text())["state"] == "stopped"  # it was given the time for it
