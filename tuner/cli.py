@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tuner.options import (
-    ADDRESS,
+    ADDRESS_OR_DASHBOARD,
     COUNT,
+    DASHBOARD,
     GPUS,
     MM_PER_PX,
     NO_OR_COUNT,
@@ -93,6 +94,10 @@ def search(options: argparse.Namespace) -> int:
              "cpu_trials", "address", "wandb", "wandb_wait", "tensorboard", "seed", "warm_start", "study",
              "storage")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
+    if DASHBOARD.holds(options.address):
+        from tuner import jobs
+
+        return jobs.search(options.space, _data(options), chosen, options.console)
     return _ended(run_search(options.space, _data(options), console=options.console, **chosen))
 
 
@@ -102,6 +107,10 @@ def resume(options: argparse.Namespace) -> int:
     from tuner.run import load_search
 
     run = options.run
+    if options.address:
+        from tuner import jobs
+
+        return jobs.resume(run, options.data, options.address, options.runs, options.console)
     if mirror.is_mirror(run):
         run = mirror.bring(run, Path(options.runs), options.console)
         options.console.print(f"goes on in {run}")
@@ -231,8 +240,13 @@ def plan(options: argparse.Namespace) -> int:
 
 def data_check(options: argparse.Namespace) -> int:
     from model import duplicates, layouts, splits
+    from tuner import datasets
 
     path = Path(options.path)
+    if datasets.is_address(options.path):
+        source = datasets.Source.of(datasets.checked(options.path), 0, 0)
+        source.fetch(options.console)
+        path = source.folder
     samples = layouts.read(path, options.layout)
     found = splits.assign(samples, path, options.validation_share, options.test_share, options.seed)
     for name, split in zip(layouts.SPLITS, found, strict=True):
@@ -300,7 +314,7 @@ def sync(options: argparse.Namespace) -> int:
 def wandb_sweep(options: argparse.Namespace) -> int:
     import yaml
 
-    from tuner.run import data_path
+    from tuner.datasets import checked
     from tuner.space_file import load
     from tuner.tracking import wandb_pages
     from tuner.tracking.sweep import sweep_config
@@ -309,7 +323,7 @@ def wandb_sweep(options: argparse.Namespace) -> int:
     file = Path(options.space)
     config = sweep_config(
         space,
-        data_path(_data(options)),
+        checked(_data(options)),
         source=str(file.resolve() if file.is_file() else options.space),  # agents may have another current folder
         project=wandb_pages.project(options.project),
         run_cap=space.budget.trials,
@@ -353,7 +367,10 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner search demo --data synthetic")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+        "--data",
+        metavar="PATH",
+        help="folder with images/ and masks/ that all nodes see, an address in object storage such as "
+        "s3://BUCKET/FOLDER, from which each node takes what it needs, or synthetic, which is taken if not given",
     )
     made.add_argument("--name", help="the run's name; the space's if not given")
     made.add_argument("--runs", metavar="DIR", default="runs", help="where runs lie")
@@ -372,7 +389,13 @@ def _parser() -> argparse.ArgumentParser:
         "--cpu-trials", metavar="N", type=_no_or_count, default=0,
         help="trials at once that run on CPU cores alone, beside those on GPUs",
     )  # fmt: skip
-    made.add_argument("--address", metavar="ADDR", type=_address, help="a running Ray cluster, host:port or auto")
+    made.add_argument(
+        "--address",
+        metavar="ADDR",
+        type=_address,
+        help="a running Ray cluster, host:port or auto; to http://HOST:PORT of its dashboard the same command is "
+        "submitted as a job, with the current folder",
+    )
     made.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
     )
@@ -401,7 +424,10 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner trial demo --data synthetic --set learning_rate=0.7 threshold_rule=grid")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+        "--data",
+        metavar="PATH",
+        help="folder with images/ and masks/, an address such as s3://BUCKET/FOLDER, or synthetic, which is taken if "
+        "not given",
     )
     made.add_argument(
         "--set",
@@ -428,7 +454,15 @@ def _parser() -> argparse.ArgumentParser:
         "run", metavar="RUN_OR_URI", help="the folder of a run, or URI/NAME at its --storage, from where it is brought"
     )
     made.add_argument("--runs", metavar="DIR", default="runs", help="where a run that is brought will lie")
-    made.add_argument("--data", metavar="PATH", help="where the same data lie now, if they have moved")
+    made.add_argument(
+        "--address",
+        metavar="ADDR",
+        type=_dashboard,
+        help="go on with a run of that cluster, as a job there; http://HOST:PORT",
+    )
+    made.add_argument(
+        "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
+    )
 
     made = verb(status, "status", "trials by status, best so far, time left", "tuner status runs/demo --json")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
@@ -442,7 +476,9 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(finals, "finals", "evaluate winner and baseline on validation and, once, on test",
                 "tuner finals runs/demo")  # fmt: skip
     made.add_argument("run", metavar="RUN", help="the folder of a run")
-    made.add_argument("--data", metavar="PATH", help="where the same data lie now, if they have moved")
+    made.add_argument(
+        "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
+    )
     made.add_argument(
         "--open-test",
         action="store_true",
@@ -484,7 +520,10 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner plan demo --data synthetic")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+        "--data",
+        metavar="PATH",
+        help="folder with images/ and masks/, an address such as s3://BUCKET/FOLDER, or synthetic, which is taken if "
+        "not given",
     )
     made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit here if not given")
     made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")
@@ -501,7 +540,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     made = verb(data_check, "check", "count, find broken files, leaks and near-duplicates between splits",
                 "tuner data check ~/data/cracks", into=data)  # fmt: skip
-    made.add_argument("path", metavar="PATH", help="folder with images/ and masks/, or of another known layout")
+    made.add_argument(
+        "path", metavar="PATH", help="folder or address of images/ and masks/, or of another known layout"
+    )
     made.add_argument("--layout", default="auto", help=f"how files lie there: {_LAYOUTS}")
     made.add_argument("--validation-share", type=_share, default=0.15, help="share of the images")
     made.add_argument("--test-share", type=_share, default=0.15, help="share of the images")
@@ -572,7 +613,8 @@ _mm_per_px = _value(MM_PER_PX, float)
 _wait = _value(WAIT, float)
 _seed = _value(SEED, int)
 _port = _value(PORT, int)
-_address = _value(ADDRESS, str)
+_address = _value(ADDRESS_OR_DASHBOARD, str)
+_dashboard = _value(DASHBOARD, str)
 _share = _value(Rule("a share above 0 and below 0.9", lambda v: POSITIVE.holds(v) and v < 0.9), float)
 
 

@@ -11,16 +11,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray._private.state
+import yaml
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.ray_logging import stdout_deduplicator
 
-from tuner.nodes import NodeUnfit
-from tuner.records import SearchFailed
+from tuner.records import NodeUnfit, SearchFailed
 from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
 logger = logging.getLogger(__name__)
@@ -37,6 +41,11 @@ _TRIES = 3
 
 FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 """see `full_disk`"""
+
+_NODE_DIED = re.compile("Raylet is terminated|has been marked dead")
+"""what Ray prints on standard output of each node that dies, with the end of its log"""
+_HEAD = "node:__internal_head__"
+"""the resource that the head alone has"""
 
 NODE_LABEL = "ray.io/node-id"
 """what Ray labels every node with"""
@@ -73,39 +82,58 @@ def connected(address: str | None) -> Iterator[None]:
     if address:
         _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of trials that Tune forgets when it stops them
     # Ray speaks of things that this search does not use: its own results, its snapshots, its token.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    stdout_deduplicator.skip_re = _NODE_DIED
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # counts trials that went on after their worker died
     if address:
         # Ray would use the user's token with `auto` alone, and be refused elsewhere; RAY_AUTH_MODE still decides.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    try:
-        ray.init(
-            address=address or "local",  # never by chance the cluster of somebody else on this machine
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-        )
-    except ConnectionError as error:
-        if not address:
-            raise
-        raise _no_cluster(address, error) from error
-    except RuntimeError as error:
-        if "Version mismatch" not in str(error):
-            raise
-        raise _other_version(address, error) from error
-    over = threading.Event()
-    if address:
-        threading.Thread(target=_watch_head, args=[over], name="head", daemon=True).start()
+    with nullcontext() if address else _on_loopback():
+        try:
+            ray.init(
+                address=address or "local",  # never by chance the cluster of somebody else on this machine
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        except ConnectionError as error:
+            if not address:
+                raise
+            raise _no_cluster(address, error) from error
+        except RuntimeError as error:
+            if "Version mismatch" not in str(error):
+                raise
+            raise _other_version(address, error) from error
+        over = threading.Event()
+        if address:
+            threading.Thread(target=_watch_head, args=[address, over], name="head", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1 alone, as Ray does by itself on macOS, and not on all
+    addresses of this machine. Its processes read the variable; in this one Ray has read it already."""
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(variable), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        over.set()
-        ray.shutdown()
+        del os.environ[variable]
+        if before[0] is not None:
+            os.environ[variable] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
-def _watch_head(over: threading.Event) -> None:
+def _watch_head(named: str, over: threading.Event) -> None:
     """Ends this process, with a message, when the head has been gone for long: calls to Ray would block, until Ray
     kills the process with a message about its own parts. What a search has done is kept as after any kill."""
     address = ray.get_runtime_context().gcs_address
@@ -119,7 +147,7 @@ def _watch_head(over: threading.Event) -> None:
             logger.error(
                 "the head of the Ray cluster at %s has not answered for %.0f s: it is gone, or cut off from here; what "
                 "is done is kept, and `tuner resume RUN` goes on when a head is there again",
-                address, _SECONDS_WITHOUT_HEAD,
+                named, _SECONDS_WITHOUT_HEAD,
             )  # fmt: skip
             os._exit(1)
 
@@ -158,7 +186,7 @@ def _other_version(address: str | None, error: Exception) -> ValueError:
 
 def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None, cpu_trials: int = 0) -> Resources:
     """What was asked for; else a whole GPU a trial where the cluster has some, with its part of the node's cores (less
-    what trials without a GPU need), or one CPU. ValueError if no node can hold a trial."""
+    what trials without a GPU need), or one CPU. ValueError if no node can hold a trial, nor one that is to come."""
     nodes = _nodes()
     gpus = gpus if gpus is not None else float(any(node.get("GPU") for node in nodes))
     if cpus is None:
@@ -204,8 +232,39 @@ def sharing_gpus(
 
 
 def _nodes() -> list[dict[str, float]]:
-    """What each node that is there has."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """What each node has that is there, or that the autoscaler may still start."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kinds, most = _startable(ray.get_runtime_context().gcs_address)
+    workers = [node for node in there if _HEAD not in node]
+    to_come = [
+        resources for resources, count in kinds for _ in range(count - sum(_alike(node, resources) for node in workers))
+    ]
+    return there + to_come[: max(0, most - len(workers))]
+
+
+def _alike(node: dict[str, float], kind: dict[str, float]) -> bool:
+    """Whether a node may be of a kind: Ray does not label nodes with it."""
+    return all(node.get(name, 0) == kind.get(name, 0) for name in ("CPU", "GPU"))
+
+
+@lru_cache
+def _startable(address: str) -> tuple[list[tuple[dict[str, float], int]], int]:
+    """What each kind of node has that the cluster's autoscaler may start, and how many of it, those with GPUs first;
+    how many in all. Ray 2.60 tells no driver; but drivers run on the head, and so does the autoscaler, whose command
+    line names its configuration."""
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_text().split("\0")
+        except (OSError, UnicodeDecodeError):  # it has ended, or is none of ours
+            continue
+        named = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
+        if named and f"--gcs-address={address}" in words:
+            config = yaml.safe_load(Path(named[0]).expanduser().read_text())
+            kinds = [kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]]
+            most = config["max_workers"]
+            found = [(kind["resources"], kind.get("max_workers", most)) for kind in kinds]
+            return sorted(found, key=lambda kind: kind[0].get("GPU", 0), reverse=True), most
+    return [], 0
 
 
 def _cores_each(nodes: list[dict[str, float]], gpus: float, cpu_trials: int) -> float:
@@ -226,14 +285,14 @@ def _room_beside(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int
 
 
 def fit_at_once(resources: Resources) -> tuple[int, str]:
-    """How many trials the cluster as it is runs at once, and what bounds them."""
-    there = ray.cluster_resources()
+    """How many trials the cluster runs at once, with the nodes that its autoscaler may start, and what bounds them."""
+    nodes = _nodes()
     cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
-    counts = [(int(there.get("CPU", 0) // cpus), "CPU", cpus)]
+    counts = [(int(sum(node.get("CPU", 0) for node in nodes) // cpus), "CPU", cpus)]
     if gpus:
-        counts.append((sum(places(node.get("GPU", 0), gpus) for node in _nodes()), "GPU", gpus))
+        counts.append((sum(places(node.get("GPU", 0), gpus) for node in nodes), "GPU", gpus))
     count, name, wanted = min(counts)
-    return count, f"{wanted:g} {name} a trial, {there.get(name, 0):g} there"
+    return count, f"{wanted:g} {name} a trial, {sum(node.get(name, 0) for node in nodes):g} there"
 
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
@@ -297,6 +356,16 @@ def full_disk(error: BaseException) -> int | None:
 def elsewhere(unfit: Collection[str]) -> dict[str, str]:
     """The label selector of all nodes but some."""
     return {NODE_LABEL: f"!in({','.join(sorted(unfit))})"} if unfit else {}
+
+
+def kept_for_gpus(resources: Resources) -> set[str]:
+    """The nodes with GPUs, where the others have room for all trials without: on these, they would hold cores that
+    trials on GPUs then lack."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    with_gpus = {node["NodeID"] for node in nodes if node["Resources"].get("GPU")}
+    cores = [node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] not in with_gpus]
+    room = sum(int(count // resources.cpus_per_trial) for count in cores)
+    return with_gpus if room >= resources.cpu_trials else set()
 
 
 def takes_no_more(node: str, reason: str) -> str:

@@ -46,8 +46,16 @@ PORT = Rule("a port, a whole number from 0 to 65535", lambda v: type(v) is int a
 ADDRESS = Rule(
     "host:port of a Ray cluster, or auto",
     lambda v: isinstance(v, str) and v != "" and "://" not in v,
-    "with ray:// the search's files would lie on the cluster's head, so start the command there, for example with "
-    "`ray job submit`",
+    "with ray:// the search's files would lie on the cluster's head, so start the command there: from elsewhere, "
+    "`tuner search` submits itself to http://HOST:PORT of the cluster's dashboard",
+)
+DASHBOARD = Rule(
+    "http://HOST:PORT of a Ray cluster's dashboard",
+    lambda v: isinstance(v, str) and re.fullmatch(r"https?://[^/@\s]+/?", v) is not None,
+    "`ray dashboard cluster.yaml` brings it to http://127.0.0.1:8265",
+)
+ADDRESS_OR_DASHBOARD = Rule(
+    f"{ADDRESS.wanted}, or {DASHBOARD.wanted}", lambda v: ADDRESS.holds(v) or DASHBOARD.holds(v), ADDRESS.way_out
 )
 WANDB = Rule("off, offline or online", ("off", "offline", "online").__contains__)
 YES_OR_NO = Rule("True or False", lambda v: isinstance(v, bool))

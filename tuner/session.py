@@ -276,6 +276,7 @@ class Session:
         if self._clock - self._looked < _SECONDS_BETWEEN_LOOKS:
             return
         self._looked = self._clock
+        # Without a node, a trial waits for one.
         fit = self.resources.concurrent or max(1, cluster.fit_at_once(self.resources)[0])
         self._slots = fit + self.resources.cpu_trials
         there = self.unfit.keys() & cluster.nodes_alive()

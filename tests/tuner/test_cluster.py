@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,12 @@ GIB = 2**30
 def ray_cluster():
     with cluster.connected(None):
         yield
+
+
+@pytest.fixture
+def no_autoscaler(monkeypatch) -> None:
+    """For nodes that are made up: there is no cluster to ask."""
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="nowhere"))
 
 
 def run_out_of_luck() -> None:
@@ -58,6 +65,7 @@ def test_what_a_function_raises_on_a_worker_is_raised_here(ray_cluster) -> None:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("no_autoscaler")
 def test_a_trial_must_fit_one_node(monkeypatch, nodes: list[dict], asked: tuple, found: tuple | str) -> None:
     alive = [{"Alive": True, "Resources": node} for node in nodes] + [{"Alive": False, "Resources": {"CPU": 99}}]
     monkeypatch.setattr(cluster.ray, "nodes", lambda: alive)
@@ -89,6 +97,7 @@ def has_nodes(monkeypatch, *nodes: dict) -> None:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("no_autoscaler")
 def test_trials_without_a_gpu_find_room_beside_the_others(monkeypatch, nodes, cpu_trials: int, found) -> None:
     has_nodes(monkeypatch, *nodes)
     if isinstance(found, str):
@@ -98,6 +107,7 @@ def test_trials_without_a_gpu_find_room_beside_the_others(monkeypatch, nodes, cp
         assert cluster.default_resources(None, None, None, cpu_trials) == Resources(found, 1, None, cpu_trials)
 
 
+@pytest.mark.usefixtures("no_autoscaler")
 def test_trials_share_gpus_as_memory_cores_and_number_allow(monkeypatch) -> None:
     def shared(trial: int, cpus: float | None = None, at_once: int | None = None, cpu_trials: int = 0) -> Resources:
         return cluster.sharing_gpus(trial * GIB, 80 * GIB, cpus, at_once, None, cpu_trials)
@@ -113,6 +123,21 @@ def test_trials_share_gpus_as_memory_cores_and_number_allow(monkeypatch) -> None
     assert shared(9) == Resources(1, 0.25)
     assert shared(9, cpu_trials=2) == Resources(1, 0.5, None, 2)
     assert cluster.fit_at_once(Resources(1, 0.3))[0] == 3
+
+
+@pytest.mark.usefixtures("no_autoscaler")
+def test_nodes_to_come_count(monkeypatch) -> None:
+    """What an autoscaler may start: two kinds, four nodes in all, of which one is there."""
+    kinds = [({"CPU": 8, "GPU": 2}, 2), ({"CPU": 16}, 9)]
+    monkeypatch.setattr(cluster, "_startable", lambda address: (kinds, 4))
+    has_nodes(monkeypatch, {cluster._HEAD: 1.0}, {"CPU": 8, "GPU": 2})
+    assert cluster.default_resources(None, None, None) == Resources(4, 1)
+    assert cluster.fit_at_once(Resources(4, 1)) == (4, "1 GPU a trial, 4 there")
+    assert cluster.fit_at_once(Resources(16, 0)) == (3, "16 CPU a trial, 48 there")
+    has_nodes(monkeypatch, {cluster._HEAD: 1.0, "CPU": 2})
+    assert cluster.fit_at_once(Resources(4, 1))[0] == 4
+    with pytest.raises(ValueError, match="it asks for 17 CPU, found at most 16; lower --cpus-per-trial"):
+        cluster.default_resources(17, 0, None)
 
 
 def test_a_trial_without_a_gpu_costs_nothing_beside_those_that_have_one() -> None:
