@@ -105,24 +105,29 @@ def one_run(
     moved = False
     while True:
         process = tuner(place, *command)
+        while storage and not _lies_at(f"{storage}/small") and not wait(process, 0.5):
+            pass  # a run that has not begun cannot go on elsewhere
         while len(hit) < kills and not wait(process, random.uniform(3, 13)):
-            hit.append(kill(process, random.choice(["driver", "worker", "both"])))
+            whom = random.choice(["driver", "worker", "both"])
+            is_last_chance = storage and len(hit) == kills - 1 and not any("machine" in one for one in hit)
+            hit.append(kill(process, "driver" if is_last_chance else whom))
         done = wait(process, 600)
         for number, _ in of_session(process.pid):  # Ray's processes notice in a while that their driver is gone
             os.kill(number, signal.SIGKILL)
         if not done:
             return hit, ["it did not end in ten minutes"]
         found = records(run)
+        is_here = (run / "run.json").exists()  # or it was killed before it had brought the run
         if not moved:  # else what the storage was not told yet is told again
             again += [trial for trial, record in ended_before.items() if not is_kept(record, found.get(trial))]
-        ended_before = found
+        ended_before, moved = (found, False) if is_here else ({}, moved)
         if process.returncode == 0:
             break
         if process.returncode == 2:
             return hit, ["its command was refused"]
-        command = ("resume", "runs/small") if (run / "run.json").exists() else command
-        moved = storage is not None and not moved and _lies_at(f"{storage}/small")
-        if moved:
+        command = ("resume", "runs/small") if is_here else command
+        if is_here and storage and random.random() < 0.5 + (not any("machine" in one for one in hit)):
+            moved = True
             shutil.rmtree(run)
             command = ("resume", f"{storage}/small")
             hit[-1] += " and machine"
