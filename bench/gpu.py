@@ -1,9 +1,10 @@
 """What a search does with GPUs, checked and measured on a machine with one.
 
-    python -m bench.gpu [PART...] [--seconds 4]
+    python -m bench.gpu [PART...] [--seconds 3] [--minutes 5]
 
-Prints a Markdown table for each part. Each runs in a process of its own, within a time limit; one that fails shows its
-traceback and does not stop the others. Parts with `search` in their names need Ray, and say so where it is missing.
+Prints a Markdown table for each part, the most important ones first; none begins after so many minutes. Each runs in a
+process of its own, within a time limit; one that fails shows its traceback and does not stop the others. Parts with
+`search` in their names need Ray, and say so where it is missing.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from tuner.trial import TrialTask, take_device
 SIZE = {"input_height": 448, "input_width": 448}
 GPU = torch.device("cuda", 0)
 MIB = 2**20
-_SECONDS_A_PART = 100
+_SECONDS_A_PART = 150
 _THREADS = 4
 
 
@@ -62,7 +63,7 @@ def space_of(**parts: Any) -> Any:
             "hard_mining_places": {"type": "int", "low": 0, "high": 4},
             "optimizer": {"type": "categorical", "choices": ["sgd", "adam"]},
         },
-        "budget": {"trials": 4},
+        "budget": {"trials": 90},
     }
     return space_file.parse(document | parts)
 
@@ -173,20 +174,6 @@ class Bench:
     seconds: float
     """of each measured speed"""
 
-    def context(self) -> None:
-        """What a process takes of the GPU beside tensors."""
-        free, total = torch.cuda.mem_get_info(GPU)
-        rows = [("after", "taken beside torch's memory, MiB"), ("CUDA's start", (total - free) // MIB)]
-        torch.ones(1, device=GPU)
-        rows.append(("a first tensor", _beside()))
-        training = train.start(RunConfig(**SIZE, batch_size=4), GPU)
-        cache = images_of(self.folder)
-        train.train_epoch(training, cache)
-        rows.append(("an epoch of training, batch 4", _beside()))
-        score(training.network, cache, training.config, GPU)
-        rows.append(("a validation", _beside()))
-        table(*rows, ("as a trial's share counts it", gpu.context_bytes(GPU) // MIB))
-
     def fraction(self) -> None:
         """A quarter of a GPU is a quarter, and memory that runs out under a share takes smaller parts of a batch."""
         device = take_device(0.25, _THREADS)
@@ -222,30 +209,19 @@ class Bench:
             other.join()
         table(*rows)
 
-    def peak(self) -> None:
-        """What `tuner plan` measures, and what trials in the share that it chooses really take."""
-        from tuner import plan
-
-        space = space_of()
-        found = plan.plan(space, self.folder)
-        print(plan.show(found), "\n", flush=True)
-        memory = found["memory"]
-        share = memory["gpus_per_trial"]
-        rows: list[tuple[Any, ...]] = [
-            ("trial", "share", "measured for it, MiB", "torch held at its peak, MiB", "micro-batch", "status")
-        ]
-        found_splits = splits.assign(samples_in(self.folder), self.folder, 0.25, 0.25, 0)
-        task = TrialTask.of(space, found_splits.train, found_splits.validation)
-        for names, config in plan.corners_of(space).items():
-            context_of = multiprocessing.get_context("spawn")
-            ours, theirs = context_of.Pipe()
-            process = context_of.Process(target=_peak_of, args=(theirs, task, config, share))
-            process.start()
-            held, last = ours.recv()
-            process.join()
-            measured = memory["trial_bytes"] // MIB
-            rows.append((", ".join(names), share, measured, held // MIB, last["micro_batch"], last["status"]))
-        table(*rows)
+    def context(self) -> None:
+        """What a process takes of the GPU beside tensors."""
+        free, total = torch.cuda.mem_get_info(GPU)
+        rows = [("after", "taken beside torch's memory, MiB"), ("CUDA's start", (total - free) // MIB)]
+        torch.ones(1, device=GPU)
+        rows.append(("a first tensor", _beside()))
+        training = train.start(RunConfig(**SIZE, batch_size=4), GPU)
+        cache = images_of(self.folder)
+        train.train_epoch(training, cache)
+        rows.append(("an epoch of training, batch 4", _beside()))
+        score(training.network, cache, training.config, GPU)
+        rows.append(("a validation", _beside()))
+        table(*rows, ("as a trial's share counts it", gpu.context_bytes(GPU) // MIB))
 
     def together(self) -> None:
         """Processes side by side on one GPU."""
@@ -282,56 +258,13 @@ class Bench:
                 rows.append((batch, precision, f"{rate:.1f}", torch.cuda.max_memory_reserved() // MIB))
         table(*rows)
 
-    def parity(self) -> None:
-        """A network trained and judged on the GPU, and its ONNX file on the processor (model/parity.py)."""
-        if missing := [n for n in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(n) is None]:
-            print(f"skipped: no {', '.join(missing)} here")
-            return
-        from model import export
-        from model.parity import Judged, compare
+    def search_chosen(self) -> None:
+        """A search that chooses the share itself."""
+        _search("chosen", ("--trials", "3"))
 
-        rows: list[tuple[Any, ...]] = [
-            ("precision on the GPU", "images", "probability to the file", "mask pixels unlike the GPU's",
-             "probability to the GPU's", "decision's logit to the GPU's"),
-        ]  # fmt: skip
-        cache = images_of(self.folder)
-        for precision in ("float32", "bfloat16"):
-            config = RunConfig(**SIZE, width=0.25, epochs=4, learning_rate=0.5, precision=precision)
-            training = train.start(config, GPU)
-            list(train.fit(training, cache))
-            scores = score(training.network, cache, config, GPU)
-            thresholds = scores.choose(config.judgement())
-            shown = np.asarray(cache.images[:8])
-            answers = list(predict(training.network, shown, config, GPU))
-            decisions, logits = (torch.cat(part).cpu().numpy() for part in zip(*answers, strict=True))
-            masks = np.stack([thresholds.mask(*one) for one in zip(logits, decisions, strict=True)]) > 0
-            names = [sample.name for sample in cache.samples[:8]]
-            judged = Judged(names, shown, sigmoid(logits), masks, decisions)
-            module = export.Deployable(training.network.cpu(), thresholds)
-            found = compare(module, export.run_onnx(export.to_onnx(module, 448, 448, {})), judged)
-            decision = "none" if found.judged_decision is None else f"{found.judged_decision:.1e}"
-            rows.append((precision, found.images, f"{found.probability:.1e}", found.unlike_judged,
-                         f"{found.judged_probability:.1e}", decision))  # fmt: skip
-        table(*rows)
-
-    def curves(self) -> None:
-        """One training on the processor and twice on the GPU."""
-        config = RunConfig(
-            input_height=128, input_width=128, width=0.25, epochs=4, learning_rate=0.5, precision="float32"
-        )
-        cache = open_cache(samples_in(self.folder)[:24], 128, 128)
-        torch.set_num_threads(os.cpu_count() or 1)
-
-        def curve(device: torch.device) -> np.ndarray:
-            return np.array([epoch["loss_total"] for epoch in train.fit(train.start(config, device), cache)])
-
-        cpu, first, second = curve(torch.device("cpu")), curve(GPU), curve(GPU)
-        rows: list[tuple[Any, ...]] = [("epoch", "CPU", "GPU", "GPU again", "largest difference to CPU")]
-        for n, losses in enumerate(zip(cpu, first, second, strict=True)):
-            apart = max(abs(losses[1] / losses[0] - 1), abs(losses[2] / losses[0] - 1))
-            rows.append((n + 1, *(f"{loss:.6f}" for loss in losses), f"{apart:.1e}"))
-        table(*rows)
-        np.testing.assert_allclose(first, cpu, rtol=0.05)
+    def search_mixed(self) -> None:
+        """One trial at a time without the GPU, beside those that have it."""
+        _search("mixed", ("--trials", "3", "--cpu-trials", "1", "--gpus-per-trial", "1", "--cpus-per-trial", "2"))
 
     def several(self) -> None:
         """Two processes that train one network, on the one GPU that there is, against one process."""
@@ -362,17 +295,87 @@ class Bench:
         )
         np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-3)
 
-    def search_chosen(self) -> None:
-        """A search that chooses the share itself."""
-        _search("chosen", ("--trials", "3"))
+    def peak(self) -> None:
+        """What `tuner plan` measures, and what trials in the share that it chooses really take."""
+        from tuner import plan
+
+        space = space_of()
+        found = plan.plan(space, self.folder)
+        print(plan.show(found), "\n", flush=True)
+        torch.cuda.empty_cache()
+        memory = found["memory"]
+        share = memory["gpus_per_trial"]
+        rows: list[tuple[Any, ...]] = [
+            ("trial", "share", "measured for it, MiB", "torch held at its peak, MiB", "micro-batch", "status")
+        ]
+        found_splits = splits.assign(samples_in(self.folder), self.folder, 0.25, 0.25, 0)
+        task = TrialTask.of(space, found_splits.train, found_splits.validation)
+        for names, config in plan.corners_of(space).items():
+            context_of = multiprocessing.get_context("spawn")
+            ours, theirs = context_of.Pipe()
+            process = context_of.Process(target=_peak_of, args=(theirs, task, config, share))
+            process.start()
+            theirs.close()
+            held, last = ours.recv()
+            process.join()
+            measured = memory["trial_bytes"] // MIB
+            rows.append((", ".join(names), share, measured, held // MIB, last["micro_batch"], last["status"]))
+        table(*rows)
+
+    def curves(self) -> None:
+        """One training on the processor and twice on the GPU."""
+        config = RunConfig(
+            input_height=128, input_width=128, width=0.25, epochs=4, learning_rate=0.5, precision="float32"
+        )
+        cache = open_cache(samples_in(self.folder)[:24], 128, 128)
+        torch.set_num_threads(os.cpu_count() or 1)
+
+        def curve(device: torch.device) -> np.ndarray:
+            return np.array([epoch["loss_total"] for epoch in train.fit(train.start(config, device), cache)])
+
+        cpu, first, second = curve(torch.device("cpu")), curve(GPU), curve(GPU)
+        rows: list[tuple[Any, ...]] = [("epoch", "CPU", "GPU", "GPU again", "largest difference to CPU")]
+        for n, losses in enumerate(zip(cpu, first, second, strict=True)):
+            apart = max(abs(losses[1] / losses[0] - 1), abs(losses[2] / losses[0] - 1))
+            rows.append((n + 1, *(f"{loss:.6f}" for loss in losses), f"{apart:.1e}"))
+        table(*rows)
+        np.testing.assert_allclose(first, cpu, rtol=0.05)
+
+    def parity(self) -> None:
+        """A network trained and judged on the GPU, and its ONNX file on the processor (model/parity.py)."""
+        if missing := [n for n in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(n) is None]:
+            print(f"skipped: no {', '.join(missing)} here")
+            return
+        from model import export
+        from model.parity import Judged, compare
+
+        rows: list[tuple[Any, ...]] = [
+            ("precision on the GPU", "images", "probability to the file", "mask pixels unlike the GPU's",
+             "probability to the GPU's", "decision's logit to the GPU's"),
+        ]  # fmt: skip
+        cache = images_of(self.folder)
+        for precision in ("float32", "bfloat16"):
+            config = RunConfig(**SIZE, width=0.25, epochs=4, learning_rate=0.5, precision=precision)
+            training = train.start(config, GPU)
+            list(train.fit(training, cache))
+            scores = score(training.network, cache, config, GPU)
+            thresholds = scores.choose(config.judgement())
+            shown = np.array(cache.images[:8])
+            answers = list(predict(training.network, shown, config, GPU))
+            decisions, logits = (torch.cat(part).cpu().numpy() for part in zip(*answers, strict=True))
+            masks = np.stack([thresholds.mask(*one) for one in zip(logits, decisions, strict=True)]) > 0
+            names = [sample.name for sample in cache.samples[:8]]
+            judged = Judged(names, shown, sigmoid(logits), masks, decisions)
+            module = export.Deployable(training.network.cpu(), thresholds)
+            found = compare(module, export.run_onnx(export.to_onnx(module, 448, 448, {})), judged)
+            decision = "none" if found.judged_decision is None else f"{found.judged_decision:.1e}"
+            rows.append((precision, found.images, f"{found.probability:.1e}", found.unlike_judged,
+                         f"{found.judged_probability:.1e}", decision))  # fmt: skip
+        table(*rows)
 
     def search_halves(self) -> None:
         """Two trials on a GPU at a time."""
         _search("halves", ("--trials", "3", "--gpus-per-trial", "0.5", "--cpus-per-trial", "2"))
-
-    def search_mixed(self) -> None:
-        """One trial at a time without the GPU, beside those that have it."""
-        _search("mixed", ("--trials", "3", "--cpu-trials", "1", "--gpus-per-trial", "1", "--cpus-per-trial", "2"))
 
 
 PARTS = [name for name in vars(Bench) if callable(getattr(Bench, name)) and not name.startswith("_")]
@@ -403,16 +406,21 @@ def main() -> int:
     """Runs the parts that are named, or all of them; how many failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", metavar="PART", nargs="*", choices=[[], *PARTS], help=", ".join(PARTS))
-    parser.add_argument("--seconds", type=float, default=4, help="of each measured speed")
+    parser.add_argument("--seconds", type=float, default=3, help="of each measured speed")
+    parser.add_argument("--minutes", type=float, default=5, help="after these no part begins")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.data:  # one part, in this process
         getattr(Bench(options.data, options.seconds), options.parts[0])()
         return 0
     print(machine(), flush=True)
-    failed = []
+    failed: list[str] = []
+    begun = time.perf_counter()
     for folder in _data():
         for name in options.parts or PARTS:
+            if time.perf_counter() - begun > 60 * options.minutes:
+                print(f"\n### {name}: left out, the {options.minutes:g} minutes are over", flush=True)
+                continue
             summary = (getattr(Bench, name).__doc__ or "").splitlines()[0]
             print(f"\n### {name}: {summary}\n", flush=True)
             started = time.perf_counter()

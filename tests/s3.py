@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import socket
 import threading
@@ -81,6 +82,10 @@ def serving() -> Iterator[Wire]:
     }
     with mock.patch.dict(os.environ, variables):
         s3fs.S3FileSystem.clear_instance_cache()  # one of these remembers its server
+        connection = http.client.HTTPConnection("127.0.0.1", wire.port)
+        connection.request("POST", "/moto-api/reset")  # the data are this process's, not the server's
+        assert connection.getresponse().status == 200
+        connection.close()
         boto3.client("s3").create_bucket(Bucket="bucket")
         try:
             yield wire

@@ -90,33 +90,34 @@ class Found:
 def newest(trials: Trials, trial: str, config: RunConfig | None = None) -> Found | None:
     """The whole checkpoint of a trial that has come furthest, over all attempts. One that is of another training than
     that of `config` is none of this trial."""
-    if trials.place.local:
-        found = [folder for folder in _folders(trials.place.local, trial, "checkpoint_*") if _is_of(folder, config)]
-        folder = checkpoint.newest(found)
+    if trials.there is None:
+        folder = checkpoint.newest(f for f in _folders(trials.local, trial, "checkpoint_*") if _is_of(f, config))
         if folder is None:
             return None
         files = json.loads((folder / checkpoint.MANIFEST).read_text())
         return Found(str(folder.resolve()), checkpoint.load_progress(folder), frozenset(files))
-    for name, sizes in _there(trials.place, trial):
-        place = trials.place / name
-        with suppress(FileNotFoundError, ValueError, KeyError):  # removed meanwhile, or torn
-            manifest = json.loads(place.read(checkpoint.MANIFEST))
-            is_whole = all(sizes.get(file) == size for file, (size, _) in manifest.items())
-            if is_whole and _is_same(json.loads(place.read(_CONFIG)), config):
-                return Found(place.address, json.loads(place.read("progress.json")), frozenset(manifest))
+    for name, sizes in _there(trials.there, trial):
+        if found := _found(trials.there / name, sizes, config):
+            return found
     return None
 
 
-def prune(trials: Trials, trial: str, keep: int) -> None:
-    """Removes all but a trial's newest checkpoints."""
+def prune(trials: Trials, trial: str, keep: RunConfig | None) -> None:
+    """Removes all checkpoints of a trial, but the newest of the training that is to be kept, if there is one."""
     local = sorted(_folders(trials.local, trial, "checkpoint_*"), key=lambda folder: folder.stat().st_mtime)
-    for folder in local[: len(local) - keep]:
+    for folder in local[: len(local) - (keep is not None)]:
         shutil.rmtree(folder, ignore_errors=True)
-    if not trials.place.local:
-        for name, sizes in _there(trials.place, trial)[keep:]:
-            _remove(trials.place / name, sizes)
-    elif trials.there:
-        prune(Trials(trials.place.local), trial, keep)
+    if trials.there is None:
+        return
+    kept = None
+    listed = _there(trials.there, trial)
+    if keep:
+        found = (one for name, sizes in listed if (one := _found(trials.there / name, sizes, keep)))
+        if (kept := next(found, None)) is None:
+            return
+    for name, sizes in listed:
+        if kept is None or (trials.there / name).address != kept.address:
+            _remove(trials.there / name, sizes)
 
 
 def previews(trials: Trials, trial: str) -> dict[str, bytes]:
@@ -206,6 +207,8 @@ def fetch(address: str, into: Path, within: str = "") -> Path:
     """
     place = Folder(address)
     if place.local:
+        if not checkpoint.is_whole(place.local, within):
+            raise Torn(f"the checkpoint {address} is not whole any more")
         return place.local / within
 
     def copy() -> None:
@@ -306,6 +309,16 @@ def _there(place: Folder, trial: str) -> list[tuple[str, dict[str, int]]]:
                 if len(parts) == 4 and parts[1].split(".")[0] == trial and parts[2].startswith("checkpoint_"):
                     found.setdefault("/".join(parts[:3]), {})[parts[3]] = size
     return sorted(found.items(), key=lambda item: item[0].rpartition("_")[2], reverse=True)
+
+
+def _found(folder: Folder, sizes: Mapping[str, int], config: RunConfig | None) -> Found | None:
+    """A checkpoint that is whole, as far as its files' sizes tell, and of this training."""
+    with suppress(FileNotFoundError, ValueError, KeyError):  # removed meanwhile, or torn
+        manifest = json.loads(folder.read(checkpoint.MANIFEST))
+        is_whole = all(sizes.get(file) == size for file, (size, _) in manifest.items())
+        if is_whole and _is_same(json.loads(folder.read(_CONFIG)), config):
+            return Found(folder.address, json.loads(folder.read("progress.json")), frozenset(manifest))
+    return None
 
 
 def _remove(folder: Folder, files: Mapping[str, int] | list[str]) -> None:

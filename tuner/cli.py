@@ -240,8 +240,13 @@ def plan(options: argparse.Namespace) -> int:
 
 def data_check(options: argparse.Namespace) -> int:
     from model import duplicates, layouts, splits
+    from tuner import datasets
 
     path = Path(options.path)
+    if datasets.is_address(options.path):
+        source = datasets.Source.of(datasets.checked(options.path), 0, 0)
+        source.fetch(options.console)
+        path = source.folder
     samples = layouts.read(path, options.layout)
     found = splits.assign(samples, path, options.validation_share, options.test_share, options.seed)
     for name, split in zip(layouts.SPLITS, found, strict=True):
@@ -309,7 +314,7 @@ def sync(options: argparse.Namespace) -> int:
 def wandb_sweep(options: argparse.Namespace) -> int:
     import yaml
 
-    from tuner.run import data_path
+    from tuner.datasets import checked
     from tuner.space_file import load
     from tuner.tracking import wandb_pages
     from tuner.tracking.sweep import sweep_config
@@ -318,7 +323,7 @@ def wandb_sweep(options: argparse.Namespace) -> int:
     file = Path(options.space)
     config = sweep_config(
         space,
-        data_path(_data(options)),
+        checked(_data(options)),
         source=str(file.resolve() if file.is_file() else options.space),  # agents may have another current folder
         project=wandb_pages.project(options.project),
         run_cap=space.budget.trials,
@@ -362,7 +367,10 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner search demo --data synthetic")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+        "--data",
+        metavar="PATH",
+        help="folder with images/ and masks/ that all nodes see, an address in object storage such as "
+        "s3://BUCKET/FOLDER, from which each node takes what it needs, or synthetic, which is taken if not given",
     )
     made.add_argument("--name", help="the run's name; the space's if not given")
     made.add_argument("--runs", metavar="DIR", default="runs", help="where runs lie")
@@ -416,7 +424,10 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner trial demo --data synthetic --set learning_rate=0.7 threshold_rule=grid")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+        "--data",
+        metavar="PATH",
+        help="folder with images/ and masks/, an address such as s3://BUCKET/FOLDER, or synthetic, which is taken if "
+        "not given",
     )
     made.add_argument(
         "--set",
@@ -449,7 +460,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_dashboard,
         help="go on with a run of that cluster, as a job there; http://HOST:PORT",
     )
-    made.add_argument("--data", metavar="PATH", help="where the same data lie now, if they have moved")
+    made.add_argument(
+        "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
+    )
 
     made = verb(status, "status", "trials by status, best so far, time left", "tuner status runs/demo --json")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
@@ -463,7 +476,9 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(finals, "finals", "evaluate winner and baseline on validation and, once, on test",
                 "tuner finals runs/demo")  # fmt: skip
     made.add_argument("run", metavar="RUN", help="the folder of a run")
-    made.add_argument("--data", metavar="PATH", help="where the same data lie now, if they have moved")
+    made.add_argument(
+        "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
+    )
     made.add_argument(
         "--open-test",
         action="store_true",
@@ -505,7 +520,10 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner plan demo --data synthetic")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+        "--data",
+        metavar="PATH",
+        help="folder with images/ and masks/, an address such as s3://BUCKET/FOLDER, or synthetic, which is taken if "
+        "not given",
     )
     made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit here if not given")
     made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")
@@ -522,7 +540,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     made = verb(data_check, "check", "count, find broken files, leaks and near-duplicates between splits",
                 "tuner data check ~/data/cracks", into=data)  # fmt: skip
-    made.add_argument("path", metavar="PATH", help="folder with images/ and masks/, or of another known layout")
+    made.add_argument(
+        "path", metavar="PATH", help="folder or address of images/ and masks/, or of another known layout"
+    )
     made.add_argument("--layout", default="auto", help=f"how files lie there: {_LAYOUTS}")
     made.add_argument("--validation-share", type=_share, default=0.15, help="share of the images")
     made.add_argument("--test-share", type=_share, default=0.15, help="share of the images")

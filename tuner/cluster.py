@@ -22,9 +22,9 @@ import ray._private.state
 import yaml
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.ray_logging import stdout_deduplicator
 
-from tuner.nodes import NodeUnfit
-from tuner.records import SearchFailed
+from tuner.records import NodeUnfit, SearchFailed
 from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ _TRIES = 3
 FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 """see `full_disk`"""
 
+_NODE_DIED = re.compile("Raylet is terminated|has been marked dead")
+"""what Ray prints on standard output of each node that dies, with the end of its log"""
 _HEAD = "node:__internal_head__"
 """the resource that the head alone has"""
 
@@ -80,8 +82,10 @@ def connected(address: str | None) -> Iterator[None]:
     if address:
         _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of trials that Tune forgets when it stops them
     # Ray speaks of things that this search does not use: its own results, its snapshots, its token.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    stdout_deduplicator.skip_re = _NODE_DIED
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # counts trials that went on after their worker died
     if address:
         # Ray would use the user's token with `auto` alone, and be refused elsewhere; RAY_AUTH_MODE still decides.
@@ -105,7 +109,7 @@ def connected(address: str | None) -> Iterator[None]:
             raise _other_version(address, error) from error
         over = threading.Event()
         if address:
-            threading.Thread(target=_watch_head, args=[over], name="head", daemon=True).start()
+            threading.Thread(target=_watch_head, args=[address, over], name="head", daemon=True).start()
         try:
             yield
         finally:
@@ -129,7 +133,7 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
-def _watch_head(over: threading.Event) -> None:
+def _watch_head(named: str, over: threading.Event) -> None:
     """Ends this process, with a message, when the head has been gone for long: calls to Ray would block, until Ray
     kills the process with a message about its own parts. What a search has done is kept as after any kill."""
     address = ray.get_runtime_context().gcs_address
@@ -143,7 +147,7 @@ def _watch_head(over: threading.Event) -> None:
             logger.error(
                 "the head of the Ray cluster at %s has not answered for %.0f s: it is gone, or cut off from here; what "
                 "is done is kept, and `tuner resume RUN` goes on when a head is there again",
-                address, _SECONDS_WITHOUT_HEAD,
+                named, _SECONDS_WITHOUT_HEAD,
             )  # fmt: skip
             os._exit(1)
 
@@ -352,6 +356,16 @@ def full_disk(error: BaseException) -> int | None:
 def elsewhere(unfit: Collection[str]) -> dict[str, str]:
     """The label selector of all nodes but some."""
     return {NODE_LABEL: f"!in({','.join(sorted(unfit))})"} if unfit else {}
+
+
+def kept_for_gpus(resources: Resources) -> set[str]:
+    """The nodes with GPUs, where the others have room for all trials without: on these, they would hold cores that
+    trials on GPUs then lack."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    with_gpus = {node["NodeID"] for node in nodes if node["Resources"].get("GPU")}
+    cores = [node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] not in with_gpus]
+    room = sum(int(count // resources.cpus_per_trial) for count in cores)
+    return with_gpus if room >= resources.cpu_trials else set()
 
 
 def takes_no_more(node: str, reason: str) -> str:

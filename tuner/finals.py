@@ -23,6 +23,7 @@ from model.config import Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
+from model.inspection import Read
 from model.network import SegDecNet, build, describe
 from model.sample import Sample
 from model.splits import Splits, fingerprint_of_test
@@ -71,7 +72,13 @@ class Finalist:
 
 
 def evaluate(
-    run_directory: Path, trials: Trials, splits: Splits, metric: str, resources: Resources, open_test: bool = False
+    run_directory: Path,
+    trials: Trials,
+    splits: Splits,
+    metric: str,
+    resources: Resources,
+    open_test: bool = False,
+    read: Read = Path.read_bytes,
 ) -> None:
     """Writes evaluation/ and best/. ValueError if that was done before.
 
@@ -99,7 +106,7 @@ def evaluate(
     names = [finalist.trial for finalist in finalists.values()]
     _note_opening(evaluation, names, fingerprint_of_test(splits), open_test)
     files, applied, sizes = run_on_worker(
-        _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test
+        _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test, read
     )
     for name, arrays in files.items():
         _write_arrays(target / name, arrays)
@@ -182,6 +189,7 @@ def _evaluate_on_worker(
     test: list[Sample],
     resources: Resources,
     choose_on_test: bool,
+    read: Read,
 ) -> tuple[dict[str, dict[str, Array]], dict[str, Thresholds], Array]:
     """Arrays by the name of their file, the thresholds that were applied by role, and the (N, 2) sizes of the files of
     validation. Nothing is written here, for a worker may have another disk."""
@@ -194,7 +202,7 @@ def _evaluate_on_worker(
             network, _, _ = checkpoint.load_model(finalist.model(Path(scratch)), device)
         config = finalist.config
         caches = {
-            split: open_cache(samples, config.input_height, config.input_width)
+            split: open_cache(samples, config.input_height, config.input_width, read=read)
             for split, samples in (("validation", validation), ("test", test))
         }
         sizes = caches["validation"].original_sizes

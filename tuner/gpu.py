@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from tuner.nodes import NodeUnfit
+from tuner.records import NodeUnfit
 
 CONTEXT_BYTES = 600 * 2**20
 """What a process takes of a GPU for CUDA itself, at least as it is counted here; torch's limit does not count it."""

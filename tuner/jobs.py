@@ -32,8 +32,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
+from tuner.datasets import SYNTHETIC
 from tuner.records import SearchFailed
-from tuner.run import SYNTHETIC
 from tuner.space_file import load, shipped
 
 _SECONDS_TO_ANSWER = 10.0

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from model.files import write_json
 from tuner.checkpoints import Trials
-from tuner.remote import Folder, StorageFailed
+from tuner.remote import Folder, StorageFailed, check_token
 from tuner.run import JOURNAL, NameTaken, Run, load
 from tuner.space import NAME_RULE, is_name
 
@@ -300,7 +300,11 @@ def bring(address: str, runs: Path, console: Console | None = None) -> Path:
     ValueError if there is none, if somebody works on it, or if there is another folder of its name here.
     """
     there = Folder(address)
-    info = _read(there, "run.json")
+    try:
+        info = _read(there, "run.json")
+    except StorageFailed:
+        check_token(address, "driver")  # which knows the way out
+        raise
     if info is None:
         raise ValueError(
             f"{address} must be a run at a storage, STORAGE/NAME, with a run.json, found none; a search writes it "

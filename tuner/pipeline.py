@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from model.splits import Splits
-from tuner import checkpoints, finals, importance, mirror, plan, remote, report, storage, tracking
+from tuner import checkpoints, finals, importance, mirror, nodes, plan, remote, report, storage, tracking
 from tuner.cluster import Resources, connected, default_resources, run_on_worker, sharing_gpus
 from tuner.mirror import Mirror, mirrored
 from tuner.options import Options
@@ -47,6 +47,11 @@ def run_search(
     """
     space = space if isinstance(space, Space) else load_space(space)
     chosen = Options(**options)
+    if chosen.cpu_trials and space.cost and space.cost.metric == "device_seconds":
+        raise ValueError(
+            f"--cpu-trials must be 0 where device_seconds is an objective, found {chosen.cpu_trials}: beside trials on "
+            "GPUs one without holds no device, so it would win; leave it out"
+        )
     if chosen.warm_start:
         chosen = replace(chosen, warm_start=_warm(load_run(chosen.warm_start), space))
     if chosen.wandb == "online":
@@ -56,7 +61,7 @@ def run_search(
     if chosen.storage:
         chosen = replace(chosen, storage=remote.checked(chosen.storage))
         mirror.check_free(str(chosen.storage), name or space.name)
-    run = create(space, data, Path(runs), name, chosen)
+    run = create(space, data, Path(runs), name, chosen, console=console)
     try:
         return go_on(run, console)
     except BaseException:  # what went wrong before anything was searched: the name stays free
@@ -117,19 +122,24 @@ def evaluate(run: Run, open_test: bool = False) -> None:
     resources = _resources(run)
     found = run.splits()
     run.verify(found.validation + found.test)  # before the opening of the test split is logged
+    nodes.check(_needs(run), found.validation + found.test, resources)
     trials = mirror.trials_of(run)
-    finals.evaluate(run.directory, trials, found, run.space.objective.metric, resources, open_test)
+    metric = run.space.objective.metric
+    finals.evaluate(run.directory, trials, found, metric, resources, open_test, run.source.read)
 
 
 def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     """Runs the trials that are left; how it ended: finished or stopped."""
     space, options, info = run.space, run.options, run.info
     found = run.splits()
-    run.verify(found.train + found.validation)
-    task = TrialTask.of(space, found.train, found.validation)
+    run.verify(found.train + found.validation, console)
+    task = TrialTask.of(space, found.train, found.validation, run.source.read)
     resources = _resources(run)
     if problem := batch_problem(space.baseline_config(0).batch_size, int(resources.gpus_per_trial)):
         raise ValueError(problem)
+    needs = _needs(run)
+    nodes.check(needs, found.train + found.validation, resources)
+    nodes.prepare(needs, [found.train, found.validation], resources, console)
     if not info["sessions"]:
         resources = _measured(run, found, resources, console)
     sessions = _closed(run, info["sessions"])
@@ -145,7 +155,7 @@ def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     state = "failed"
     went_well = False
     try:
-        state = run_trials(study, task, run.directory, space.budget, resources, trackers, mirror)
+        state = run_trials(study, task, run.directory, space.budget, resources, trackers, mirror, needs)
         went_well = True
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"
@@ -160,6 +170,12 @@ def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     if mirror.lost:
         raise SearchFailed(mirror.lost)
     return state
+
+
+def _needs(run: Run) -> nodes.Needs:
+    """What a node must have, where checkpoints lie among it."""
+    place = mirror.trials_of(run).place.address
+    return nodes.needs(run.source, run.space.data.height, run.space.data.width, place, run.options.address)
 
 
 def _resources(run: Run) -> Resources:
@@ -184,7 +200,7 @@ def _measured(run: Run, found: Splits, resources: Resources, console: Console | 
     what = "measuring what a trial takes of a GPU" if chooses else "timing the baseline: does the budget hold it?"
     with console.status(what) if console else nullcontext():
         function = plan.measure if chooses else plan.baseline_seconds
-        measured = run_on_worker(function, resources, space, found._replace(test=[]), *share)
+        measured = run_on_worker(function, resources, space, found._replace(test=[]), *share, run.source.read)
     if chooses:
         resources = sharing_gpus(
             measured["trial_bytes"],

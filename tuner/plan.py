@@ -14,6 +14,7 @@ from typing import Any
 
 from model import layouts, splits
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
+from model.inspection import Read
 from model.splits import Splits
 from tuner import run, space_file
 from tuner.options import Options
@@ -21,7 +22,7 @@ from tuner.schedulers import rungs
 from tuner.shares import most_on_a_gpu, part_of_gpu
 from tuner.space import Budget, FloatParam, Param, Scheduler, Space
 from tuner.timing import Corner, Machine, gpu_of, machine, time_corner
-from tuner.trial import take_device
+from tuner.trial import batch_problem, take_device
 
 _COSTS: Mapping[str, tuple[Any, ...]] = {
     "architecture": (),
@@ -63,26 +64,33 @@ def plan(
     """
     space = space if isinstance(space, Space) else space_file.load(space)
     Options(concurrent=concurrent, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial)  # holds the rules
+    if problem := batch_problem(space.baseline_config(space.seed).batch_size, int(gpus_per_trial or 1)):
+        raise ValueError(problem)
     found = run.checked_splits(space, data)
     with machine(cpus_per_trial, gpus_per_trial, concurrent) as (here, device):
-        corners = [time_corner(space, found, names, config, device) for names, config in corners_of(space).items()]
+        corners = [
+            time_corner(space, found, names, config, device, gpus_per_trial or 1)
+            for names, config in corners_of(space).items()
+        ]
     if here.on_gpu and gpus_per_trial is None:
         here = _sharing(here, _trial_bytes(corners, here.on_gpu), cpus_per_trial, concurrent, trials_of(space))
     return forecast(space, _images(found), corners, here)
 
 
-def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float) -> float:
+def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float, read: Read = Path.read_bytes) -> float:
     """How long the baseline takes in this process, which has a trial's resources, by two of its steps."""
     device = take_device(gpus, int(cpus))
-    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device)
+    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device, gpus, read)
     return corner.config.epochs * _epoch_seconds(corner, _images(found))
 
 
-def measure(space: Space, found: Splits, cpus: float, gpus: float) -> dict[str, Any]:
+def measure(space: Space, found: Splits, cpus: float, gpus: float, read: Read = Path.read_bytes) -> dict[str, Any]:
     """What a search asks of this process, which has a trial's resources with a whole GPU: how long the baseline takes,
     and how much of the GPU the largest of the space's trials."""
     device = take_device(gpus, int(cpus))
-    corners = [time_corner(space, found, names, config, device) for names, config in corners_of(space).items()]
+    corners = [
+        time_corner(space, found, names, config, device, gpus, read) for names, config in corners_of(space).items()
+    ]
     baseline = next(corner for corner in corners if "baseline" in corner.names)
     name, total = gpu_of(device)
     return {

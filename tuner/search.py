@@ -32,8 +32,9 @@ from tuner import checkpoints, cluster
 from tuner.checkpoints import Torn, Trials, Writer
 from tuner.cluster import Resources, fit_at_once
 from tuner.mirror import Mirror
-from tuner.nodes import NodeUnfit
-from tuner.remote import StorageFailed
+from tuner.nodes import Needs
+from tuner.records import NodeUnfit
+from tuner.remote import StorageFailed, Unusable
 from tuner.sampler import SearchStudy
 from tuner.session import LEAVES, OVER, UNFIT, Session
 from tuner.space import Budget
@@ -55,8 +56,10 @@ def run_trials(
     resources: Resources,
     trackers: Trackers,
     mirror: Mirror | None = None,
+    needs: Needs | None = None,
 ) -> str:
-    """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped").
+    """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped"). A node
+    that joins meanwhile must have what is needed.
 
     SearchFailed when trials crash one after another.
     """
@@ -76,18 +79,18 @@ def run_trials(
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal sets our flag; Ray's handler would drop what runs
         "TUNE_MAX_PENDING_TRIALS_PG": "1000000",  # the session says how many, and that changes with the cluster
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # or Tune starts the trial again as it was given at first
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's own record is never read back
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
     experiment = tune.Tuner(
-        tune.with_parameters(_trial_on_worker, task=task, cpus=resources.cpus_per_trial, trials=trials),
+        tune.with_parameters(_trial_on_worker, task=task, cpus=resources.cpus_per_trial, trials=trials, needs=needs),
         tune_config=TuneConfig(
             search_alg=_StudySearcher(session),
             scheduler=_StudyScheduler(session),
             num_samples=-1,  # the searcher says when it is over
-            reuse_actors=resources.gpus_per_trial
-            == 0,  # a new process a trial costs a second; on a GPU it returns the memory
+            reuse_actors=resources.gpus_per_trial == 0,  # a new process costs a second; on a GPU it returns the memory
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: trial.config["folder"],
         ),
@@ -117,9 +120,11 @@ def _cause(error: Exception) -> Exception:
 
 
 def placement(config: dict[str, Any], resources: Resources, unfit: Collection[str]) -> tune.PlacementGroupFactory:
-    """What a trial holds, and where: on any node but the unfit ones."""
+    """What a trial holds, and where: on any node but the unfit ones, and those that others need for their GPUs."""
     bundle = {"CPU": resources.cpus_per_trial, "GPU": config["gpus"]}
-    where = {"bundle_label_selector": [cluster.elsewhere(unfit)]} if unfit else {}
+    beside = resources.gpus_per_trial and not config["gpus"]
+    avoided = {*unfit, *(cluster.kept_for_gpus(resources) if beside else ())}
+    where = {"bundle_label_selector": [cluster.elsewhere(avoided)]} if avoided else {}
     return tune.PlacementGroupFactory([bundle], **where)
 
 
@@ -172,6 +177,8 @@ class _StudyScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         with self._session.errors_end():
+            if result["prepared"] and result["training_iteration"] == 1:
+                logger.warning("%s; it had joined late", result["prepared"])
             progress, use, pictures = (json.loads(result[name]) for name in ("progress", "use", "pictures"))
             pictures = {name: base64.b64decode(data) for name, data in pictures.items()}
             if not self._session.reported(trial.trial_id, progress, result["node"], use, pictures):
@@ -217,7 +224,7 @@ class _Stop(Stopper):
         return True
 
 
-def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trials: Trials) -> None:
+def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trials: Trials, needs: Needs | None) -> None:
     """What Ray runs: one trial, whose end is always reported, however it comes. NodeUnfit where the trial is to go on
     elsewhere."""
     from model.config import RunConfig
@@ -232,14 +239,16 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trial
                 pictures = {name: base64.b64encode(data).decode() for name, data in previews(folder).items()}
         use = meter.read() if meter else {}  # not part of the progress: records of equal searches are equal
         told = {"progress": progress, "use": use, "pictures": pictures}
-        tune.report({name: json.dumps(value) for name, value in told.items()} | {"node": node})  # Ray would flatten it
+        where = {"node": node, "prepared": prepared}
+        tune.report({name: json.dumps(value) for name, value in told.items()} | where)  # Ray would flatten it
 
     node = ray.get_runtime_context().get_node_id()
     own = RunConfig.from_dict(config["config"])
-    meter = None
+    meter = prepared = None
     try:
         if node in cluster.draining():  # Ray gave the trial to a process from before the notice
             raise _NodeLeaves
+        prepared = needs.make_ready(task.train, task.validation) if needs else None
         device = _device(config["gpus"], int(cpus))
         with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
             resume = _fetched(config, own, trials, Path(scratch))
@@ -249,11 +258,8 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trial
         raise  # ends the process, to which Ray would give the next trial
     except Exception as error:  # a trial that crashes is a result, with its reason
         full = cluster.full_disk(error)
-        if isinstance(error, StorageFailed):
-            error = NodeUnfit(
-                f"a node must reach the run's storage to take trials, and this one did not for half an hour: {error}; "
-                "see whether the storage can be reached from there"
-            )
+        if isinstance(error, StorageFailed | Unusable):
+            error = NodeUnfit(f"a node must reach the run's storage to take trials, and this one does not: {error}")
         if full is None and not isinstance(error, NodeUnfit):
             report(nothing_yet() | failure(error), None)
             return

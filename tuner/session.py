@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from model.config import RunConfig
 from tuner import checkpoints, cluster, records, schedulers
 from tuner.checkpoints import Found, Trials
 from tuner.cluster import Resources
@@ -187,8 +188,8 @@ class Session:
                 return None
             raise
 
-    def _prune(self, trial: str, keep: int) -> None:
-        """Removes all but a trial's newest checkpoints, when the storage can be reached."""
+    def _prune(self, trial: str, keep: RunConfig | None = None) -> None:
+        """Removes a trial's checkpoints, but the newest of a training that is kept, when the storage can be reached."""
         self.mirror.later(partial(checkpoints.prune, self.trials, trial, keep))
 
     def _take_in_replays(self) -> None:
@@ -198,7 +199,7 @@ class Session:
         for record in found:
             if record["replayed_from"] and record["trial"] not in self._replays:
                 self._replays.add(record["trial"])
-                self._prune(record["trial"], keep=0)  # it may have begun before the other network was done
+                self._prune(record["trial"])  # it may have begun before the other network was done
                 self.trackers.trial_ended(record)
 
     def _has_room(self) -> bool:
@@ -351,13 +352,13 @@ class Session:
         found = self.study.records()
         self._file.write(found)
         keeps = is_held or progress["status"] == Status.COMPLETED
-        self._prune(proposal.trial, keep=1 if keeps else 0)
+        self._prune(proposal.trial, proposal.config if keeps else None)
         if is_held:
             self._last_failures.clear()
             self.trackers.trial_held(record)
             return
         for trial in records.cannot_win(found) - self._pruned:
-            self._prune(trial, keep=0)
+            self._prune(trial)
             self._pruned.add(trial)
         self.trackers.trial_ended(record)
         if progress["status"] != Status.FAILED:
@@ -393,7 +394,7 @@ class Session:
                 progress = found.progress if found else nothing_yet()
                 self._finish(proposal, progress | {"status": "stopped_early", "reason": self.used_up()})
         for record in self.study.let_go(for_good=is_finished):
-            self._prune(record["trial"], keep=0)
+            self._prune(record["trial"])
             self.trackers.trial_ended(record)
         self._save_clock()
         self._file.write(self.study.records())

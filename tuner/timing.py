@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from model import checkpoint, splits, train
 from model.config import RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, score
+from model.inspection import Read
 from model.sample import Sample
 from model.splits import Splits
 from tuner import gpu
@@ -115,29 +117,47 @@ def _memory_of_machine() -> int:
         return total
 
 
-def time_corner(space: Space, found: Splits, names: tuple[str, ...], config: RunConfig, device: torch.device) -> Corner:
-    """Times a configuration on a few images, in smaller parts where memory runs out, as a trial would go on too."""
+def time_corner(
+    space: Space,
+    found: Splits,
+    names: tuple[str, ...],
+    config: RunConfig,
+    device: torch.device,
+    gpus: float = 1,
+    read: Read = Path.read_bytes,
+) -> Corner:
+    """Times a configuration on a few images, in smaller parts where memory runs out, as a trial would go on too. Of
+    several GPUs a trial, what one of them does is timed here; adding up their gradients is left out."""
+    team = max(1, int(gpus))
     small = config
     while True:
         try:
-            return _time_once(space, found, names, small, device)
+            return _time_once(space, found, names, small, device, team, read)
         except (MemoryError, RuntimeError) as error:
             try:
-                small = with_less_memory(small, error)
+                small = with_less_memory(small, error, team)
             except MemoryError as hopeless:
                 raise ValueError(f"{', '.join(names)}: {hopeless}") from error
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
-def _time_once(space: Space, found: Splits, names: tuple[str, ...], config: RunConfig, device: torch.device) -> Corner:
+def _time_once(
+    space: Space,
+    found: Splits,
+    names: tuple[str, ...],
+    config: RunConfig,
+    device: torch.device,
+    team: int,
+    read: Read,
+) -> Corner:
     kept = splits.keep_masks(found.train, config.num_segmented, config.seed)
     size = config.input_height, config.input_width
     with tempfile.TemporaryDirectory(prefix="segdec-plan-") as scratch, _memory(device) as memory:
         root = Path(scratch)
-        batch = _balanced(kept, config.batch_size + config.hard_mining_places)
-        cache = open_cache(batch, *size, root)
-        validation = open_cache(_spread(found.validation, _JUDGED_IMAGES), *size, root)
+        batch = _balanced(kept, math.ceil((config.batch_size + config.hard_mining_places) / team))
+        cache = open_cache(batch, *size, root, read)
+        validation = open_cache(_spread(found.validation, _JUDGED_IMAGES), *size, root, read)
         # A batch holds the hard images as well. So small a step size changes no cost, and diverges nowhere.
         timed = replace(config, batch_size=len(batch), hard_mining_places=0, learning_rate=1e-4)
         training = train.start(timed, device)

@@ -26,12 +26,13 @@ from model.config import JUDGING_FIELDS, Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
+from model.inspection import Read
 from model.parallel import ALONE, Team
 from model.sample import Sample
 from model.splits import counts, keep_masks
 from model.thresholds import Thresholds, sigmoid
 from tuner import gpu
-from tuner.nodes import NodeUnfit
+from tuner.records import NodeUnfit
 from tuner.space import DECISION_METRICS, Space
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -56,9 +57,11 @@ class TrialTask:
     """one of `tuner.space.COSTS`"""
     constrained: tuple[str, ...] = ()
     """figures that constraints ask for: each replay carries those of its epoch"""
+    read: Read = Path.read_bytes
+    """how the samples' files are read"""
 
     @classmethod
-    def of(cls, space: Space, train: list[Sample], validation: list[Sample]) -> TrialTask:
+    def of(cls, space: Space, train: list[Sample], validation: list[Sample], read: Read = Path.read_bytes) -> TrialTask:
         """What a space asks of its trials."""
         return cls(
             train,
@@ -68,6 +71,7 @@ class TrialTask:
             space.replayed_values(),
             space.cost.metric if space.cost else None,
             tuple(bound.metric for bound in space.constraints),
+            read,
         )
 
     def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
@@ -121,7 +125,7 @@ class TrialTask:
         """From the keeper's last epoch to the end. Raises what diverging and running out of memory raise."""
         started, before = time.monotonic(), keeper.progress["seconds"]
         cache = self._training_cache(config)
-        validation = open_cache(self.validation, config.input_height, config.input_width)
+        validation = open_cache(self.validation, config.input_height, config.input_width, read=self.read)
         training = train.start(config, device, keeper.training_state(device), team)
         factors = tuple({judgement.threshold_factor for judgement in keeper.judgements})
         for losses in train.fit(training, cache):
@@ -134,7 +138,7 @@ class TrialTask:
 
     def _training_cache(self, config: RunConfig) -> Cache:
         samples = keep_masks(self.train, config.num_segmented, config.seed)
-        return open_cache(samples, config.input_height, config.input_width)
+        return open_cache(samples, config.input_height, config.input_width, read=self.read)
 
     def _train_together(
         self, config: RunConfig, keeper: _Keeper, devices: Sequence[torch.device], report: Report

@@ -74,14 +74,18 @@ def search(place: Path, folder: Path, **behaviour: str) -> subprocess.Popen[byte
 def end(process: subprocess.Popen[bytes], folder: Path, code: int = 0) -> str:
     """What the command said."""
     process.wait(240)
-    said = (folder / "out.txt").read_text()
-    assert process.returncode == code, said
-    return said
+    assert process.returncode == code, said(folder)
+    return said(folder)
+
+
+def said(folder: Path) -> str:
+    """All that the commands there have said, without their line breaks."""
+    return " ".join((folder / "out.txt").read_text().split())
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], folder: Path) -> None:
     while not condition():
-        assert process.poll() is None, (folder / "out.txt").read_text()
+        assert process.poll() is None, said(folder)
         time.sleep(0.02)
 
 
@@ -121,8 +125,8 @@ def test_a_driver_that_is_killed_goes_on_from_the_storage_on_another_machine(pla
     (killed / "go").touch()
 
     where = str(place / "another machine")
-    said = end(start(place, killed, "resume", there.address, "--runs", where, _2="wait"), killed)
-    assert "worked on s3://bucket/runs-killed/small last; looking 25 s whether it lives" in " ".join(said.split())
+    heard = end(start(place, killed, "resume", there.address, "--runs", where, _2="wait"), killed)
+    assert "worked on s3://bucket/runs-killed/small last; looking 25 s whether it lives" in heard
     assert records(place / "another machine/small") == records(never / "runs/small")
     assert trained(killed) == trained(never) == EVERY_EPOCH_ONCE
     assert there.read("records.jsonl") == (place / "another machine/small/records.jsonl").read_bytes()
@@ -141,10 +145,10 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(place: Path, wire: s3.Wi
     wire.fail(state)
     (folder / "go").touch()  # three epochs without a checkpoint, and an end that must have one
     until(lambda: "1 4" in trained(folder), process, folder)
-    until(lambda: b"the search goes on" in (folder / "out.txt").read_bytes(), process, folder)
+    until(lambda: "the search goes on" in said(folder), process, folder)
     wire.mend()
-    said = " ".join(end(process, folder).split())
-    assert said.count("the search goes on") == said.count("is back, and holds all that was written meanwhile") == 1
+    heard = end(process, folder)
+    assert heard.count("the search goes on") == heard.count("is back, and holds all that was written meanwhile") == 1
     assert [record["status"] for record in records(folder / "runs/small")] == ["completed"] * 4
     assert trained(folder) == EVERY_EPOCH_ONCE
     there = Folder(f"{URI}-outage/small")
@@ -183,12 +187,13 @@ def test_two_at_a_time_are_one_too_many(place: Path) -> None:
     until((folder / "waiting").exists, process, folder)
     address = f"{URI}-two/small"
     other = place / "other"
-    said = end(start(place, other, "resume", address, "--runs", "elsewhere"), other, code=2)
-    assert "must be worked on by one process" in said
+    assert "must be worked on by one process" in end(
+        start(place, other, "resume", address, "--runs", "elsewhere"), other, code=2
+    )
     assert not (place / "elsewhere").exists()
     owner = json.loads(Folder(address).read("owner.json"))
     Folder(address).write("owner.json", json.dumps(owner | {"session": "x", "host": "a-head", "pid": 7}).encode())
     (folder / "go").touch()
-    said = end(process, folder, code=1)
-    assert "the run went on elsewhere: process 7 on a-head works on it now" in " ".join(said.split())
+    heard = end(process, folder, code=1)
+    assert "the run went on elsewhere: process 7 on a-head works on it now" in heard
     assert json.loads((folder / "runs/small/run.json").read_text())["state"] == "stopped"
