@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CHECKED := tuner model tests bench
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format wheel clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
@@ -22,6 +22,11 @@ format: .venv/.installed
 	$(BIN)/ruff format $(CHECKED)
 	$(BIN)/ruff check --fix $(CHECKED)
 
+# What cluster.yaml installs on every node. Alone in dist/: a node takes what lies there.
+wheel: .venv/.installed
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+
 # Constraints pin what was run; pyproject.toml says what may run. The extras are what all verbs need.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,4 +34,4 @@ format: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

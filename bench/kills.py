@@ -1,10 +1,13 @@
 """Searches that are killed at random moments and resumed: is anything lost, done twice, or left in between?
 
-    python -m bench.kills [--runs 20] [--study sqlite:///study.db]
+    python -m bench.kills [--runs 20] [--study sqlite:///study.db] [--storage s3://bucket/kills]
 
 Each run is a 12-trial search with real training on a small procedural set. At random moments SIGKILL hits the driver,
 the worker of a trial, or both; what has lost its driver is resumed, as often as it takes. In the end there must be 12
 distinct trials in a final state, none trained again after it was done, and the study and records.jsonl must agree.
+
+With a storage, every other time that the driver was hit its machine is gone too, and the run goes on from the storage
+in an empty folder.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,16 +89,20 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def one_run(place: Path, kills: int, study: str | None = None, wandb: str = "off") -> tuple[list[str], list[str]]:
+def one_run(
+    place: Path, kills: int, study: str | None = None, wandb: str = "off", storage: str | None = None
+) -> tuple[list[str], list[str]]:
     """Whom the kills hit, and what was wrong in the end. The study lies in a journal, or where a URL says."""
     synthetic.write(place / "set", count=24, height=64, width=128)
     (place / "small.yaml").write_text(_SPACE)
     run = place / "runs/small"
     command = ("search", "small.yaml", "--data", "set", "--wandb", wandb, "--no-report")
     command += ("--study", study) if study else ()
+    command += ("--storage", storage) if storage else ()
     hit: list[str] = []
     ended_before: dict[str, Any] = {}
     again: list[str] = []
+    moved = False
     while True:
         process = tuner(place, *command)
         while len(hit) < kills and not wait(process, random.uniform(3, 13)):
@@ -105,14 +113,26 @@ def one_run(place: Path, kills: int, study: str | None = None, wandb: str = "off
         if not done:
             return hit, ["it did not end in ten minutes"]
         found = records(run)
-        again += [trial for trial, record in ended_before.items() if not is_kept(record, found.get(trial))]
+        if not moved:  # else what the storage was not told yet is told again
+            again += [trial for trial, record in ended_before.items() if not is_kept(record, found.get(trial))]
         ended_before = found
         if process.returncode == 0:
             break
         if process.returncode == 2:
             return hit, ["its command was refused"]
         command = ("resume", "runs/small") if (run / "run.json").exists() else command
+        moved = storage is not None and not moved and _lies_at(f"{storage}/small")
+        if moved:
+            shutil.rmtree(run)
+            command = ("resume", f"{storage}/small")
+            hit[-1] += " and machine"
     return hit, [f"changed after its end: {trial}" for trial in again] + problems(run)
+
+
+def _lies_at(address: str) -> bool:
+    from tuner.remote import Folder
+
+    return "run.json" in Folder(address).entries()
 
 
 def is_kept(record: dict[str, Any], later: dict[str, Any] | None) -> bool:
@@ -160,6 +180,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=2, help="a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--study", help="as that of tuner search")
+    parser.add_argument("--storage", help="as that of tuner search; each run lies in a folder of its own there")
     options = parser.parse_args()
     random.seed(options.seed)
     print("| run | killed | s | what was wrong |")
@@ -168,7 +189,8 @@ def main() -> int:
     for number in range(1, options.runs + 1):
         with tempfile.TemporaryDirectory(prefix="segdec-kills-") as place:
             began = time.perf_counter()
-            hit, wrong = one_run(Path(place), options.kills, options.study)
+            storage = f"{options.storage}/{number}" if options.storage else None
+            hit, wrong = one_run(Path(place), options.kills, options.study, storage=storage)
             if wrong:
                 sys.stderr.write((Path(place) / "stderr.txt").read_text())
         counts.update(hit)

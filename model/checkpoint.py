@@ -22,7 +22,8 @@ from model.files import write_json
 from model.network import SegDecNet, build
 from model.thresholds import Thresholds
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
+"""names the files of a checkpoint, each with its size and checksum"""
 
 
 def save_model(
@@ -52,15 +53,17 @@ def load_model(directory: Path, device: torch.device) -> tuple[SegDecNet, RunCon
 
 def seal(directory: Path) -> None:
     """Writes the manifest: from now on the folder is a checkpoint."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST)
-    write_json(directory / _MANIFEST, {str(p.relative_to(directory)): _check(p) for p in files})
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    write_json(directory / MANIFEST, {str(p.relative_to(directory)): _check(p) for p in files})
 
 
-def is_whole(directory: Path) -> bool:
-    """Whether every file of a checkpoint is there as it was sealed; copying it may have been cut short."""
+def is_whole(directory: Path, within: str = "") -> bool:
+    """Whether every file of a checkpoint, or of what lies `within` it, is there as it was sealed; copying it may have
+    been cut short."""
     try:
-        manifest = json.loads((directory / _MANIFEST).read_text())
-        return all(_check(directory / name) == tuple(check) for name, check in manifest.items())
+        manifest = json.loads((directory / MANIFEST).read_text())
+        checks = {name: tuple(check) for name, check in manifest.items() if not within or name.startswith(f"{within}/")}
+        return all(_check(directory / name) == check for name, check in checks.items())
     except (OSError, json.JSONDecodeError):
         return False
 

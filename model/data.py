@@ -11,12 +11,14 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -25,7 +27,8 @@ from numpy.lib.format import open_memmap
 
 from model.arrays import Array, Bools, Floats, Ints
 from model.config import RunConfig
-from model.inspection import decode_image, decode_mask, digest, resize_image
+from model.files import locked
+from model.inspection import Read, decode_image, decode_mask, digest, resize_image
 from model.losses import distance_weight
 from model.sample import Batch, Rle, Sample, Supervision
 
@@ -37,6 +40,9 @@ _USED = "used"
 
 _FORMAT = 2
 """Part of a cache's name: raise it when what is stored changes."""
+
+_FILES_AT_ONCE = 32
+"""So many are read at once, for each may wait for a network; no more are decoded than there are cores."""
 
 
 def cache_root() -> Path:
@@ -64,6 +70,8 @@ class Cache:
     """(N, 2) height and width of the files, px"""
     use: IO[str] | None = None
     """an open file whose lock keeps the cache from being removed"""
+    read: Read = Path.read_bytes
+    """how the samples' files are read, for the masks are looked at again"""
 
     @cached_property
     def positive(self) -> Bools:
@@ -80,40 +88,72 @@ class Cache:
         if size == 1:
             return self.masks
         path = self.directory / f"dilated_{size}.npy"
-        with _locked(self.directory / "dilate.lock"):
+        with locked(self.directory / "dilate.lock"):
             if not path.exists():
-                _write_masks(path, self.samples, self.masks.shape[1:], size)
+                _write_dilated(path, self.samples, self.masks.shape[1:], size, self.read)
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def open_cache(samples: list[Sample], height: int, width: int, root: Path | None = None) -> Cache:
-    """The cache of a split at an input size; decodes the files if this node has not yet.
+def open_cache(
+    samples: list[Sample], height: int, width: int, root: Path | None = None, read: Read = Path.read_bytes
+) -> Cache:
+    """The cache of a split at an input size; decodes the files, which `read` reads, if this node has not yet.
 
     Safe between processes: one builds, the others wait, and what a dead one left is removed. What was opened longest
     ago makes room for a new one.
     """
-    key = hashlib.sha256(json.dumps([_FORMAT, height, width, [(s.digest, s.mask_digest) for s in samples]]).encode())
-    root = root or cache_root()
-    directory = root / key.hexdigest()[:_NAME_LENGTH]
-    root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f"{directory.name}.lock"):
-        if not directory.exists():
-            for left in root.glob(f".{directory.name}-*"):  # by a process that died: this one holds the lock
-                shutil.rmtree(left, ignore_errors=True)
-            building = Path(tempfile.mkdtemp(dir=root, prefix=f".{directory.name}-"))
-            try:
-                sizes = _write_images(building / "images.npy", samples, (height, width))
-                np.save(building / "sizes.npy", sizes, allow_pickle=False)
-                _write_masks(building / "masks.npy", samples, (height, width), size=1)
-                building.rename(directory)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-            make_room(root, cache_limit(), keep=directory)
+    directory = _directory(samples, height, width, root)
+    with _building(directory):
+        for _ in _build(directory, samples, (height, width), read):
+            pass
         (directory / _USED).touch()
         use = _use_file(directory).open("a")
         fcntl.flock(use, fcntl.LOCK_SH)  # for as long as the cache is open: nobody removes it
     images, masks = (np.load(directory / n, mmap_mode="r", allow_pickle=False) for n in ("images.npy", "masks.npy"))
-    return Cache(samples, directory, images, masks, np.load(directory / "sizes.npy", allow_pickle=False), use)
+    return Cache(samples, directory, images, masks, np.load(directory / "sizes.npy", allow_pickle=False), use, read)
+
+
+def build_cache(
+    samples: list[Sample], height: int, width: int, root: Path | None = None, read: Read = Path.read_bytes
+) -> Iterator[int]:
+    """Makes the cache of a split ready to be opened; yields how many images are decoded, or nothing where this node had
+    it. Building ends where the iterator is closed before its end."""
+    directory = _directory(samples, height, width, root)
+    with _building(directory):
+        yield from _build(directory, samples, (height, width), read)
+
+
+def is_cached(samples: list[Sample], height: int, width: int, root: Path | None = None) -> bool:
+    """Whether this node has the cache of a split."""
+    return _directory(samples, height, width, root).exists()
+
+
+def _directory(samples: list[Sample], height: int, width: int, root: Path | None) -> Path:
+    key = hashlib.sha256(json.dumps([_FORMAT, height, width, [(s.digest, s.mask_digest) for s in samples]]).encode())
+    return (root or cache_root()) / key.hexdigest()[:_NAME_LENGTH]
+
+
+@contextmanager
+def _building(directory: Path) -> Iterator[None]:
+    """The one process that may make a cache, or open it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with locked(directory.with_name(f"{directory.name}.lock")):
+        yield
+
+
+def _build(directory: Path, samples: list[Sample], size: tuple[int, int], read: Read) -> Iterator[int]:
+    if directory.exists():
+        return
+    root = directory.parent
+    for left in root.glob(f".{directory.name}-*"):  # by a process that died: this one holds the lock
+        shutil.rmtree(left, ignore_errors=True)
+    building = Path(tempfile.mkdtemp(dir=root, prefix=f".{directory.name}-"))
+    try:
+        yield from _decode(building, samples, size, read)
+        building.rename(directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    make_room(root, cache_limit(), keep=directory)
 
 
 def cached(root: Path) -> list[tuple[Path, int]]:
@@ -155,43 +195,78 @@ def _use_file(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.use")
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock that the kernel frees when the process ends, however it ends."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _write_images(path: Path, samples: list[Sample], size: tuple[int, int]) -> Ints:
-    """Returns the sizes that the files have."""
-    images = open_memmap(path, "w+", np.uint8, (len(samples), *size, 3))
+def _decode(building: Path, samples: list[Sample], size: tuple[int, int], read: Read) -> Iterator[int]:
+    """Writes the arrays of a cache; yields how many images are done."""
+    images = _array(building / "images.npy", (len(samples), *size, 3))
+    masks = _array(building / "masks.npy", (len(samples), *size))
     sizes = np.empty((len(samples), 2), np.int64)
-    for n, sample in enumerate(samples):
-        _check(sample.image, sample.digest)
-        image = decode_image(sample.image)
-        images[n] = resize_image(image, size)
-        sizes[n] = image.shape[:2]
-    images.flush()
-    return sizes
+
+    def decode(n: int, image: bytes, mask: bytes) -> None:
+        sample = samples[n]
+        pixels = decode_image(sample.image, lambda _: image)
+        images[n] = resize_image(pixels, size)
+        sizes[n] = pixels.shape[:2]
+        if sample.mask is not None:
+            masks[n] = resize_mask(decode_mask(sample.mask, lambda _: mask), size)
+
+    def fetch(sample: Sample) -> tuple[bytes, bytes]:
+        return _bytes(sample.image, sample.digest, read), _bytes(sample.mask, sample.mask_digest, read)
+
+    yield from _each(samples, fetch, decode)
+    for array in (images, masks):
+        array.flush()
+    np.save(building / "sizes.npy", sizes, allow_pickle=False)
 
 
-def _write_masks(path: Path, samples: list[Sample], shape: tuple[int, ...], size: int) -> None:
+def _write_dilated(path: Path, samples: list[Sample], shape: tuple[int, ...], size: int, read: Read) -> None:
     """Masks dilated at their original size, then resized. A finished file appears at once."""
     building = path.with_suffix(".part")
-    masks = open_memmap(building, "w+", np.uint8, (len(samples), *shape))
-    for n, sample in enumerate(samples):
-        if sample.mask is not None:
-            _check(sample.mask, sample.mask_digest)
-            masks[n] = resize_mask(dilate(decode_mask(sample.mask), size), shape)
+    masks = _array(building, (len(samples), *shape))
+
+    def decode(n: int, mask: bytes) -> None:
+        if (source := samples[n].mask) is not None:
+            masks[n] = resize_mask(dilate(decode_mask(source, lambda _: mask), size), shape)
+
+    for _ in _each(samples, lambda sample: (_bytes(sample.mask, sample.mask_digest, read),), decode):
+        pass
     masks.flush()
     building.rename(path)
 
 
-def _check(file: Path | Rle, expected: str) -> None:
-    """ValueError unless these are the bytes that the cache is named after: another node may see other files."""
-    if digest(file) != expected:
+def _array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
+    """Zeros in a file, memory-mapped. OSError if the disk has no room: a write to memory that finds none ends the
+    process."""
+    array: np.memmap[Any, np.dtype[np.uint8]] = open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def _each(
+    samples: list[Sample], fetch: Callable[[Sample], tuple[bytes, ...]], decode: Callable[..., None]
+) -> Iterator[int]:
+    """Calls `decode(n, *fetch(sample))` for every sample, on all cores; yields how many are done, in their order."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = threading.Semaphore(cores)
+
+    def work(n: int) -> None:
+        found = fetch(samples[n])
+        with free:  # large photos fill the memory
+            decode(n, *found)
+
+    with ThreadPoolExecutor(max(cores, _FILES_AT_ONCE)) as pool:  # OpenCV and hashing release the interpreter's lock
+        for done, _ in enumerate(pool.map(work, range(len(samples))), start=1):
+            yield done
+
+
+def _bytes(file: Path | Rle | None, expected: str, read: Read) -> bytes:
+    """A file's bytes; none of what has no file of its own. ValueError unless they are those that the cache is named
+    after: another node may see other files."""
+    data = b"" if file is None or isinstance(file, Rle) else read(file)
+    if file is not None and digest(file, lambda _: data) != expected:
         raise ValueError(f"{file}: has other bytes than the run was created with; restore it on every node")
+    return data
 
 
 def resize_mask(mask_HW: Array, size: tuple[int, ...]) -> Array:
@@ -247,18 +322,31 @@ def epoch_order(positive_N: Bools, epoch: int, seed: int, frequency_sampling: bo
 def batches(
     cache: Cache, config: RunConfig, epoch: int, device: torch.device, hard_rows: Array | None = None
 ) -> Iterator[Batch]:
-    """The training batches of an epoch (counted from 0), in the same order and augmented alike whenever asked.
+    """The training batches of an epoch (counted from 0), in the same order and augmented alike whenever asked."""
+    load = loader(cache, config, epoch, device)
+    return map(load, step_rows(cache, config, epoch, hard_rows))
+
+
+def step_rows(cache: Cache, config: RunConfig, epoch: int, hard_rows: Array | None = None) -> Iterator[Ints]:
+    """The rows of each step of an epoch.
 
     With `hard_rows`, `hard_mining_places` of them are added to each batch, drawn without repeating while they last.
     """
-    targets = cache.targets(config.dilate)
     order = epoch_order(cache.positive, epoch, config.seed, config.frequency_sampling)
-    augment = _augmentation(config)
     for start in range(0, len(order), config.batch_size):
         rows = order[start : start + config.batch_size]
         if hard_rows is not None and len(hard_rows):
             rng = np.random.default_rng([config.seed, epoch, start])
             rows = np.concatenate([rows, rng.permutation(hard_rows)[: config.hard_mining_places]])
+        yield rows
+
+
+def loader(cache: Cache, config: RunConfig, epoch: int, device: torch.device) -> Callable[[Ints], Batch]:
+    """A function that makes a batch of rows; what it makes of an image depends on the epoch and on no other image."""
+    targets = cache.targets(config.dilate)
+    augment = _augmentation(config)
+
+    def load(rows: Ints) -> Batch:
         pairs = [augment(cache.images[n], targets[n], (config.seed, epoch, int(n))) for n in rows]
         segmented = cache.segmented[rows]
         masks = np.stack([mask for _, mask in pairs]) * segmented[:, None, None].astype(np.uint8)
@@ -267,7 +355,7 @@ def batches(
             weights = np.stack(
                 [distance_weight(m, config.weight_power, config.weight_maximum, config.weight_per) for m in masks]
             )
-        yield Batch(
+        return Batch(
             images_BCHW=to_input(np.stack([image for image, _ in pairs]), device),
             targets_B1HW=torch.from_numpy(masks).to(device)[:, None].float(),
             weights_B1HW=None if weights is None else torch.from_numpy(weights).to(device)[:, None].float(),
@@ -275,6 +363,8 @@ def batches(
             segmented_B=torch.from_numpy(segmented).to(device).float(),
             rows=rows,
         )
+
+    return load
 
 
 def to_input(images_BHWC: Array, device: torch.device) -> torch.Tensor:

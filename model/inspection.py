@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,13 @@ HASH_SIDE = 16
 """A perceptual hash has 16 x 16 bits."""
 
 
-def decode_image(path: Path) -> np.ndarray:
+Read = Callable[[Path], bytes]
+"""How the bytes of a file come: Path.read_bytes, or a function that has them from elsewhere."""
+
+
+def decode_image(path: Path, read: Read = Path.read_bytes) -> np.ndarray:
     """RGB (H, W, 3) uint8. ValueError if the file is no image, or is cut short."""
-    return cv2.cvtColor(_decode(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(_decode(path, read, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -45,23 +50,23 @@ def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image_HWC, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def decode_mask(mask: Path | Rle) -> np.ndarray:
+def decode_mask(mask: Path | Rle, read: Read = Path.read_bytes) -> np.ndarray:
     """(H, W) uint8 of 0 and 1, from an image, CrackForest's .mat or runs. ValueError if it is none of them."""
     if isinstance(mask, Rle):
         return _decode_runs(mask)
-    return _decode_mat(mask) if mask.suffix.lower() == ".mat" else _decode_mask_image(mask)
+    return _decode_mat(mask, read) if mask.suffix.lower() == ".mat" else _decode_mask_image(mask, read)
 
 
-def _decode(path: Path, flags: int) -> np.ndarray:
-    data = np.frombuffer(path.read_bytes(), np.uint8)
+def _decode(path: Path, read: Read, flags: int) -> np.ndarray:
+    data = np.frombuffer(read(path), np.uint8)
     image = cv2.imdecode(data, flags) if data.size else None  # unlike imread, refuses a JPEG file that is cut short
     if image is None:
         raise ValueError(f"{path}: cannot be decoded as an image; replace the file or remove it")
     return image
 
 
-def _decode_mask_image(path: Path) -> np.ndarray:
-    values = _decode(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+def _decode_mask_image(path: Path, read: Read) -> np.ndarray:
+    values = _decode(path, read, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
     if values.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"{path}: a mask must have 8 or 16 bits, found {values.dtype}; save it as 0 and 255")
     level = MASK_LEVEL if values.dtype == np.uint8 else 2**15 - 1
@@ -74,12 +79,14 @@ def _decode_mask_image(path: Path) -> np.ndarray:
     return (values > level).astype(np.uint8)
 
 
-def _decode_mat(path: Path) -> np.ndarray:
+def _decode_mat(path: Path, read: Read) -> np.ndarray:
     """CrackForest's ground truth: `groundTruth.Segmentation`, labels from 1. Reads arrays, runs nothing."""
     from scipy.io import loadmat
 
+    data = read(path)
     try:
-        labels = np.asarray(loadmat(path, variable_names=["groundTruth"])["groundTruth"]["Segmentation"][0, 0])
+        found = loadmat(io.BytesIO(data), variable_names=["groundTruth"])
+        labels = np.asarray(found["groundTruth"]["Segmentation"][0, 0])
     except Exception as error:  # SciPy raises whatever the broken bytes lead to
         raise ValueError(
             f"{path}: cannot be read as a MATLAB file with groundTruth.Segmentation ({type(error).__name__}); "
@@ -174,9 +181,9 @@ def _facts(image_path: Path, mask_source: Path | Rle | None) -> dict[str, Any]:
     return facts
 
 
-def digest(source: Path | Rle) -> str:
+def digest(source: Path | Rle, read: Read = Path.read_bytes) -> str:
     """SHA-256 of a file's bytes, or of runs. OSError if the file cannot be read."""
-    data = json.dumps(dataclasses.astuple(source)[2:]).encode() if isinstance(source, Rle) else source.read_bytes()
+    data = json.dumps(dataclasses.astuple(source)[2:]).encode() if isinstance(source, Rle) else read(source)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.arrays import Array, Floats
+from model.arrays import Array, Floats, Ints
 from model.config import RunConfig
-from model.data import Cache, batches
+from model.data import Cache, loader, step_rows
 from model.evaluate import autocast
 from model.losses import balance, decision_loss, segmentation_losses
 from model.network import SegDecNet, build
+from model.parallel import ALONE, Team
 from model.sample import Batch
 
 _STEPS_BETWEEN_CHECKS = 50
@@ -42,6 +43,7 @@ class Training:
     epochs_done: int = 0
     hardness: dict[str, float] = field(default_factory=dict)
     """last mining score of each image, by its name"""
+    team: Team = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -57,14 +59,15 @@ class Training:
         }
 
 
-def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None = None) -> Training:
-    """A fresh network from the configuration's seed, or one that goes on from `Training.state`."""
+def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None = None, team: Team = ALONE) -> Training:
+    """A fresh network from the configuration's seed, or one that goes on from `Training.state`, whatever team had come
+    so far."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build(config.architecture, width=config.width, norm=config.norm).to(device)
     network.gradient_multiplier = 0.0 if config.gradient_adjustment else 1.0
     kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
-    training = Training(config, network, kind(network.parameters(), lr=config.learning_rate))
+    training = Training(config, network, kind(network.parameters(), lr=config.learning_rate), team=team)
     if state:
         network.load_state_dict(state["network"])
         training.optimizer.load_state_dict(state["optimizer"])
@@ -85,25 +88,31 @@ def fit(training: Training, cache: Cache) -> Iterator[dict[str, float]]:
 
 
 def train_epoch(training: Training, cache: Cache) -> dict[str, float]:
-    """One pass over the images of the next epoch; mean losses over images."""
-    config, device = training.config, training.device
+    """One pass over the images of the next epoch; mean losses over images, those of a whole team."""
+    config, device, epoch, team = training.config, training.device, training.epochs_done, training.team
+    team.meet()  # the first one has kept the epoch before
     step_losses = _StepLosses(training, cache)
     for group in training.optimizer.param_groups:
-        group["lr"] = learning_rate(config, training.epochs_done)
+        group["lr"] = learning_rate(config, epoch)
     training.network.train()
     sums, images = torch.zeros(2, device=device), 0
+    load = loader(cache, config, epoch, device)
     hard = hard_rows(training.hardness, cache, config)
-    for step, batch in enumerate(batches(cache, config, training.epochs_done, device, hard), start=1):
+    for step, rows in enumerate(step_rows(cache, config, epoch, hard), start=1):
         training.optimizer.zero_grad(set_to_none=True)
-        for part in _micro_batches(batch, config.micro_batch):
-            total, means = step_losses(part)
-            (total * (len(part.rows) / len(batch.rows))).backward()
-            sums += means * len(part.rows)
+        step_losses.scores.append([])
+        for part in _parts(team.own(rows), config.micro_batch):
+            total, means = step_losses(load(part))
+            (total * (len(part) / len(rows))).backward()
+            sums += means * len(part)
+        team.sum_gradients(training.network.parameters())
         training.optimizer.step()
-        images += len(batch.rows)
+        images += len(rows)
         if step % _STEPS_BETWEEN_CHECKS == 0:
-            _check_finite(sums, training.epochs_done)
-    _check_finite(sums, training.epochs_done)
+            _check_finite(team.summed(sums), epoch)
+    sums = team.summed(sums)
+    _check_finite(sums, epoch)
+    training.hardness.update(team.in_turn(step_losses.scores))
     of_segmentation, of_decision = (sums / images).tolist()
     return {
         "loss_segmentation": of_segmentation,
@@ -127,6 +136,8 @@ class _StepLosses:
     def __init__(self, training: Training, cache: Cache) -> None:
         config = training.config
         self.training, self.cache = training, cache
+        self.scores: list[list[tuple[str, float]]] = []
+        """name and mining score of each image of each step"""
         # Without negatives the image label says nothing; one class alone would drive the decision to infinity.
         delta = config.delta_cls_loss if not cache.positive.all() else 0.0
         self.weights = balance(training.epochs_done, config.epochs, delta, config.dynamic_balance)
@@ -146,7 +157,7 @@ class _StepLosses:
         if config.hard_mining_places:
             scores = hardness(config.hard_mining_score, each, decision, segmentation, batch).tolist()
             names = (self.cache.samples[row].name for row in batch.rows)
-            self.training.hardness.update(zip(names, scores, strict=True))
+            self.scores[-1] += zip(names, scores, strict=True)
         of_decision = decision_loss(decision, batch.labels_B1, self.image_weight)
         total = self.weights[0] * each.mean() + self.weights[1] * of_decision
         return total, torch.stack([each.mean(), of_decision]).detach()
@@ -197,13 +208,11 @@ def hard_rows(last: dict[str, float], cache: Cache, config: RunConfig) -> Array:
     return chosen
 
 
-def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """Parts of a batch whose gradients, weighted by their sizes, add up to its own."""
-    if not size or size >= len(batch.rows):
-        yield batch
-        return
-    for start in range(0, len(batch.rows), size):
-        yield Batch._make(None if part is None else part[start : start + size] for part in batch)
+def _parts(rows: Ints, size: int) -> Iterator[Ints]:
+    """Rows of a batch that are on the device at a time; their gradients, weighted by their sizes, add up to its own."""
+    size = size or len(rows)
+    for start in range(0, len(rows), size or 1):
+        yield rows[start : start + size]
 
 
 def _check_finite(sums: Tensor, epoch: int) -> None:

@@ -18,7 +18,19 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tuner.options import ADDRESS, COUNT, MM_PER_PX, NOT_NEGATIVE, PORT, POSITIVE, SEED, STUDY_VARIABLE, WAIT, Rule
+from tuner.options import (
+    ADDRESS,
+    COUNT,
+    GPUS,
+    MM_PER_PX,
+    NO_OR_COUNT,
+    PORT,
+    POSITIVE,
+    SEED,
+    STUDY_VARIABLE,
+    WAIT,
+    Rule,
+)
 from tuner.records import SearchFailed
 
 _SHOWN_PAIRS = 20
@@ -78,16 +90,22 @@ def search(options: argparse.Namespace) -> int:
     from tuner.pipeline import run_search
 
     names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
-             "address", "wandb", "wandb_wait", "tensorboard", "seed", "warm_start", "study")  # fmt: skip
+             "cpu_trials", "address", "wandb", "wandb_wait", "tensorboard", "seed", "warm_start", "study",
+             "storage")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
     return _ended(run_search(options.space, _data(options), console=options.console, **chosen))
 
 
 def resume(options: argparse.Namespace) -> int:
+    from tuner import mirror
     from tuner.pipeline import go_on
     from tuner.run import load_search
 
-    return _ended(go_on(load_search(options.run, options.data), console=options.console))
+    run = options.run
+    if mirror.is_mirror(run):
+        run = mirror.bring(run, Path(options.runs), options.console)
+        options.console.print(f"goes on in {run}")
+    return _ended(go_on(load_search(run, options.data), console=options.console))
 
 
 def _ended(run: Any) -> int:
@@ -121,13 +139,14 @@ def dashboard(options: argparse.Namespace) -> int:
 def finals(options: argparse.Namespace) -> int:
     from tuner.cluster import connected
     from tuner.finals import check_test_is_sealed
+    from tuner.mirror import mirrored
     from tuner.pipeline import evaluate, full_disk_explained
     from tuner.records import OPEN_TEST
     from tuner.run import load_search
 
     run = load_search(options.run, options.data)
     check_test_is_sealed(run.directory, options.open_test)
-    with run.locked(), full_disk_explained(run), connected(run.options.address):
+    with run.locked(), full_disk_explained(run), mirrored(run, options.console), connected(run.options.address):
         evaluate(run, options.open_test)
     print(run.directory / "evaluation" / (OPEN_TEST if options.open_test else ""))
     return 0
@@ -140,8 +159,17 @@ def report(options: argparse.Namespace) -> int:
     run = load_search(options.run)
     out = Path(options.out) if options.out else run.directory / "report"
     report.write(run.directory, out)
+    _mirror(run, options.console)
     print(out / "index.html")
     return 0
+
+
+def _mirror(run: Any, console: Console) -> None:
+    """What a verb has written is to lie at the run's storage too, if there is one: that needs torch, a report none."""
+    if run.options.storage:
+        from tuner import mirror
+
+        mirror.update(run, console)
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -164,7 +192,9 @@ def export(options: argparse.Namespace) -> int:
 
     run = load_search(options.run)
     with options.console.status("exporting, then comparing the file with the network on test images"):
-        print(export_run(run, options.format))
+        exported = export_run(run, options.format)
+    _mirror(run, options.console)
+    print(exported)
     return 0
 
 
@@ -201,8 +231,13 @@ def plan(options: argparse.Namespace) -> int:
 
 def data_check(options: argparse.Namespace) -> int:
     from model import duplicates, layouts, splits
+    from tuner import datasets
 
     path = Path(options.path)
+    if datasets.is_address(options.path):
+        source = datasets.Source.of(datasets.checked(options.path), 0, 0)
+        source.fetch(options.console)
+        path = source.folder
     samples = layouts.read(path, options.layout)
     found = splits.assign(samples, path, options.validation_share, options.test_share, options.seed)
     for name, split in zip(layouts.SPLITS, found, strict=True):
@@ -270,7 +305,7 @@ def sync(options: argparse.Namespace) -> int:
 def wandb_sweep(options: argparse.Namespace) -> int:
     import yaml
 
-    from tuner.run import data_path
+    from tuner.datasets import checked
     from tuner.space_file import load
     from tuner.tracking import wandb_pages
     from tuner.tracking.sweep import sweep_config
@@ -279,7 +314,7 @@ def wandb_sweep(options: argparse.Namespace) -> int:
     file = Path(options.space)
     config = sweep_config(
         space,
-        data_path(_data(options)),
+        checked(_data(options)),
         source=str(file.resolve() if file.is_file() else options.space),  # agents may have another current folder
         project=wandb_pages.project(options.project),
         run_cap=space.budget.trials,
@@ -323,7 +358,10 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner search demo --data synthetic")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+        "--data",
+        metavar="PATH",
+        help="folder with images/ and masks/ that all nodes see, an address in object storage such as "
+        "s3://BUCKET/FOLDER, from which each node takes what it needs, or synthetic, which is taken if not given",
     )
     made.add_argument("--name", help="the run's name; the space's if not given")
     made.add_argument("--runs", metavar="DIR", default="runs", help="where runs lie")
@@ -332,8 +370,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit if not given")
     made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")
     made.add_argument(
-        "--gpus-per-trial", metavar="F", type=_not_negative, help="GPUs that a trial holds, or a share of one"
+        "--gpus-per-trial",
+        metavar="F",
+        type=_gpus,
+        help="GPUs that a trial holds, or a part of one, which is enforced; "
+        "if not given, the part that holds the space's largest trial, by its measured memory",
     )
+    made.add_argument(
+        "--cpu-trials", metavar="N", type=_no_or_count, default=0,
+        help="trials at once that run on CPU cores alone, beside those on GPUs",
+    )  # fmt: skip
     made.add_argument("--address", metavar="ADDR", type=_address, help="a running Ray cluster, host:port or auto")
     made.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
@@ -351,13 +397,22 @@ def _parser() -> argparse.ArgumentParser:
         help="keep the study in a database, such as sqlite:///study.db or postgresql://HOST/NAME, not in a journal in "
         f"the run's folder; env takes the URL from ${STUDY_VARIABLE}, where it may hold a password",
     )
+    made.add_argument(
+        "--storage",
+        metavar="URI",
+        help="write checkpoints to URI/NAME and mirror the run there, so that `tuner resume URI/NAME` goes on on "
+        "another machine: a path, s3://BUCKET/FOLDER, or what else fsspec or pyarrow know; never with credentials",
+    )
     made.add_argument("--no-report", action="store_true", help="search alone; the test split stays sealed")
 
     made = verb(trial, "trial", "train and judge one point of a space, outside any search; the program of a W&B sweep",
                 "tuner trial demo --data synthetic --set learning_rate=0.7 threshold_rule=grid")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+        "--data",
+        metavar="PATH",
+        help="folder with images/ and masks/, an address such as s3://BUCKET/FOLDER, or synthetic, which is taken if "
+        "not given",
     )
     made.add_argument(
         "--set",
@@ -372,9 +427,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--cpus-per-trial", metavar="N", type=_count, help="CPU cores that it uses; one, or a GPU's share, if not given"
     )
-    made.add_argument(
-        "--gpus-per-trial", metavar="F", type=_not_negative, help="0 leaves a GPU alone; one if there is any"
-    )
+    made.add_argument("--gpus-per-trial", metavar="F", type=_gpus, help="0 leaves a GPU alone; one if there is any")
     made.add_argument(
         "--wandb",
         choices=("off", "offline", "online"),
@@ -382,8 +435,13 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     made = verb(resume, "resume", "go on with a run after any kind of stop", "tuner resume runs/demo")
-    made.add_argument("run", metavar="RUN", help="the folder of a run")
-    made.add_argument("--data", metavar="PATH", help="where the same data lie now, if they have moved")
+    made.add_argument(
+        "run", metavar="RUN_OR_URI", help="the folder of a run, or URI/NAME at its --storage, from where it is brought"
+    )
+    made.add_argument("--runs", metavar="DIR", default="runs", help="where a run that is brought will lie")
+    made.add_argument(
+        "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
+    )
 
     made = verb(status, "status", "trials by status, best so far, time left", "tuner status runs/demo --json")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
@@ -397,7 +455,9 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(finals, "finals", "evaluate winner and baseline on validation and, once, on test",
                 "tuner finals runs/demo")  # fmt: skip
     made.add_argument("run", metavar="RUN", help="the folder of a run")
-    made.add_argument("--data", metavar="PATH", help="where the same data lie now, if they have moved")
+    made.add_argument(
+        "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
+    )
     made.add_argument(
         "--open-test",
         action="store_true",
@@ -439,12 +499,18 @@ def _parser() -> argparse.ArgumentParser:
                 "tuner plan demo --data synthetic")  # fmt: skip
     made.add_argument("space", metavar="SPACE", help="a search-space file, or the name of a shipped one")
     made.add_argument(
-        "--data", metavar="PATH", help="folder with images/ and masks/, or synthetic, which is taken if not given"
+        "--data",
+        metavar="PATH",
+        help="folder with images/ and masks/, an address such as s3://BUCKET/FOLDER, or synthetic, which is taken if "
+        "not given",
     )
     made.add_argument("--concurrent", metavar="N", type=_count, help="trials at once; as many as fit here if not given")
     made.add_argument("--cpus-per-trial", metavar="F", type=_positive, help="CPU cores that a trial holds")
     made.add_argument(
-        "--gpus-per-trial", metavar="F", type=_not_negative, help="GPUs that a trial holds, or a share of one"
+        "--gpus-per-trial",
+        metavar="F",
+        type=_gpus,
+        help="GPUs that a trial holds, or a part of one; if not given, as a search would choose",
     )
     made.add_argument("--json", action="store_true", help="for programs")
 
@@ -453,7 +519,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     made = verb(data_check, "check", "count, find broken files, leaks and near-duplicates between splits",
                 "tuner data check ~/data/cracks", into=data)  # fmt: skip
-    made.add_argument("path", metavar="PATH", help="folder with images/ and masks/, or of another known layout")
+    made.add_argument(
+        "path", metavar="PATH", help="folder or address of images/ and masks/, or of another known layout"
+    )
     made.add_argument("--layout", default="auto", help=f"how files lie there: {_LAYOUTS}")
     made.add_argument("--validation-share", type=_share, default=0.15, help="share of the images")
     made.add_argument("--test-share", type=_share, default=0.15, help="share of the images")
@@ -518,7 +586,8 @@ def _value(rule: Rule, kind: type) -> Callable[[str], Any]:
 
 _count = _value(COUNT, int)
 _positive = _value(POSITIVE, float)
-_not_negative = _value(NOT_NEGATIVE, float)
+_gpus = _value(GPUS, float)
+_no_or_count = _value(NO_OR_COUNT, int)
 _mm_per_px = _value(MM_PER_PX, float)
 _wait = _value(WAIT, float)
 _seed = _value(SEED, int)

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray._private.state
+import yaml
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.ray_logging import stdout_deduplicator
 
-from tuner.nodes import NodeUnfit
-from tuner.records import SearchFailed
+from tuner.records import NodeUnfit, SearchFailed
+from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
 logger = logging.getLogger(__name__)
+
+_HEAD = "node:__internal_head__"
+"""the resource that the head alone has"""
 
 _SECONDS_TO_ANSWER = 10.0
 """so long a cluster may take to accept a connection"""
@@ -51,11 +58,18 @@ class Resources:
     cpus_per_trial: float = 1.0
     gpus_per_trial: float = 0.0
     concurrent: int | None = None
+    cpu_trials: int = 0
+    """how many run at once beside these with the same CPUs and no GPU"""
 
     @property
     def devices(self) -> float:
-        """What a trial is charged for: GPUs, or CPUs where it has none."""
-        return self.gpus_per_trial or self.cpus_per_trial
+        """What a trial is charged for: GPUs, or CPUs where no trial has one."""
+        return self.devices_of(self.gpus_per_trial)
+
+    def devices_of(self, gpus: float) -> float:
+        """The same of a trial that holds so many GPUs. Beside trials on GPUs, one without costs nothing: device time
+        and money count GPUs there, which cores come with."""
+        return gpus if self.gpus_per_trial else self.cpus_per_trial
 
 
 @contextmanager
@@ -76,30 +90,47 @@ def connected(address: str | None) -> Iterator[None]:
     if address:
         # Ray would use the user's token with `auto` alone, and be refused elsewhere; RAY_AUTH_MODE still decides.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    try:
-        ray.init(
-            address=address or "local",  # never by chance the cluster of somebody else on this machine
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-        )
-    except ConnectionError as error:
-        if not address:
-            raise
-        raise _no_cluster(address, error) from error
-    except RuntimeError as error:
-        if "Version mismatch" not in str(error):
-            raise
-        raise _other_version(address, error) from error
-    over = threading.Event()
-    if address:
-        threading.Thread(target=_watch_head, args=[address, over], name="head", daemon=True).start()
+    with nullcontext() if address else _on_loopback():
+        try:
+            ray.init(
+                address=address or "local",  # never by chance the cluster of somebody else on this machine
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        except ConnectionError as error:
+            if not address:
+                raise
+            raise _no_cluster(address, error) from error
+        except RuntimeError as error:
+            if "Version mismatch" not in str(error):
+                raise
+            raise _other_version(address, error) from error
+        over = threading.Event()
+        if address:
+            threading.Thread(target=_watch_head, args=[address, over], name="head", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1 alone, as Ray does by itself on macOS, and not on all
+    addresses of this machine. Its processes read the variable; in this one Ray has read it already."""
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(variable), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        over.set()
-        ray.shutdown()
+        del os.environ[variable]
+        if before[0] is not None:
+            os.environ[variable] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
 def _watch_head(named: str, over: threading.Event) -> None:
@@ -153,15 +184,17 @@ def _other_version(address: str | None, error: Exception) -> ValueError:
     )
 
 
-def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None) -> Resources:
-    """What was asked for; else a whole GPU a trial where the cluster has some, with its share of the node's cores, or
-    one CPU. ValueError if no node can hold a trial."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def default_resources(cpus: float | None, gpus: float | None, concurrent: int | None, cpu_trials: int = 0) -> Resources:
+    """What was asked for; else a whole GPU a trial where the cluster has some or could have, with its part of the
+    node's cores (less what trials without a GPU need), or one CPU. ValueError if no node can hold a trial, nor one that
+    an autoscaler could start."""
+    nodes = [*_nodes(), *(kind.resources for kind in _startable())]
     gpus = gpus if gpus is not None else float(any(node.get("GPU") for node in nodes))
-    shares = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU")] if gpus >= 1 else []
-    found = Resources(cpus if cpus is not None else float(max(1, min(shares, default=1))), gpus, concurrent)
+    if cpus is None:
+        cpus = _cores_each(nodes, gpus, cpu_trials)
+    found = Resources(cpus, gpus, concurrent, cpu_trials)
     asked = {"CPU": found.cpus_per_trial, "GPU": found.gpus_per_trial}
-    if not any(all(node.get(name, 0) >= wanted for name, wanted in asked.items()) for node in nodes):
+    if not any(_times(node, found) for node in nodes):
         most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in asked}
         apart = "" if any(asked[name] > most[name] for name in asked) else " on different nodes"
         short = [name for name in asked if apart or asked[name] > most[name]]
@@ -171,18 +204,124 @@ def default_resources(cpus: float | None, gpus: float | None, concurrent: int | 
             f"a trial must fit one node of the cluster: it asks for {wanted}, found at most {largest}{apart}; "
             f"lower --{short[0].lower()}s-per-trial"
         )
+    if cpu_trials and not gpus:
+        raise ValueError(
+            f"trials without a GPU run beside those that have one, found --cpu-trials {cpu_trials} where no trial has "
+            "one; leave it out, all trials run on CPU cores"
+        )
+    if (room := _room_beside(nodes, cpus, gpus)) < cpu_trials:
+        raise ValueError(
+            f"beside the trials on GPUs, which hold {cpus:g} CPU each, there must be room for {cpu_trials} trials of "
+            f"as many without, found room for {room}; lower --cpu-trials, --cpus-per-trial or the number of trials on "
+            "a GPU"
+        )
     return found
+
+
+def sharing_gpus(
+    trial_bytes: int, gpu_bytes: int, cpus: float | None, at_once: int | None, concurrent: int | None, cpu_trials: int
+) -> Resources:
+    """Trials side by side on each GPU, as many as its memory and the node's cores hold, and no more than it takes to
+    have so many at once."""
+    holders = [node for node in _nodes() if node.get("GPU")]
+    spread = math.ceil(at_once / sum(node["GPU"] for node in holders)) if at_once else None
+    most = min(most_on_a_gpu(node.get("CPU", 0), node["GPU"], cpus) for node in holders)
+    for count in range(min(most, spread or most), 1, -1):  # fewer where trials without a GPU need cores too
+        with suppress(ValueError):
+            return default_resources(cpus, part_of_gpu(trial_bytes, gpu_bytes, count), concurrent, cpu_trials)
+    return default_resources(cpus, 1.0, concurrent, cpu_trials)
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node that is there has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _cores_each(nodes: list[dict[str, float]], gpus: float, cpu_trials: int) -> float:
+    holders = [node for node in nodes if gpus and places(node.get("GPU", 0), gpus)]
+    shares = [cores_each(node.get("CPU", 0), node["GPU"], gpus) for node in holders]
+    most = min(shares, default=1.0)
+    return next((float(n) for n in range(int(most), 1, -1) if _room_beside(nodes, n, gpus) >= cpu_trials), 1.0)
+
+
+def _room_beside(nodes: list[dict[str, float]], cpus: float, gpus: float) -> int:
+    """How many trials without a GPU fit beside as many as fit with one."""
+    room = 0
+    for node in nodes:
+        cores = node.get("CPU", 0)
+        on_gpus = places(node.get("GPU", 0), gpus) if gpus else 0
+        room += int(max(0.0, cores - min(on_gpus, cores // cpus) * cpus) // cpus)
+    return room
 
 
 def fit_at_once(resources: Resources) -> tuple[int, str]:
     """How many trials the cluster as it is runs at once, and what bounds them."""
     there = ray.cluster_resources()
-    count, name, wanted = min(
-        (int(there.get(name, 0) // wanted), name, wanted)
-        for name, wanted in (("CPU", resources.cpus_per_trial), ("GPU", resources.gpus_per_trial))
-        if wanted
-    )
+    cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
+    counts = [(int(there.get("CPU", 0) // cpus), "CPU", cpus)]
+    if gpus:
+        counts.append((sum(places(node.get("GPU", 0), gpus) for node in _nodes()), "GPU", gpus))
+    count, name, wanted = min(counts)
     return count, f"{wanted:g} {name} a trial, {there.get(name, 0):g} there"
+
+
+def with_autoscaler(resources: Resources) -> int:
+    """How many trials at once the head and all nodes that the autoscaler may start would run; 0 without one."""
+    kinds = _startable()
+    if not kinds:
+        return 0
+    heads = [node["Resources"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
+    trials = sum(_times(head, resources) for head in heads)
+    room = kinds[0].most_in_all
+    for kind in sorted(kinds, key=lambda kind: _times(kind.resources, resources), reverse=True):
+        nodes = min(room, kind.most)
+        room -= nodes
+        trials += nodes * _times(kind.resources, resources)
+    return trials
+
+
+def _times(node: Mapping[str, float], resources: Resources) -> int:
+    """How many trials a node holds."""
+    cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
+    by_cpu = int(node.get("CPU", 0) // cpus)
+    return min(by_cpu, places(node.get("GPU", 0), gpus)) if gpus else by_cpu
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of node that an autoscaler may start."""
+
+    name: str
+    resources: dict[str, float]
+    most: int
+    most_in_all: int
+    """of all kinds together"""
+
+
+def _startable() -> list[_Kind]:
+    """What the autoscaler of this cluster may start. Ray 2.60 tells no driver; but drivers run on the head, and so does
+    the autoscaler, whose command line names its configuration."""
+    mine = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_text().split("\0")
+        except (OSError, UnicodeDecodeError):  # it has ended, or is none of ours
+            continue
+        given = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
+        if mine in words and given:
+            return _kinds(Path(given[0]).expanduser())
+    return []
+
+
+def _kinds(file: Path) -> list[_Kind]:
+    """The kinds of workers of an autoscaler's configuration."""
+    found = yaml.safe_load(file.read_text())
+    most = found.get("max_workers", 0)
+    return [
+        _Kind(name, kind.get("resources", {}), kind.get("max_workers", most), most)
+        for name, kind in found["available_node_types"].items()
+        if name != found["head_node_type"]
+    ]
 
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
@@ -246,6 +385,16 @@ def full_disk(error: BaseException) -> int | None:
 def elsewhere(unfit: Collection[str]) -> dict[str, str]:
     """The label selector of all nodes but some."""
     return {NODE_LABEL: f"!in({','.join(sorted(unfit))})"} if unfit else {}
+
+
+def kept_for_gpus(resources: Resources) -> set[str]:
+    """The nodes with GPUs, where the others have room for all trials without: on these, they would hold cores that
+    trials on GPUs then lack."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    with_gpus = {node["NodeID"] for node in nodes if node["Resources"].get("GPU")}
+    cores = [node["Resources"].get("CPU", 0) for node in nodes if node["NodeID"] not in with_gpus]
+    room = sum(int(count // resources.cpus_per_trial) for count in cores)
+    return with_gpus if room >= resources.cpu_trials else set()
 
 
 def takes_no_more(node: str, reason: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +23,13 @@ from model.config import Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
+from model.inspection import Read
 from model.network import SegDecNet, build, describe
 from model.sample import Sample
 from model.splits import Splits, fingerprint_of_test
 from model.thresholds import Thresholds, sigmoid
 from tuner import checkpoints, records
+from tuner.checkpoints import Trials
 from tuner.cluster import Resources, run_on_worker
 from tuner.records import OPEN_TEST, SearchFailed
 from tuner.trial import take_device
@@ -45,14 +48,18 @@ class Finalist:
     """A trained configuration that is to be evaluated."""
 
     trial: str
-    model: str
-    """folder of its weights"""
+    checkpoint: str
+    """address of the checkpoint that holds its weights"""
     config: RunConfig
     thresholds: Thresholds
     epoch: int
     value: float
     violations: dict[str, float] | None
     """how far beyond each constraint; None where there is none"""
+
+    def model(self, scratch: Path) -> Path:
+        """The folder of its weights on this machine, copied below an empty folder if it lies elsewhere."""
+        return checkpoints.fetch(self.checkpoint, scratch / self.trial, f"best/{self.epoch}")
 
     def describe(self) -> dict[str, Any]:
         """Its entry in selection.json."""
@@ -64,7 +71,15 @@ class Finalist:
         } | ({} if self.violations is None else {"violations": self.violations})
 
 
-def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resources, open_test: bool = False) -> None:
+def evaluate(
+    run_directory: Path,
+    trials: Trials,
+    splits: Splits,
+    metric: str,
+    resources: Resources,
+    open_test: bool = False,
+    read: Read = Path.read_bytes,
+) -> None:
     """Writes evaluation/ and best/. ValueError if that was done before.
 
     Where no trial meets the constraints, the one that is least beyond them stands in, and all that is written says so.
@@ -76,22 +91,22 @@ def evaluate(run_directory: Path, splits: Splits, metric: str, resources: Resour
     check_test_is_sealed(run_directory, open_test)
     found = records.read(run_directory)
     nearest = records.nearest(found)
-    winner = _finalist(run_directory, nearest or records.best(found))
+    winner = _finalist(trials, nearest or records.best(found))
     if winner is None:
         raise SearchFailed("no trial has completed, so there is no best one; see the reasons in records.jsonl")
     if nearest:
         logger.warning("%s; it is evaluated all the same", records.none_feasible(nearest))
-    baseline = _finalist(run_directory, records.baseline(found))
+    baseline = _finalist(trials, records.baseline(found))
     finalists = {"winner": winner} | ({"baseline": baseline} if baseline and baseline.trial != winner.trial else {})
 
     evaluation = run_directory / "evaluation"
     target = evaluation / OPEN_TEST if open_test else evaluation
     target.mkdir(parents=True, exist_ok=True)
     (target / "selection.json").unlink(missing_ok=True)  # written last: without it, nothing here counts
-    trials = [finalist.trial for finalist in finalists.values()]
-    _note_opening(evaluation, trials, fingerprint_of_test(splits), open_test)
+    names = [finalist.trial for finalist in finalists.values()]
+    _note_opening(evaluation, names, fingerprint_of_test(splits), open_test)
     files, applied, sizes = run_on_worker(
-        _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test
+        _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test, read
     )
     for name, arrays in files.items():
         _write_arrays(target / name, arrays)
@@ -127,28 +142,28 @@ def check_test_is_sealed(run_directory: Path, open_test: bool) -> None:
         )
 
 
-def _finalist(run_directory: Path, record: dict[str, Any] | None) -> Finalist | None:
+def _finalist(trials: Trials, record: dict[str, Any] | None) -> Finalist | None:
     """The trained network of a record. SearchFailed if its checkpoint is gone, or is of another epoch or threshold
     than the record: they are one thing."""
     if record is None or record["status"] != records.Status.COMPLETED:
         return None
     config = RunConfig.from_dict(record["config"])
     source = record["replayed_from"] or record["trial"]
-    folder = checkpoints.newest(run_directory / "trials", source)
-    if folder is None:
-        raise SearchFailed(f"the checkpoint of trial {source} is gone from {run_directory / 'trials'}")
-    replays = checkpoint.load_progress(folder)["replays"]
+    found = checkpoints.newest(trials, source, config)
+    if found is None:
+        raise SearchFailed(f"the checkpoint of trial {source} is gone from {trials.place.address}")
+    replays = found.progress["replays"]
     unknown = {"epoch": None, "thresholds": None}
     kept = next((replay for replay in replays if Judgement.of(replay) == config.judgement()), unknown)
-    model = folder / "best" / str(record["best_epoch"])
-    if (kept["epoch"], kept["thresholds"]) != (record["best_epoch"], record["thresholds"]) or not model.exists():
+    is_kept = (kept["epoch"], kept["thresholds"]) == (record["best_epoch"], record["thresholds"])
+    if not (is_kept and found.holds(f"best/{record['best_epoch']}")):
         raise SearchFailed(
-            f"the checkpoint {folder} must hold epoch {record['best_epoch']} of trial {source} with the thresholds of "
-            f"its record, found epoch {kept['epoch']} with {kept['thresholds']}; one of them was changed"
+            f"the checkpoint {found.address} must hold epoch {record['best_epoch']} of trial {source} with the "
+            f"thresholds of its record, found epoch {kept['epoch']} with {kept['thresholds']}; one of them was changed"
         )
     return Finalist(
         record["trial"],
-        str(model.resolve()),
+        found.address,
         config,
         Thresholds.from_dict(record["thresholds"]),
         record["best_epoch"],
@@ -174,6 +189,7 @@ def _evaluate_on_worker(
     test: list[Sample],
     resources: Resources,
     choose_on_test: bool,
+    read: Read,
 ) -> tuple[dict[str, dict[str, Array]], dict[str, Thresholds], Array]:
     """Arrays by the name of their file, the thresholds that were applied by role, and the (N, 2) sizes of the files of
     validation. Nothing is written here, for a worker may have another disk."""
@@ -182,10 +198,11 @@ def _evaluate_on_worker(
     applied = {}
     sizes: Array = np.empty((0, 2))
     for role, finalist in finalists.items():
-        network, _, _ = checkpoint.load_model(Path(finalist.model), device)
+        with tempfile.TemporaryDirectory(prefix="segdec-finals-") as scratch:
+            network, _, _ = checkpoint.load_model(finalist.model(Path(scratch)), device)
         config = finalist.config
         caches = {
-            split: open_cache(samples, config.input_height, config.input_width)
+            split: open_cache(samples, config.input_height, config.input_width, read=read)
             for split, samples in (("validation", validation), ("test", test))
         }
         sizes = caches["validation"].original_sizes
@@ -272,7 +289,8 @@ def _write_best(best: Path, winner: Finalist, sizes_N2: Array) -> None:
     building = best.with_name(".best.part")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    shutil.copy2(Path(winner.model) / "model.safetensors", building)
+    with tempfile.TemporaryDirectory(prefix="segdec-finals-") as scratch:
+        shutil.copy2(winner.model(Path(scratch)) / "model.safetensors", building)
     write_json(building / "config.json", winner.config.to_dict())
     beyond = {"violations": winner.violations} if any((winner.violations or {}).values()) else {}
     write_json(building / "thresholds.json", winner.thresholds.to_dict() | {"epoch": winner.epoch} | beyond)

@@ -27,7 +27,12 @@ class Rule:
 
 COUNT = Rule("a whole number of at least 1", lambda v: type(v) is int and v >= 1)
 POSITIVE = Rule("a number above 0", lambda v: is_number(v) and v > 0)
-NOT_NEGATIVE = Rule("a number of at least 0", lambda v: is_number(v) and v >= 0)
+GPUS = Rule(
+    "a number from 0 to 1, or a whole number of GPUs",
+    lambda v: is_number(v) and v >= 0 and (v <= 1 or v == int(v)),
+    "leave it out to have it chosen by what a trial needs",
+)
+NO_OR_COUNT = Rule("a whole number of at least 0", lambda v: type(v) is int and v >= 0)
 MM_PER_PX = Rule(
     "a number of mm from 0.000001 to 1000, a metre",
     lambda v: is_number(v) and 1e-6 <= v <= 1000,
@@ -52,7 +57,8 @@ _RULES = {
     "hours": POSITIVE,
     "concurrent": COUNT,
     "cpus_per_trial": POSITIVE,
-    "gpus_per_trial": NOT_NEGATIVE,
+    "gpus_per_trial": GPUS,
+    "cpu_trials": NO_OR_COUNT,
     "address": ADDRESS,
     "wandb": WANDB,
     "wandb_wait": WAIT,
@@ -74,6 +80,8 @@ class Options:
     concurrent: int | None = None
     cpus_per_trial: float | None = None
     gpus_per_trial: float | None = None
+    cpu_trials: int = 0
+    """trials at once that hold no GPU, beside those that do"""
     address: str | None = None
     wandb: Literal["off", "offline", "online"] = "offline"
     wandb_wait: float = 5.0
@@ -84,6 +92,8 @@ class Options:
     """the folder of another run, whose completed trials the sampler knows from the start"""
     study: str | None = None
     """the URL of the database that keeps the study, without a password, or the word env; a journal if None"""
+    storage: str | None = None
+    """where checkpoints lie and the run is mirrored: a path or an address, without credentials (tuner/remote.py)"""
     no_report: bool = False
     """the search alone: the test split stays sealed, also when the run is resumed"""
 
@@ -95,6 +105,8 @@ class Options:
             if (value := getattr(self, name)) is not defaults[name] and not rule.holds(value)
         ]
         if self.study is not None and (problem := _problem_of_study(self.study)):
+            problems.append(problem)
+        if self.storage is not None and (problem := problem_of_storage(self.storage)):
             problems.append(problem)
         if problems:
             raise ValueError("\n  ".join(problems))
@@ -132,6 +144,31 @@ def _problem_of_study(study: object) -> str | None:
             f"in {scheme}://...; leave it to the driver (PGPASSWORD or ~/.pgpass; for MySQL read_default_file=FILE in "
             f"the URL), or put the whole URL into the environment variable {STUDY_VARIABLE} and say --study env"
         )
+    return None
+
+
+def problem_of_storage(storage: object) -> str | None:
+    """What is wrong with the form of a storage address; never with the value where it could hold a secret."""
+    wanted = "storage must be a path, or an address such as s3://BUCKET/FOLDER"
+    if not isinstance(storage, str) or not storage.strip():
+        return f"{wanted}, found {storage!r}; leave it out for checkpoints in the run's own folder"
+    scheme, separator, rest = storage.partition("://")
+    if not separator:
+        return None
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or "::" in storage:
+        return f"{wanted}, and not several addresses in one"
+    authority = rest.partition("/")[0].partition("?")[0]
+    keys = [key for key, _ in parse_qsl(storage.partition("?")[2], keep_blank_values=True)]
+    secrets = [key for key in keys if is_secret(key) or re.search("key|sig|credential", key.lower())]
+    if secrets or ":" in authority.rpartition("@")[0]:
+        where = f"as {secrets[0]}=" if secrets else "before the @"
+        return (
+            f"storage must hold no secret, for run.json keeps it and the list of processes shows it; found one {where} "
+            f"in {scheme}://...; give credentials as the service's own tools find them, for S3 in the environment, in "
+            "~/.aws or by the machine's role"
+        )
+    if not rest.partition("?")[0].strip("/"):
+        return f"{wanted}, found no {'path' if scheme == 'file' else 'bucket or host'} in {storage}"
     return None
 
 

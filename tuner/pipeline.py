@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from model.splits import Splits
-from tuner import finals, importance, plan, report, storage, tracking
-from tuner.cluster import Resources, connected, default_resources, run_on_worker
+from tuner import checkpoints, finals, importance, mirror, nodes, plan, remote, report, storage, tracking
+from tuner.cluster import Resources, connected, default_resources, run_on_worker, sharing_gpus
+from tuner.mirror import Mirror, mirrored
 from tuner.options import Options
 from tuner.records import SearchFailed
 from tuner.run import Run, create
@@ -24,7 +24,7 @@ from tuner.sampler import SearchStudy
 from tuner.search import run_trials
 from tuner.space import Space
 from tuner.space_file import load as load_space
-from tuner.trial import TrialTask
+from tuner.trial import TrialTask, batch_problem
 
 _CLEARLY_TOO_LONG = 2.0
 """A search is refused where the baseline is forecast to take so many times what a limit holds (docs/decisions.md)."""
@@ -47,13 +47,21 @@ def run_search(
     """
     space = space if isinstance(space, Space) else load_space(space)
     chosen = Options(**options)
+    if chosen.cpu_trials and space.cost and space.cost.metric == "device_seconds":
+        raise ValueError(
+            f"--cpu-trials must be 0 where device_seconds is an objective, found {chosen.cpu_trials}: beside trials on "
+            "GPUs one without holds no device, so it would win; leave it out"
+        )
     if chosen.warm_start:
         chosen = replace(chosen, warm_start=_warm(load_run(chosen.warm_start), space))
     if chosen.wandb == "online":
         tracking.check_online()
     if chosen.study:
         chosen = replace(chosen, study=storage.checked(chosen.study))
-    run = create(space, data, Path(runs), name, chosen)
+    if chosen.storage:
+        chosen = replace(chosen, storage=remote.checked(chosen.storage))
+        mirror.check_free(str(chosen.storage), name or space.name)
+    run = create(space, data, Path(runs), name, chosen, console=console)
     try:
         return go_on(run, console)
     except BaseException:  # what went wrong before anything was searched: the name stays free
@@ -66,17 +74,18 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     if run.info["state"] != "finished":
         run.check_version()
-    with run.locked(), full_disk_explained(run), connected(run.options.address):
+    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, connected(run.options.address):
         try:
             state = run.info["state"]
             if state != "finished":
                 with storage.explained(run.study):
-                    state = _search(run, console)
+                    state = _search(run, console, mirror)
             elif not importance.is_current(run.directory):
                 importance.write(run.directory, run.space)
             if state == "finished" and not run.options.no_report:
                 if not (run.directory / "evaluation" / "selection.json").exists():
                     evaluate(run)
+                    mirror.changed()
                 report.write(run.directory)
                 tracking.log_report(watched(run), run.options.wandb, run.options.wandb_wait)
         except SearchFailed as failure:
@@ -89,11 +98,14 @@ def go_on(run: Run, console: Console | None = None) -> Run:
 
 @contextmanager
 def full_disk_explained(run: Run) -> Iterator[None]:
-    """Tells a disk that is full, or a quota or a limit that is reached, as SearchFailed with the way out."""
+    """Tells a disk that is full, or a quota or a limit that is reached, as SearchFailed with the way out; and so a
+    storage without which nothing goes on."""
     try:
         yield
+    except remote.StorageFailed as error:
+        raise SearchFailed(f"{error}; `tuner resume {run.directory}` goes on when it can be reached") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in checkpoints.FULL:
             raise
         again = f"`tuner resume {run.directory}` goes on" if run.info["sessions"] else "start the search again"
         raise SearchFailed(f"the disk is full ({error}); make room, then {again}") from error
@@ -107,22 +119,29 @@ def evaluate(run: Run, open_test: bool = False) -> None:
         raise ValueError(
             f"finals need a search that is finished, found one that is {state}; run `tuner resume {run.directory}`"
         )
-    options = run.options
-    resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
+    resources = _resources(run)
     found = run.splits()
     run.verify(found.validation + found.test)  # before the opening of the test split is logged
-    finals.evaluate(run.directory, found, run.space.objective.metric, resources, open_test)
+    nodes.check(_needs(run), found.validation + found.test, resources)
+    trials = mirror.trials_of(run)
+    metric = run.space.objective.metric
+    finals.evaluate(run.directory, trials, found, metric, resources, open_test, run.source.read)
 
 
-def _search(run: Run, console: Console | None) -> str:
+def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     """Runs the trials that are left; how it ended: finished or stopped."""
     space, options, info = run.space, run.options, run.info
     found = run.splits()
-    run.verify(found.train + found.validation)
-    task = TrialTask.of(space, found.train, found.validation)
-    resources = default_resources(options.cpus_per_trial, options.gpus_per_trial, options.concurrent)
+    run.verify(found.train + found.validation, console)
+    task = TrialTask.of(space, found.train, found.validation, run.source.read)
+    resources = _resources(run)
+    if problem := batch_problem(space.baseline_config(0).batch_size, int(resources.gpus_per_trial)):
+        raise ValueError(problem)
+    needs = _needs(run)
+    nodes.check(needs, found.train + found.validation, resources)
+    nodes.prepare(needs, [found.train, found.validation], resources, console)
     if not info["sessions"]:
-        _check_budget(run, found, resources, console)
+        resources = _measured(run, found, resources, console)
     sessions = _closed(run, info["sessions"])
     study = SearchStudy(space, info["id"], run.study, begun=bool(sessions))
     if options.warm_start:
@@ -132,10 +151,11 @@ def _search(run: Run, console: Console | None) -> str:
     trackers.search_started(watched(run))
     session = {"started": time.time(), "ended": None}
     run.note(state="running", sessions=[*sessions, session])
+    mirror.begin()
     state = "failed"
     went_well = False
     try:
-        state = run_trials(study, task, run.directory, space.budget, resources, trackers)
+        state = run_trials(study, task, run.directory, space.budget, resources, trackers, mirror, needs)
         went_well = True
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"
@@ -147,18 +167,58 @@ def _search(run: Run, console: Console | None) -> str:
             run.note(state=state, sessions=[*sessions, session | {"ended": time.time()}])
         if went_well or state == "failed":  # a second Ctrl-C waits for nothing
             importance.write(run.directory, space)
+    if mirror.lost:
+        raise SearchFailed(mirror.lost)
     return state
 
 
-def _check_budget(run: Run, found: Splits, resources: Resources, console: Console | None) -> None:
-    """ValueError if a limit of time or money clearly cannot hold the baseline, by two of its steps on a worker."""
-    space, budget = run.space, run.space.budget
-    if budget.hours is None and budget.device_hours is None and budget.money is None:
-        return
+def _needs(run: Run) -> nodes.Needs:
+    """What a node must have, where checkpoints lie among it."""
+    place = mirror.trials_of(run).place.address
+    return nodes.needs(run.source, run.space.data.height, run.space.data.width, place, run.options.address)
+
+
+def _resources(run: Run) -> Resources:
+    """What a trial holds: as was asked for, else as was chosen when the run began."""
+    asked = {name: getattr(run.options, name) for name in ("cpus_per_trial", "gpus_per_trial")}
+    chosen: dict[str, Any] = run.info.get("resources") or {}
+    cpus, gpus = (chosen.get(name) if value is None else value for name, value in asked.items())
+    return default_resources(cpus, gpus, run.options.concurrent, run.options.cpu_trials)
+
+
+def _measured(run: Run, found: Splits, resources: Resources, console: Console | None) -> Resources:
+    """What a trial holds, by the memory that the largest took on a worker if its part of a GPU is ours to choose.
+
+    ValueError if a limit of time or money clearly cannot hold the baseline, by two of its steps there.
+    """
+    space, budget, options = run.space, run.space.budget, run.options
+    chooses = options.gpus_per_trial is None and resources.gpus_per_trial > 0 and "resources" not in run.info
+    is_limited = budget.hours is not None or budget.device_hours is not None or budget.money is not None
+    if not (chooses or is_limited):
+        return resources
     share = resources.cpus_per_trial, resources.gpus_per_trial
-    with console.status("timing the baseline: does the budget hold it?") if console else nullcontext():
-        seconds = run_on_worker(plan.baseline_seconds, resources, space, found._replace(test=[]), *share)
+    what = "measuring what a trial takes of a GPU" if chooses else "timing the baseline: does the budget hold it?"
+    with console.status(what) if console else nullcontext():
+        function = plan.measure if chooses else plan.baseline_seconds
+        measured = run_on_worker(function, resources, space, found._replace(test=[]), *share, run.source.read)
+    if chooses:
+        resources = sharing_gpus(
+            measured["trial_bytes"],
+            measured["gpu_bytes"],
+            options.cpus_per_trial,
+            plan.at_once(options.concurrent, plan.trials_of(space)),
+            options.concurrent,
+            options.cpu_trials,
+        )
+    seconds = measured["baseline_seconds"] if chooses else measured
     plan.check_budget(budget, seconds, resources.devices, _CLEARLY_TOO_LONG)
+    if chooses:
+        why = plan.chosen(measured, resources.gpus_per_trial, resources.cpus_per_trial)
+        held = {"cpus_per_trial": resources.cpus_per_trial, "gpus_per_trial": resources.gpus_per_trial}
+        run.note(resources=held | {"why": why})
+        if console:
+            console.print(why, markup=False, highlight=False, soft_wrap=True)
+    return resources
 
 
 def _warm(other: Run, space: Space) -> str:

@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from model import layouts, splits
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
+from model.inspection import Read
 from model.splits import Splits
 from tuner import run, space_file
 from tuner.options import Options
 from tuner.schedulers import rungs
+from tuner.shares import most_on_a_gpu, part_of_gpu
 from tuner.space import Budget, FloatParam, Param, Scheduler, Space
-from tuner.timing import Corner, Machine, machine, time_corner
-from tuner.trial import take_device
+from tuner.timing import Corner, Machine, gpu_of, machine, time_corner
+from tuner.trial import batch_problem, take_device
 
 _COSTS: Mapping[str, tuple[Any, ...]] = {
     "architecture": (),
@@ -39,11 +42,8 @@ _COSTS: Mapping[str, tuple[Any, ...]] = {
 """Searchable fields that change what a step costs, with their values from the cheapest to the dearest; of numbers the
 larger is the dearer one. (Width, epochs, batch and precision are the same for all trials of a space.)"""
 
-_CUDA_CONTEXT_BYTES = 600 * 2**20
-"""What a process takes of a GPU before its first tensor, roughly; torch does not count it."""
-
-_FRAGMENTS = 1.1
-"""torch's allocator holds about this much more than tensors need."""
+_MARGIN = 1.05
+"""Other batches and hours of them leave other fragments in torch's memory than those that were timed."""
 
 Range = tuple[float, float]
 """the least and the most"""
@@ -64,17 +64,71 @@ def plan(
     """
     space = space if isinstance(space, Space) else space_file.load(space)
     Options(concurrent=concurrent, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial)  # holds the rules
+    if problem := batch_problem(space.baseline_config(space.seed).batch_size, int(gpus_per_trial or 1)):
+        raise ValueError(problem)
     found = run.checked_splits(space, data)
     with machine(cpus_per_trial, gpus_per_trial, concurrent) as (here, device):
-        corners = [time_corner(space, found, names, config, device) for names, config in corners_of(space).items()]
+        corners = [
+            time_corner(space, found, names, config, device, gpus_per_trial or 1)
+            for names, config in corners_of(space).items()
+        ]
+    if here.on_gpu and gpus_per_trial is None:
+        here = _sharing(here, _trial_bytes(corners, here.on_gpu), cpus_per_trial, concurrent, trials_of(space))
     return forecast(space, _images(found), corners, here)
 
 
-def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float) -> float:
+def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float, read: Read = Path.read_bytes) -> float:
     """How long the baseline takes in this process, which has a trial's resources, by two of its steps."""
     device = take_device(gpus, int(cpus))
-    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device)
+    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device, gpus, read)
     return corner.config.epochs * _epoch_seconds(corner, _images(found))
+
+
+def measure(space: Space, found: Splits, cpus: float, gpus: float, read: Read = Path.read_bytes) -> dict[str, Any]:
+    """What a search asks of this process, which has a trial's resources with a whole GPU: how long the baseline takes,
+    and how much of the GPU the largest of the space's trials."""
+    device = take_device(gpus, int(cpus))
+    corners = [
+        time_corner(space, found, names, config, device, gpus, read) for names, config in corners_of(space).items()
+    ]
+    baseline = next(corner for corner in corners if "baseline" in corner.names)
+    name, total = gpu_of(device)
+    return {
+        "baseline_seconds": baseline.config.epochs * _epoch_seconds(baseline, _images(found)),
+        "trial_bytes": _trial_bytes(corners, on_gpu=True),
+        "gpu": name,
+        "gpu_bytes": total,
+    }
+
+
+def chosen(measured: Mapping[str, Any], part: float, cpus: float) -> str:
+    """In one line: what part of a GPU trials take, and why."""
+    trials = f"{int(1 / part)} trials on a GPU" if part < 1 else "a whole GPU a trial"
+    return (
+        f"{trials}, --gpus-per-trial {part:g} --cpus-per-trial {cpus:g}: the largest takes "
+        f"{_bytes(measured['trial_bytes'])} of the {_bytes(measured['gpu_bytes'])} of {measured['gpu']}"
+    )
+
+
+def _sharing(
+    machine: Machine, trial_bytes: int, cpus: float | None, concurrent: int | None, trials: int | None
+) -> Machine:
+    """The machine with the part of a GPU that a search would choose here."""
+    most = most_on_a_gpu(machine.cores, machine.gpus, cpus, at_once(concurrent, trials))
+    part = part_of_gpu(trial_bytes, machine.memory_bytes, most)
+    fit = machine.gpus * int(1 / part)
+    return replace(machine, devices_per_trial=part, concurrent=concurrent or fit)
+
+
+def at_once(concurrent: int | None, trials: int | None) -> int | None:
+    """How many trials can run at once at most, whatever the machine has room for."""
+    return min((limit for limit in (concurrent, trials) if limit), default=None)
+
+
+def _trial_bytes(corners: list[Corner], on_gpu: bool) -> int:
+    """What the largest trial needs."""
+    need = max(corner.memory_bytes for corner in corners)
+    return int(need * _MARGIN) if on_gpu else need
 
 
 def _images(found: Splits) -> dict[str, int]:
@@ -158,7 +212,7 @@ def forecast(space: Space, images: Mapping[str, int], corners: list[Corner], mac
         "least_share_of_epochs": share,
         "search": _search(trials, baseline, others, machine, budget) if trials else None,
         "budget": _room(budget, trials, baseline, others, machine),
-        "memory": _fits(corners, machine),
+        "memory": _fits(corners, machine, space),
         "finals_hours": 2 * max(c.image_seconds for c in corners) * (images["validation"] + images["test"]) / 3600,
         "cache_bytes": sum(images[split] for split in layouts.SPLITS) * 4 * space.data.height * space.data.width,
     }  # fmt: skip
@@ -285,15 +339,16 @@ def check_budget(budget: Budget, baseline: float, devices: float, margin: float 
         raise ValueError("\n  ".join([*problems, f"({_CAVEAT})"]))
 
 
-def _fits(corners: list[Corner], machine: Machine) -> dict[str, Any]:
-    """How many trials fit into memory side by side; on a GPU also the share of it to ask for."""
-    need = max(corner.memory_bytes for corner in corners)
-    share = None
+def _fits(corners: list[Corner], machine: Machine, space: Space) -> dict[str, Any]:
+    """How many trials fit into memory side by side; on a GPU also the part of it that a search takes unless it is told
+    another."""
+    need = _trial_bytes(corners, machine.on_gpu)
+    part = None
     if machine.on_gpu:
-        need = int(need * _FRAGMENTS) + _CUDA_CONTEXT_BYTES
-        share = round(min(1.0, math.ceil(20 * need / machine.memory_bytes - 1e-9) / 20), 2)
-    fit = int(1 / share + 1e-9) if share else machine.memory_bytes // need
-    return {"trial_bytes": need, "device_bytes": machine.memory_bytes, "fit": fit, "gpus_per_trial": share}
+        most = most_on_a_gpu(machine.cores, machine.gpus, None, trials_of(space))
+        part = part_of_gpu(need, machine.memory_bytes, most)
+    fit = int(1 / part) if part else machine.memory_bytes // need
+    return {"trial_bytes": need, "device_bytes": machine.memory_bytes, "fit": fit, "gpus_per_trial": part}
 
 
 _CAVEAT = "estimates from a few steps on this machine as busy as it was; trials side by side slow each other"
@@ -370,8 +425,8 @@ def _memory_text(found: Mapping[str, Any]) -> str:
     if found["on_gpu"]:
         return (
             f"a trial needs about {_bytes(memory['trial_bytes'])} of the GPU's {_bytes(memory['device_bytes'])} "
-            f"(the peak of torch's tensors, and CUDA itself): {memory['fit']} a GPU with --gpus-per-trial "
-            f"{memory['gpus_per_trial']:g}"
+            f"(the most that torch held, and CUDA itself): {memory['fit']} a GPU with --gpus-per-trial "
+            f"{memory['gpus_per_trial']:g}, which a search takes if it is told nothing else"
         )
     text = (
         f"a trial needs about {_bytes(memory['trial_bytes'])} (this process at its peak, with its libraries): "

@@ -31,6 +31,11 @@ class Status(enum.StrEnum):
     FAILED = "failed"
 
 
+class NodeUnfit(ValueError):
+    """This node cannot run trials, whichever they are: no failure of the trial that found it out. The message says what
+    is wrong with the node, and the way out."""
+
+
 class SearchFailed(RuntimeError):
     """A search that cannot go on, or that has nothing to show; the message says why."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -21,17 +20,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from model import layouts, splits, splits_file, synthetic
+from rich.console import Console
+
+from model import layouts, splits, splits_file
 from model.files import write_json
 from model.sample import Sample
 from model.splits import Splits
-from tuner import records, space_file
+from tuner import datasets, records, space_file
+from tuner.datasets import SYNTHETIC, Source
 from tuner.options import Options, study_url
 from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, NAME_RULE, Space, fingerprint_of, is_name
 
 SEARCH, TRIALS = "search", "trials"
 """What a run is: a search, or a collection of trials that are in none (tuner/collection.py)."""
-SYNTHETIC = "synthetic"
 JOURNAL = "study.journal"
 _SPLITS = "splits.json"
 _LOCKS = {SEARCH: "run.lock", TRIALS: "trials/*/*/trial.lock"}
@@ -48,7 +49,7 @@ class Run:
     directory: Path
     space: Space
     data: str
-    """the data set's path, or the word synthetic"""
+    """the data set's path, its address in object storage, or the word synthetic"""
     options: Options = field(default_factory=Options)
 
     @property
@@ -92,9 +93,14 @@ class Run:
         return found
 
     @property
+    def source(self) -> Source:
+        """Where the data set lies."""
+        return _source(self.space, self.data)
+
+    @property
     def data_folder(self) -> Path:
-        """Where the data set lies; the synthetic one lies in the cache."""
-        return _data_folder(self.space, self.data)
+        """Where the data set lies on this machine; the synthetic one, and copies from elsewhere, lie in the cache."""
+        return self.source.folder
 
     def splits(self) -> Splits:
         """The samples of each split as the run was created with them; looks at no file of the data set.
@@ -103,23 +109,29 @@ class Run:
         """
         return splits_file.read(self.directory / _SPLITS, self.data_folder, self.info["data"]["fingerprint"])
 
-    def verify(self, samples: list[Sample]) -> None:
-        """Hashes the files of these samples, before they are opened; needs the lock.
+    def verify(self, samples: list[Sample], console: Console | None = None) -> None:
+        """Hashes the files of these samples, before they are opened; needs the lock. Fetches what lies elsewhere.
 
         ValueError that names those that are missing or changed. Where the data have moved, run.json says so from now.
         """
-        self.check_files(samples)
+        self.check_files(samples, console)
         if self.info["data_path"] != self.data:
             self.note(data_path=self.data)
 
-    def check_files(self, samples: list[Sample]) -> None:
+    def check_files(self, samples: list[Sample], console: Console | None = None) -> None:
         """The same without a lock, and without a note."""
+        source = self.source
+        source.fetch(console)
         way_out = "restore the files, say with --data where the same data lie now"
         if self.data == SYNTHETIC:
-            _make_synthetic(self.space, self.data_folder)
-            way_out = f"remove {self.data_folder}, which is then made again"
+            way_out = f"remove {source.folder}, which is then made again"
         another = "start a new run" if self.kind == SEARCH else "name another collection with --name"
-        splits_file.check_files(samples, self.data_folder, f"{way_out}, or {another}")
+        try:
+            splits_file.check_files(samples, source.folder, f"{way_out}, or {another}")
+        except ValueError as error:
+            if not source.is_remote:
+                raise
+            raise ValueError(str(error).replace(str(source.folder), source.name)) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -182,10 +194,11 @@ def create(
     name: str | None = None,
     options: Options | None = None,
     kind: str = SEARCH,
+    console: Console | None = None,
 ) -> Run:
     """Looks at all the data, and makes the directory of a new run. ValueError for anything that cannot work."""
     options = options or Options()
-    data = data_path(data)
+    data = datasets.checked(data)
     space = _with_options(space, options)
     name = name or space.name
     if not is_name(name):
@@ -195,8 +208,8 @@ def create(
     directory = runs / name
     if directory.exists():
         raise _taken(directory)
-    found = checked_splits(space, data)
-    folder = _data_folder(space, data)
+    found = checked_splits(space, data, console)
+    folder = _source(space, data).folder
     building = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
     info = {
         "schema": 1,
@@ -235,24 +248,25 @@ def _taken(directory: Path) -> NameTaken:
     )
 
 
-def checked_splits(space: Space, data: str | Path) -> Splits:
+def checked_splits(space: Space, data: str | Path, console: Console | None = None) -> Splits:
     """The samples of each split, after a look at every file. ValueError if a search of the space cannot use them.
 
-    Writes nothing but the synthetic set, into the cache.
+    Writes nothing but the synthetic set, and copies of what lies elsewhere, into the cache.
     """
-    data = data_path(data)
-    folder = _data_folder(space, data)
-    if data == SYNTHETIC:
-        _make_synthetic(space, folder)
+    source = _source(space, datasets.checked(data))
+    source.fetch(console)
+    folder = source.folder
     samples = layouts.read(folder, space.data.layout)
     found = splits.assign(samples, folder, space.data.validation_share, space.data.test_share, space.seed)
-    _check_data_fits(space, found, data)
+    _check_data_fits(space, found, source.name)
     return found
 
 
 def load(directory: str | Path, data: str | Path | None = None) -> Run:
     """An existing run, whose data now lie in `data` if that is given. ValueError if the folder holds none, or if its
     space was changed: the trials would not be of the space that they seem to be of."""
+    if "://" in str(directory):
+        raise ValueError(f"a run must be a folder here, found {directory}; `tuner resume {directory}` brings it")
     path = Path(directory)
     if path.name in ("", ".."):  # a run is called by its folder, and `.` says nothing
         path = path.resolve()
@@ -269,7 +283,7 @@ def load(directory: str | Path, data: str | Path | None = None) -> Run:
             f"the space in {path / 'run.json'} must be the one that the run was made with, fingerprint {wanted}, found "
             f"{found}; restore it; to search another space, start a new run with `--warm-start {path}`"
         )
-    return Run(directory=path, space=space, data=where if data is None else data_path(data), options=options)
+    return Run(directory=path, space=space, data=where if data is None else datasets.checked(data), options=options)
 
 
 def load_search(directory: str | Path, data: str | Path | None = None) -> Run:
@@ -301,27 +315,8 @@ def _with_options(space: Space, options: Options) -> Space:
     return replace(space, budget=budget, seed=space.seed if options.seed is None else options.seed)
 
 
-def data_path(data: str | Path) -> str:
-    """The absolute path, or the word synthetic."""
-    if not str(data):  # which would be the current folder
-        raise ValueError(
-            "the data must be a folder, or the word synthetic, found nothing; is a variable of the shell unset?"
-        )
-    return SYNTHETIC if str(data) == SYNTHETIC else str(Path(data).resolve())  # workers have another current folder
-
-
-def _data_folder(space: Space, data: str) -> Path:
-    if data != SYNTHETIC:
-        return Path(data)
-    made_by = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()[:8]
-    from model.data import cache_root  # needs torch, which a machine that only writes a report may lack
-
-    return cache_root().absolute() / f"synthetic-{space.data.height}x{space.data.width}-{made_by}"
-
-
-def _make_synthetic(space: Space, folder: Path) -> None:
-    if not folder.exists():
-        synthetic.write(folder, height=space.data.height, width=space.data.width)
+def _source(space: Space, data: str) -> Source:
+    return Source.of(data, space.data.height, space.data.width)
 
 
 def _check_data_fits(space: Space, found: Splits, data: str) -> None:

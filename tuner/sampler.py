@@ -453,6 +453,22 @@ class SearchStudy:
         else:
             self._storage.set_trial_state_values(self._storage_id(number), TrialState.WAITING)
 
+    def device_seconds_of(self, number: int | None, seconds: float, devices: float | None = None) -> float | None:
+        """What a trial that has trained so many seconds has used of devices, which it may have changed; with
+        `devices`, it holds so many from now on. None if nobody ever said what it holds."""
+        trial = None if number is None else self._storage_id(number)
+        attrs = self._study.user_attrs if trial is None else self._storage.get_trial_user_attrs(trial)
+        name = "baseline_devices" if trial is None else "devices"
+        held: list[tuple[float, float]] = [*attrs.get(name, ())]
+        if devices is not None and (not held or held[-1][1] != devices):
+            held = [*(one for one in held if one[0] < seconds), (seconds, devices)]
+            if trial is None:
+                self._study.set_user_attr(name, held)
+            else:
+                self._storage.set_trial_user_attr(trial, name, held)
+        ends = [since for since, _ in held[1:]] + [seconds]
+        return sum(max(0.0, end - since) * d for (since, d), end in zip(held, ends, strict=True)) if held else None
+
     def first_started(self, number: int | None, now: float) -> float:
         """When a trial ran for the first time, which is `now` if it never did: seconds of the search."""
         if number is None:
@@ -465,6 +481,12 @@ class SearchStudy:
             if known is None:
                 self._storage.set_trial_user_attr(trial, "started", now)
         return now if known is None else float(known)
+
+    def has_started(self, number: int | None) -> bool:
+        """Whether a trial has ever been on a worker."""
+        if number is None:
+            return self._attr("baseline_started") is not None
+        return "started" in self._storage.get_trial_user_attrs(self._storage_id(number))
 
     def add_seconds(self, wall: float, device: float) -> None:
         """Time that the search has used, over all sessions, and what its trials held of devices meanwhile."""

@@ -6,53 +6,77 @@ is read back: a search goes on as a new Tune experiment that is fed from the stu
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 import torch
 from ray import cloudpickle, tune
 from ray.exceptions import ActorUnavailableError, RayTaskError
-from ray.tune import Checkpoint, FailureConfig, Stopper, TuneConfig
+from ray.tune import FailureConfig, Stopper, TuneConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuner import cluster
-from tuner.cluster import Resources, fit_at_once
-from tuner.nodes import NodeUnfit
+from tuner import checkpoints, cluster
+from tuner.checkpoints import Torn, Trials, Writer
+from tuner.cluster import Resources, fit_at_once, with_autoscaler
+from tuner.mirror import Mirror
+from tuner.nodes import Needs
+from tuner.records import NodeUnfit
+from tuner.remote import StorageFailed, Unusable
 from tuner.sampler import SearchStudy
 from tuner.session import LEAVES, OVER, UNFIT, Session
 from tuner.space import Budget
 from tuner.tracking import Trackers
-from tuner.trial import TrialTask, failure, nothing_yet, take_device
+from tuner.trial import TrialTask, failure, nothing_yet, previews, run_on, take_device
 from tuner.use import Meter
+
+if TYPE_CHECKING:
+    from model.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
 
 def run_trials(
-    study: SearchStudy, task: TrialTask, run_directory: Path, budget: Budget, resources: Resources, trackers: Trackers
+    study: SearchStudy,
+    task: TrialTask,
+    run_directory: Path,
+    budget: Budget,
+    resources: Resources,
+    trackers: Trackers,
+    mirror: Mirror | None = None,
+    needs: Needs | None = None,
 ) -> str:
-    """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped").
+    """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped"). A node
+    that joins meanwhile must have what is needed.
 
     SearchFailed when trials crash one after another.
     """
-    trials = run_directory / "trials"
-    session = Session(study, trials, budget, resources, trackers)
+    mirror = mirror or Mirror(run_directory)
+    trials = mirror.trials
+    session = Session(study, trials, budget, resources, trackers, mirror)
     if session.nothing_left():
         return session.close()
     fit, why = fit_at_once(resources)
-    if (resources.concurrent or 0) > fit:
+    reachable = with_autoscaler(resources)
+    if not fit:
+        logger.warning(
+            "no node can take a trial yet: waiting for the autoscaler, which may bring room for %d", reachable
+        )
+    elif (resources.concurrent or 0) > max(fit, reachable):
         logger.warning("--concurrent %d: only %d fit at once (%s)", resources.concurrent, fit, why)
-    attempt = sum(1 for _ in trials.glob("attempt-*")) + 1
+    session.attempt = trials.new_attempt()
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a signal sets our flag; Ray's handler would drop what runs
@@ -63,20 +87,19 @@ def run_trials(
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
-    on_cpu = resources.gpus_per_trial == 0
     experiment = tune.Tuner(
-        tune.with_parameters(_trial_on_worker, task=task, resources=resources),
+        tune.with_parameters(_trial_on_worker, task=task, cpus=resources.cpus_per_trial, trials=trials, needs=needs),
         tune_config=TuneConfig(
             search_alg=_StudySearcher(session),
             scheduler=_StudyScheduler(session),
             num_samples=-1,  # the searcher says when it is over
-            reuse_actors=on_cpu,  # a new process a trial costs a second; on a GPU it returns the memory
+            reuse_actors=resources.gpus_per_trial == 0,  # a new process costs a second; on a GPU it returns the memory
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: trial.config["folder"],
         ),
         run_config=tune.RunConfig(
-            name=f"attempt-{attempt}",
-            storage_path=str(trials.resolve()),
+            name=f"attempt-{session.attempt}",
+            storage_path=str(trials.local),
             stop=_Stop(session),
             callbacks=[_Began(session)],
             failure_config=FailureConfig(max_failures=0),
@@ -99,14 +122,12 @@ def _cause(error: Exception) -> Exception:
     return _cause(cause) if isinstance(error, tune.TuneError) and isinstance(cause, Exception) else error
 
 
-def placement(
-    config: dict[str, Any],  # noqa: ARG001 all trials of a search hold the same
-    resources: Resources,
-    unfit: Collection[str],
-) -> tune.PlacementGroupFactory:
-    """What a trial holds, and where: on any node but the unfit ones."""
-    bundle = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
-    where = {"bundle_label_selector": [cluster.elsewhere(unfit)]} if unfit else {}
+def placement(config: dict[str, Any], resources: Resources, unfit: Collection[str]) -> tune.PlacementGroupFactory:
+    """What a trial holds, and where: on any node but the unfit ones, and those that others need for their GPUs."""
+    bundle = {"CPU": resources.cpus_per_trial, "GPU": config["gpus"]}
+    beside = resources.gpus_per_trial and not config["gpus"]
+    avoided = {*unfit, *(cluster.kept_for_gpus(resources) if beside else ())}
+    where = {"bundle_label_selector": [cluster.elsewhere(avoided)]} if avoided else {}
     return tune.PlacementGroupFactory([bundle], **where)
 
 
@@ -159,8 +180,11 @@ class _StudyScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         with self._session.errors_end():
-            progress, use = (json.loads(result[name]) for name in ("progress", "use"))  # Ray flattens what is nested
-            if not self._session.reported(trial.trial_id, progress, result["node"], use):
+            if result["prepared"] and result["training_iteration"] == 1:
+                logger.warning("%s; it had joined late", result["prepared"])
+            progress, use, pictures = (json.loads(result[name]) for name in ("progress", "use", "pictures"))
+            pictures = {name: base64.b64decode(data) for name, data in pictures.items()}
+            if not self._session.reported(trial.trial_id, progress, result["node"], use, pictures):
                 return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
 
@@ -182,6 +206,11 @@ class _Began(tune.Callback):
         with self._session.errors_end():
             self._session.began(trial.trial_id, cluster.node_of(trial.temporary_state.ray_actor))
 
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        result.pop("pictures", None)  # Ray keeps the last result of every trial
+
 
 class _Stop(Stopper):
     """Ends the whole experiment when the user or the clock says so."""
@@ -198,30 +227,42 @@ class _Stop(Stopper):
         return True
 
 
-def _trial_on_worker(config: dict[str, Any], task: TrialTask, resources: Resources) -> None:
-    """What Ray runs: one trial, whose end is always reported, however it comes."""
+def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trials: Trials, needs: Needs | None) -> None:
+    """What Ray runs: one trial, whose end is always reported, however it comes. NodeUnfit where the trial is to go on
+    elsewhere."""
     from model.config import RunConfig
 
+    writer = Writer(trials, config["start"], config["config"])
+
     def report(progress: dict[str, Any], folder: Path | None) -> None:
-        kept = Checkpoint.from_directory(str(folder)) if folder else None
+        pictures: dict[str, str] = {}
+        if folder:
+            writer.write(folder, progress["epochs"], last=progress["status"] != "running")
+            if trials.there and progress["epochs"] == progress["best_epoch"]:  # the driver would have to fetch them
+                pictures = {name: base64.b64encode(data).decode() for name, data in previews(folder).items()}
         use = meter.read() if meter else {}  # not part of the progress: records of equal searches are equal
-        told = {"progress": json.dumps(progress), "use": json.dumps(use), "node": node}
-        tune.report(told, checkpoint=kept)
+        told = {"progress": progress, "use": use, "pictures": pictures}
+        where = {"node": node, "prepared": prepared}
+        tune.report({name: json.dumps(value) for name, value in told.items()} | where)  # Ray would flatten it
 
     node = ray.get_runtime_context().get_node_id()
-    resume = Path(config["checkpoint"]) if config["checkpoint"] else None
-    meter = None
+    own = RunConfig.from_dict(config["config"])
+    meter = prepared = None
     try:
         if node in cluster.draining():  # Ray gave the trial to a process from before the notice
             raise _NodeLeaves
-        device = _device(resources)
-        with Meter(device) as meter:
-            task.run(RunConfig.from_dict(config["config"]), device, resume, report)
+        prepared = needs.make_ready(task.train, task.validation) if needs else None
+        device = _device(config["gpus"], int(cpus))
+        with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
+            resume = _fetched(config, own, trials, Path(scratch))
+            run_on(task, own, device, config["gpus"], resume, report)
     except _NodeLeaves:
         report(nothing_yet() | {"status": LEAVES}, None)
         raise  # ends the process, to which Ray would give the next trial
     except Exception as error:  # a trial that crashes is a result, with its reason
         full = cluster.full_disk(error)
+        if isinstance(error, StorageFailed | Unusable):
+            error = NodeUnfit(f"a node must reach the run's storage to take trials, and this one does not: {error}")
         if full is None and not isinstance(error, NodeUnfit):
             report(nothing_yet() | failure(error), None)
             return
@@ -233,11 +274,26 @@ class _NodeLeaves(Exception):
     """A trial has come to a node that has a notice to go."""
 
 
-def _device(resources: Resources) -> torch.device:
+def _device(gpus: float, threads: int) -> torch.device:
     try:
-        return take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
+        return take_device(gpus, threads)
     except RuntimeError as error:
         raise NodeUnfit(str(error)) from error
+
+
+def _fetched(config: dict[str, Any], own: RunConfig, trials: Trials, scratch: Path) -> Path | None:
+    """The checkpoint to go on from, on this machine: the one that the driver names, or an older one if that is torn."""
+    address = config["checkpoint"]
+    while address is not None:
+        try:
+            return checkpoints.fetch(address, scratch / "checkpoint")
+        except Torn as error:
+            logger.warning("%s; it is left out", error)
+            shutil.rmtree(scratch / "checkpoint", ignore_errors=True)
+            checkpoints.discard(address)
+        found = checkpoints.patiently_newest(trials, config["trial"], own)
+        address = found.address if found else None
+    return None
 
 
 @contextmanager

@@ -9,13 +9,16 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from model import checkpoint
+from model.config import RunConfig
 from tuner import checkpoints, cluster, records, schedulers
+from tuner.checkpoints import Found, Trials
 from tuner.cluster import Resources
+from tuner.mirror import Mirror
 from tuner.records import Proposal, SearchFailed, Status
+from tuner.remote import StorageFailed
 from tuner.sampler import SearchStudy
 from tuner.space import Budget
 from tuner.tracking import Trackers
@@ -31,6 +34,9 @@ _FAILURES_IN_A_ROW = 3
 
 _SECONDS_BETWEEN_SAVES = 10.0
 """so much of the hours used may be forgotten when the driver is killed"""
+
+_SECONDS_BETWEEN_LOOKS = 10.0
+"""so long nothing starts whose checkpoint cannot be looked for, before the next try"""
 
 _DEATHS = 3
 """So many deaths of a trial's worker process are the trial's own doing. That of its node does not count."""
@@ -49,9 +55,18 @@ class Session:
     """The trials that run, and what is to happen to them: what the adapters to Ray Tune (tuner/search.py) share."""
 
     def __init__(
-        self, study: SearchStudy, trials: Path, budget: Budget, resources: Resources, trackers: Trackers
+        self,
+        study: SearchStudy,
+        trials: Trials,
+        budget: Budget,
+        resources: Resources,
+        trackers: Trackers,
+        mirror: Mirror,
     ) -> None:
         self.study, self.trials, self.budget, self.resources, self.trackers = study, trials, budget, resources, trackers
+        self.mirror = mirror
+        self.attempt = 1
+        """the number of this session among all that wrote checkpoints"""
         self.live: dict[str, Proposal] = {}
         self.progress: dict[str, dict[str, Any]] = {}
         """what a trial has reached, in earlier sessions too"""
@@ -62,8 +77,12 @@ class Session:
         self.failure: str | None = None
         self.error: Exception | None = None
         """what went wrong in the driver itself: Ray would go on without a word"""
+        self.gpus: dict[str, float] = {}
+        """how many a trial holds"""
         self.nodes: dict[str, set[str]] = {}
         """where a trial runs, or may have been sent to"""
+        self.folders: dict[str, str] = {}
+        """where its worker puts checkpoints, below `trials/`"""
         self.starts: Counter[str] = Counter()
         """how often a trial was given to a worker in this session"""
         self.unfit: dict[str, str] = {}
@@ -76,7 +95,9 @@ class Session:
         """when a trial began its epoch"""
         self._deaths: defaultdict[str, list[set[str]]] = defaultdict(list)
         """where a trial's workers have died: one node, or those that it may have been sent to"""
-        self._file = records.RecordsFile(trials.parent)
+        self._file = records.RecordsFile(trials.local.parent)
+        self._next_look = 0.0
+        """when the storage may be asked again for a checkpoint, by the monotonic clock"""
         self._baseline_has_ended = False
         self._replays = {record["trial"] for record in study.records() if record["replayed_from"]}
         self._pruned: set[str] = set()
@@ -88,6 +109,7 @@ class Session:
         self._clock = time.monotonic()
         self._looked = self._clock - _SECONDS_BETWEEN_LOOKS
         self._slots = 1
+        self._with_autoscaler = cluster.with_autoscaler(resources)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is handed, for a restore that never happens: it gets None."""
@@ -109,29 +131,67 @@ class Session:
             # Ray asks no more after OVER, and a trial that runs may yet lose its worker.
             return None if self.live else OVER
         self._look_at_nodes()
-        if len(self.live) >= self._slots:
+        if len(self.live) >= self._slots or time.monotonic() < self._next_look:
             return None
         proposal = self.study.ask(new=self._has_room())
         self._take_in_replays()
         if proposal is None:
             # Nothing new now; a trial that is running may still change the sampler's mind.
             return None if self.live else OVER
-        checkpoint_folder = checkpoints.newest(self.trials, proposal.trial)
-        progress = checkpoint.load_progress(checkpoint_folder) if checkpoint_folder else nothing_yet()
+        try:
+            found = self._newest(proposal)
+        except StorageFailed:  # it has been trained in part, and nobody knows how far
+            self.study.put_back(proposal.number)
+            self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+            return None
+        progress = found.progress if found else nothing_yet()
         for row in progress["history"]:  # the driver may have died between the checkpoint and the study
             self.study.report(proposal.number, row["epoch"], row["compared"])
+        self.gpus[key] = self._gpus_of_next()
+        if self.resources.cpu_trials:  # else all trials hold the same
+            held = self.resources.devices_of(self.gpus[key])
+            self.study.device_seconds_of(proposal.number, progress["seconds"], held)
         self.live[key] = proposal
         self.nodes[key] = cluster.nodes_alive()
         self.progress[key] = progress
         self.starts[proposal.trial] += 1
         self.trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), progress["history"])
         again = self.starts[proposal.trial]
+        folder = proposal.trial if again == 1 else f"{proposal.trial}.{again}"
+        self.folders[key] = f"attempt-{self.attempt}/{folder}"
+        self.mirror.changed()
         return {
             "trial": proposal.trial,
-            "folder": proposal.trial if again == 1 else f"{proposal.trial}.{again}",
+            "folder": folder,
+            "start": self.folders[key],
             "config": proposal.config.to_dict(),
-            "checkpoint": str(checkpoint_folder.resolve()) if checkpoint_folder else None,
+            "checkpoint": found.address if found else None,
+            "gpus": self.gpus[key],
         }
+
+    def _gpus_of_next(self) -> float:
+        """A place on a GPU while there is one that is free; which trial gets it does not matter."""
+        without = sum(1 for key in self.live if not self.gpus[key])
+        is_free = len(self.live) - without < self._slots - self.resources.cpu_trials
+        return self.resources.gpus_per_trial if is_free else 0.0
+
+    def _newest(self, proposal: Proposal) -> Found | None:
+        """The checkpoint that a trial goes on from. StorageFailed where the storage is out of reach, but for a trial
+        that is new: it can have none but of a session whose last words the storage never got."""
+        is_new = not (self.starts[proposal.trial] or self.study.has_started(proposal.number))
+        if self.mirror.failing and is_new:
+            return None
+        try:
+            return checkpoints.newest(self.trials, proposal.trial, proposal.config)
+        except StorageFailed:
+            self.mirror.changed()  # says so
+            if is_new:
+                return None
+            raise
+
+    def _prune(self, trial: str, keep: RunConfig | None = None) -> None:
+        """Removes a trial's checkpoints, but the newest of a training that is kept, when the storage can be reached."""
+        self.mirror.later(partial(checkpoints.prune, self.trials, trial, keep))
 
     def _take_in_replays(self) -> None:
         """Asking may have told some trials from others' networks, or taken a held one back."""
@@ -140,9 +200,7 @@ class Session:
         for record in found:
             if record["replayed_from"] and record["trial"] not in self._replays:
                 self._replays.add(record["trial"])
-                checkpoints.prune(
-                    self.trials, record["trial"], keep=0
-                )  # it may have begun before the other network was done
+                self._prune(record["trial"])  # it may have begun before the other network was done
                 self.trackers.trial_ended(record)
 
     def _has_room(self) -> bool:
@@ -152,6 +210,7 @@ class Session:
 
     def is_over(self) -> bool:
         """Whether nothing may start any more. The baseline always runs to its end."""
+        self.stop_asked = self.stop_asked or self.mirror.lost is not None
         if self.stop_asked or self.failure is not None or self.error is not None:
             return True
         return (self._baseline_ended() or self._baseline_runs()) and self.used_up() is not None
@@ -169,8 +228,11 @@ class Session:
         self.nodes[key] = {node} if node else self.nodes[key]
         self.study.first_started(self.live[key].number, self._wall)
 
-    def reported(self, key: str, progress: dict[str, Any], node: str, use: dict[str, float]) -> bool:
-        """Takes in a trial's progress on a node, and what it used there since the last; False when it is to stop."""
+    def reported(
+        self, key: str, progress: dict[str, Any], node: str, use: dict[str, float], pictures: dict[str, bytes]
+    ) -> bool:
+        """Takes in a trial's progress on a node, what it used there since the last, and previews where they do not lie
+        here; False when it is to stop."""
         proposal = self.live[key]
         self.nodes[key] = {node}
         if progress["status"] in (UNFIT, LEAVES):  # and its process ends, so that no other trial is given to it
@@ -185,9 +247,10 @@ class Session:
             return True
         row = progress["history"][-1]
         self.study.report(proposal.number, row["epoch"], row["compared"])
-        checkpoints.prune(self.trials, proposal.trial, keep=2)  # the newest may have been cut short
-        is_best = row["epoch"] == progress["best_epoch"]
-        pictures = checkpoints.previews(self.trials, proposal.trial) if is_best else {}
+        if pictures:
+            checkpoints.keep_previews(self.trials, self.folders[key], row["epoch"], pictures)
+        elif row["epoch"] == progress["best_epoch"]:
+            pictures = checkpoints.previews(self.trials, proposal.trial)
         self.trackers.epoch_ended(proposal.trial, row, use, pictures)
         used_up = self.used_up()
         lasted, self._last_epoch[key] = self._wall - self._last_epoch.get(key, self._wall), self._wall
@@ -214,7 +277,9 @@ class Session:
         if self._clock - self._looked < _SECONDS_BETWEEN_LOOKS:
             return
         self._looked = self._clock
-        self._slots = self.resources.concurrent or max(1, cluster.fit_at_once(self.resources)[0])
+        # Without a node, a trial waits for one.
+        fit = self.resources.concurrent or max(1, cluster.fit_at_once(self.resources)[0], self._with_autoscaler)
+        self._slots = fit + self.resources.cpu_trials
         there = self.unfit.keys() & cluster.nodes_alive()
         if not there or cluster.able_nodes(self.resources) - there or self.failure or self.error:
             return
@@ -226,7 +291,7 @@ class Session:
         reasons = "; ".join(f"{name}: {self.unfit[node]}" for node, name in names.items())
         self.failure = (
             f"no node is left that could take a trial: {reasons}; when one is mended, or another has joined, "
-            f"`tuner resume {self.trials.parent}` goes on"
+            f"`tuner resume {self.trials.local.parent}` goes on"
         )
 
     def ended(self, key: str, crashed: bool, is_certain: bool = True, error: str | None = None) -> None:
@@ -237,7 +302,10 @@ class Session:
         used_up = self.used_up()
         proposal, progress = self.live.pop(key), self.progress.pop(key)
         nodes, started = self.nodes.pop(key), self.started.pop(key, None)
+        self.gpus.pop(key)
+        self.folders.pop(key)
         self._last_epoch.pop(key, None)
+        self.mirror.changed()
         status, reason = progress["status"], progress["reason"]
         if key in self.reason_stopped:
             status, reason = Status.STOPPED_EARLY, self.reason_stopped.pop(key)
@@ -275,7 +343,7 @@ class Session:
             **proposal.identity(),
             "started": self.study.first_started(proposal.number, self._wall),
             "ended": self._wall,
-            "device_seconds": progress["seconds"] * self.resources.devices,
+            "device_seconds": self._device_seconds(proposal, progress["seconds"]),
             **progress,
         }
         is_stopped = progress["status"] == Status.STOPPED_EARLY
@@ -285,13 +353,13 @@ class Session:
         found = self.study.records()
         self._file.write(found)
         keeps = is_held or progress["status"] == Status.COMPLETED
-        checkpoints.prune(self.trials, proposal.trial, keep=1 if keeps else 0)
+        self._prune(proposal.trial, proposal.config if keeps else None)
         if is_held:
             self._last_failures.clear()
             self.trackers.trial_held(record)
             return
         for trial in records.cannot_win(found) - self._pruned:
-            checkpoints.prune(self.trials, trial, keep=0)
+            self._prune(trial)
             self._pruned.add(trial)
         self.trackers.trial_ended(record)
         if progress["status"] != Status.FAILED:
@@ -301,6 +369,10 @@ class Session:
         last = self._last_failures[-_FAILURES_IN_A_ROW:]
         if len(last) == _FAILURES_IN_A_ROW and len(set(last)) == 1:
             self.failure = f"{_FAILURES_IN_A_ROW} trials in a row failed for the same reason: {progress['reason']}"
+
+    def _device_seconds(self, proposal: Proposal, seconds: float) -> float:
+        known = self.study.device_seconds_of(proposal.number, seconds) if self.resources.cpu_trials else None
+        return seconds * self.resources.devices if known is None else known
 
     def close(self) -> str:
         """Takes in what Ray stopped without a word; how the search ended. Raises what went wrong in the driver."""
@@ -319,17 +391,18 @@ class Session:
             self.ended(key, crashed=False)
         if is_finished:
             for proposal in self.study.take_interrupted():
-                folder = checkpoints.newest(self.trials, proposal.trial)
-                progress = checkpoint.load_progress(folder) if folder else nothing_yet()
+                found = self._newest(proposal)
+                progress = found.progress if found else nothing_yet()
                 self._finish(proposal, progress | {"status": "stopped_early", "reason": self.used_up()})
         for record in self.study.let_go(for_good=is_finished):
-            checkpoints.prune(self.trials, record["trial"], keep=0)
+            self._prune(record["trial"])
             self.trackers.trial_ended(record)
         self._save_clock()
         self._file.write(self.study.records())
 
     def must_stop(self) -> bool:
         """Whether all running trials are to end now. The baseline always runs to its end."""
+        self.stop_asked = self.stop_asked or self.mirror.lost is not None
         self._pass_time()
         self._look_at_nodes()
         if self.stop_asked or self.failure is not None or self.error is not None:
@@ -364,7 +437,7 @@ class Session:
         now = time.monotonic()
         passed, self._clock = now - self._clock, now
         self._wall += passed
-        self._device += passed * len(self.started) * self.resources.devices
+        self._device += passed * sum(self.resources.devices_of(self.gpus[key]) for key in self.started)
         if self._wall - self._saved[0] > _SECONDS_BETWEEN_SAVES:
             self._save_clock()
 

@@ -18,17 +18,19 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from model.config import DEFAULTS
 from tuner import collection, records, tracking
 from tuner.options import Options
 from tuner.point import Point, parse
 from tuner.records import Proposal, Status
 from tuner.run import Run
+from tuner.shares import cores_each
 from tuner.space import Space
 from tuner.space_file import load as load_space
 from tuner.tracking import RunInfo, Trackers
 from tuner.tracking.lines import LinesTracker
 from tuner.tracking.progress import number as shown
-from tuner.trial import TrialTask, failure, nothing_yet, previews, take_device
+from tuner.trial import TrialTask, batch_problem, failure, nothing_yet, previews, run_on, take_device
 from tuner.use import Meter
 
 
@@ -94,6 +96,8 @@ def run_trial(
     if options.wandb == "online":
         tracking.check_online()
     cpus, gpus = _share(options)
+    if problem := batch_problem(int(space.train.get("batch_size", DEFAULTS["batch_size"])), int(gpus)):
+        raise ValueError(problem)
     device = take_device(gpus, int(cpus))  # before anything is made
     run = collection.join(space, data, Path(runs), name)
     found = run.splits()
@@ -110,7 +114,7 @@ def run_trial(
         trackers.search_started(_watched(run, baseline.to_dict()))
         state = "failed"
         try:
-            record = _run(proposal, task, device, gpus or cpus, run, folder, trackers)
+            record = _run(proposal, task, device, (cpus, gpus), run, folder, trackers)
             state = "finished"
         except KeyboardInterrupt:
             state = "stopped"
@@ -124,7 +128,7 @@ def _run(
     proposal: Proposal,
     task: TrialTask,
     device: torch.device,
-    devices: float,
+    share: tuple[float, float],
     run: Run,
     folder: Path,
     trackers: Trackers,
@@ -134,9 +138,10 @@ def _run(
     record = None
     try:
         started = time.monotonic()
-        progress = _train(proposal, task, device, folder, trackers)
+        cpus, gpus = share
+        progress = _train(proposal, task, device, gpus, folder, trackers)
         clock = {"started": 0.0, "ended": time.monotonic() - started}
-        clock["device_seconds"] = progress["seconds"] * devices
+        clock["device_seconds"] = progress["seconds"] * (gpus or cpus)
         with _signals(signal.SIG_IGN):
             if progress["status"] != Status.COMPLETED:
                 _remove_checkpoints(folder)
@@ -153,7 +158,7 @@ def _run(
 
 
 def _train(
-    proposal: Proposal, task: TrialTask, device: torch.device, folder: Path, trackers: Trackers
+    proposal: Proposal, task: TrialTask, device: torch.device, gpus: float, folder: Path, trackers: Trackers
 ) -> dict[str, Any]:
     """The progress at the end, however it came; of a trial that has completed, its checkpoint in the folder."""
     reached = nothing_yet()
@@ -172,7 +177,7 @@ def _train(
     trackers.trial_started(proposal.trial, proposal.params, proposal.config.to_dict(), [])
     with Meter(device) as meter:
         try:
-            task.run(proposal.config, device, None, report)
+            run_on(task, proposal.config, device, gpus, None, report)
         except Exception as error:  # a trial that crashes is a result, with its reason
             return reached | failure(error)
     return reached
@@ -200,7 +205,7 @@ def _share(options: Options) -> tuple[float, float]:
     if gpus is None:
         gpus = float(torch.cuda.is_available())
     if cpus is None:
-        cpus = max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())) if gpus >= 1 else 1
+        cpus = cores_each(os.cpu_count() or 1, torch.cuda.device_count(), gpus) if gpus else 1
     return cpus, gpus
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -19,8 +20,11 @@ from model import checkpoint, splits, train
 from model.config import RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, score
+from model.inspection import Read
 from model.sample import Sample
 from model.splits import Splits
+from tuner import gpu
+from tuner.shares import cores_each
 from tuner.space import Space
 from tuner.trial import TrialTask, plain_rules, take_device, with_less_memory
 
@@ -45,6 +49,7 @@ class Corner:
     epoch_seconds: float
     """what else an epoch takes, however many images: thresholds, a checkpoint"""
     memory_bytes: int
+    """at the peak, of training and judging; see `_memory`"""
     micro_batch: int
     """smaller than was asked for where memory ran out"""
 
@@ -57,6 +62,8 @@ class Machine:
     on_gpu: bool
     memory_bytes: int
     """of a GPU, or of the machine"""
+    cores: int = 1
+    gpus: int = 0
     devices_per_trial: float
     """what a trial is charged for: GPUs, or cores where it has none"""
     concurrent: int
@@ -68,7 +75,7 @@ def machine(cpus: float | None, gpus: float | None, concurrent: int | None) -> I
     trial's threads meanwhile. ValueError if a trial asks for more than there is."""
     there = {"cpus": os.cpu_count() or 1, "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}
     gpus = gpus if gpus is not None else float(there["gpus"] > 0)
-    cpus = cpus if cpus is not None else float(max(1, there["cpus"] // there["gpus"]) if gpus >= 1 else 1)
+    cpus = cpus if cpus is not None else cores_each(there["cpus"], there["gpus"], gpus) if gpus else 1.0
     asked = {"cpus": cpus, "gpus": gpus}
     for name, wanted in asked.items():
         if wanted > there[name]:
@@ -81,9 +88,11 @@ def machine(cpus: float | None, gpus: float | None, concurrent: int | None) -> I
     fit = min(int(there[name] / wanted + 1e-9) for name, wanted in asked.items() if wanted)
     on_gpu = device.type == "cuda"
     found = Machine(
-        name=torch.cuda.get_device_name() if on_gpu else f"CPU, {cpus:g} core{'s' * (cpus != 1)} a trial",
+        name=gpu_of(device)[0] if on_gpu else f"CPU, {cpus:g} core{'s' * (cpus != 1)} a trial",
         on_gpu=on_gpu,
-        memory_bytes=torch.cuda.get_device_properties(0).total_memory if on_gpu else _memory_of_machine(),
+        memory_bytes=gpu_of(device)[1] if on_gpu else _memory_of_machine(),
+        cores=there["cpus"],
+        gpus=there["gpus"],
         devices_per_trial=gpus or cpus,
         concurrent=concurrent or max(1, fit),
     )
@@ -91,6 +100,12 @@ def machine(cpus: float | None, gpus: float | None, concurrent: int | None) -> I
         yield found, device
     finally:
         torch.set_num_threads(threads)
+
+
+def gpu_of(device: torch.device) -> tuple[str, int]:
+    """A GPU's name, and the bytes of its memory."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.total_memory
 
 
 def _memory_of_machine() -> int:
@@ -102,29 +117,47 @@ def _memory_of_machine() -> int:
         return total
 
 
-def time_corner(space: Space, found: Splits, names: tuple[str, ...], config: RunConfig, device: torch.device) -> Corner:
-    """Times a configuration on a few images, in smaller parts where memory runs out, as a trial would go on too."""
+def time_corner(
+    space: Space,
+    found: Splits,
+    names: tuple[str, ...],
+    config: RunConfig,
+    device: torch.device,
+    gpus: float = 1,
+    read: Read = Path.read_bytes,
+) -> Corner:
+    """Times a configuration on a few images, in smaller parts where memory runs out, as a trial would go on too. Of
+    several GPUs a trial, what one of them does is timed here; adding up their gradients is left out."""
+    team = max(1, int(gpus))
     small = config
     while True:
         try:
-            return _time_once(space, found, names, small, device)
+            return _time_once(space, found, names, small, device, team, read)
         except (MemoryError, RuntimeError) as error:
             try:
-                small = with_less_memory(small, error)
+                small = with_less_memory(small, error, team)
             except MemoryError as hopeless:
                 raise ValueError(f"{', '.join(names)}: {hopeless}") from error
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
-def _time_once(space: Space, found: Splits, names: tuple[str, ...], config: RunConfig, device: torch.device) -> Corner:
+def _time_once(
+    space: Space,
+    found: Splits,
+    names: tuple[str, ...],
+    config: RunConfig,
+    device: torch.device,
+    team: int,
+    read: Read,
+) -> Corner:
     kept = splits.keep_masks(found.train, config.num_segmented, config.seed)
     size = config.input_height, config.input_width
     with tempfile.TemporaryDirectory(prefix="segdec-plan-") as scratch, _memory(device) as memory:
         root = Path(scratch)
-        batch = _balanced(kept, config.batch_size + config.hard_mining_places)
-        cache = open_cache(batch, *size, root)
-        validation = open_cache(_spread(found.validation, _JUDGED_IMAGES), *size, root)
+        batch = _balanced(kept, math.ceil((config.batch_size + config.hard_mining_places) / team))
+        cache = open_cache(batch, *size, root, read)
+        validation = open_cache(_spread(found.validation, _JUDGED_IMAGES), *size, root, read)
         # A batch holds the hard images as well. So small a step size changes no cost, and diverges nowhere.
         timed = replace(config, batch_size=len(batch), hard_mining_places=0, learning_rate=1e-4)
         training = train.start(timed, device)
@@ -207,13 +240,14 @@ def _mean_seconds(step: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def _memory(device: torch.device) -> Iterator[list[int]]:
-    """A list that holds, afterwards, the most bytes that were in use: on a GPU those of tensors, else all that this
-    process held in memory, its libraries too."""
+    """A list that holds, afterwards, the most bytes that were in use: on a GPU those that torch held for tensors, in
+    use or not, and those of CUDA itself; else all that this process held in memory, its libraries too."""
     found: list[int] = []
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         yield found
-        found.append(int(torch.cuda.max_memory_allocated(device)))
+        found.append(int(torch.cuda.max_memory_reserved(device)) + gpu.context_bytes(device))
         return
     most, done = [_resident()], threading.Event()
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,19 @@ import cv2
 import numpy as np
 import torch
 
-from model import checkpoint, train
+from model import checkpoint, parallel, train
 from model.arrays import Array
 from model.config import JUDGING_FIELDS, Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
+from model.inspection import Read
+from model.parallel import ALONE, Team
 from model.sample import Sample
 from model.splits import counts, keep_masks
 from model.thresholds import Thresholds, sigmoid
+from tuner import gpu
+from tuner.records import NodeUnfit
 from tuner.space import DECISION_METRICS, Space
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -53,9 +57,11 @@ class TrialTask:
     """one of `tuner.space.COSTS`"""
     constrained: tuple[str, ...] = ()
     """figures that constraints ask for: each replay carries those of its epoch"""
+    read: Read = Path.read_bytes
+    """how the samples' files are read"""
 
     @classmethod
-    def of(cls, space: Space, train: list[Sample], validation: list[Sample]) -> TrialTask:
+    def of(cls, space: Space, train: list[Sample], validation: list[Sample], read: Read = Path.read_bytes) -> TrialTask:
         """What a space asks of its trials."""
         return cls(
             train,
@@ -65,6 +71,7 @@ class TrialTask:
             space.replayed_values(),
             space.cost.metric if space.cost else None,
             tuple(bound.metric for bound in space.constraints),
+            read,
         )
 
     def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
@@ -75,48 +82,84 @@ class TrialTask:
         kept their masks, where that is a cost), and `micro_batch`, set where memory ran out: smaller parts of a batch
         add up to the same step, so the trial goes on from its last epoch.
         """
-        size = config.input_height, config.input_width
-        samples = keep_masks(self.train, config.num_segmented, config.seed)
-        cache = open_cache(samples, *size)
-        validation = open_cache(self.validation, *size)
+        self._run(config, [device], resume, report)
+
+    def run_together(
+        self, config: RunConfig, devices: Sequence[torch.device], resume: Path | None, report: Report
+    ) -> None:
+        """The same on several devices at once, a process each, that share every batch; this process trains nothing.
+        ValueError if there are more of them than images in a batch."""
+        if problem := batch_problem(config.batch_size, len(devices)):
+            raise ValueError(problem)
+        self._run(config, devices, resume, report)
+
+    def _run(self, config: RunConfig, devices: Sequence[torch.device], resume: Path | None, report: Report) -> None:
         with tempfile.TemporaryDirectory(prefix="segdec-trial-") as scratch:
             keeper = _Keeper(self, config, Path(scratch), resume)
-            if self.cost == "num_segmented":
-                keeper.progress["num_segmented"] = counts(samples)["segmented"]
             if keeper.progress["epochs"] == config.epochs:
                 report(keeper.progress, keeper.directory)  # it was done, and only the word of it was lost
                 return
             small = config
             while True:
+                started, before = time.monotonic(), keeper.progress["seconds"]
                 try:
-                    self._train(small, keeper, cache, validation, device, report)
+                    if len(devices) > 1:
+                        self._train_together(small, keeper, devices, report)
+                    else:
+                        self._train(small, keeper, devices[0], report)
+                    return
+                except (train.TrainingDiverged, FloatingPointError) as error:
+                    keeper.progress |= {"status": "diverged", "reason": str(error)}
+                    keeper.progress["seconds"] = before + time.monotonic() - started
+                    report(keeper.progress, None)
                     return
                 except (MemoryError, RuntimeError) as error:
-                    small = with_less_memory(small, error)
+                    small = with_less_memory(small, error, len(devices))
                     keeper.progress["micro_batch"] = small.micro_batch
-                if device.type == "cuda":  # here, where the error holds no tensors any more
+                if devices[0].type == "cuda" and len(devices) == 1:  # here, where the error holds no tensors any more
                     torch.cuda.empty_cache()
 
     def _train(
-        self, config: RunConfig, keeper: _Keeper, cache: Cache, validation: Cache, device: torch.device, report: Report
+        self, config: RunConfig, keeper: _Keeper, device: torch.device, report: Report, team: Team = ALONE
     ) -> None:
-        """From the keeper's last epoch to the end. Raises what running out of memory raises."""
+        """From the keeper's last epoch to the end. Raises what diverging and running out of memory raise."""
         started, before = time.monotonic(), keeper.progress["seconds"]
-        known = (keeper.directory / "training.pt").exists()
-        training = train.start(config, device, checkpoint.load_training(keeper.directory, device) if known else None)
+        cache = self._training_cache(config)
+        validation = open_cache(self.validation, config.input_height, config.input_width, read=self.read)
+        training = train.start(config, device, keeper.training_state(device), team)
         factors = tuple({judgement.threshold_factor for judgement in keeper.judgements})
-        try:
-            for losses in train.fit(training, cache):
-                scores = score(training.network, validation, config, device, factors)
-                keeper.add(training, losses, scores, validation)
-                keeper.progress["seconds"] = before + time.monotonic() - started
-                done = training.epochs_done == config.epochs
-                keeper.progress["status"] = "completed" if done else "running"
-                report(keeper.progress, keeper.checkpoint(done))
-        except (train.TrainingDiverged, FloatingPointError) as error:
-            keeper.progress |= {"status": "diverged", "reason": str(error)}
+        for losses in train.fit(training, cache):
+            scores = score(training.network, validation, config, device, factors)
+            keeper.add(training, losses, scores, validation)
             keeper.progress["seconds"] = before + time.monotonic() - started
-            report(keeper.progress, None)
+            done = training.epochs_done == config.epochs
+            keeper.progress["status"] = "completed" if done else "running"
+            report(keeper.progress, keeper.checkpoint(done))
+
+    def _training_cache(self, config: RunConfig) -> Cache:
+        samples = keep_masks(self.train, config.num_segmented, config.seed)
+        return open_cache(samples, config.input_height, config.input_width, read=self.read)
+
+    def _train_together(
+        self, config: RunConfig, keeper: _Keeper, devices: Sequence[torch.device], report: Report
+    ) -> None:
+        """The same with a team; the keeper takes over what the first of it has kept, if it is whole."""
+        room = keeper.directory.parent / "team"
+        room.mkdir()
+        reached: Path | None = None
+
+        def heard(said: tuple[dict[str, Any], Path]) -> None:
+            nonlocal reached
+            keeper.progress, reached = said
+            report(keeper.progress, reached)
+
+        try:
+            parallel.run(_train_in_team, devices, (self, keeper.config, config, keeper.sealed(), room), heard)
+        finally:
+            if reached and checkpoint.is_whole(reached):
+                shutil.rmtree(keeper.directory)
+                reached.rename(keeper.directory)
+            shutil.rmtree(room)
 
     def judgements(self, config: RunConfig) -> list[Judgement]:
         """How a network of this configuration is judged: its own way first, then all others that the search may
@@ -129,6 +172,50 @@ class TrialTask:
         return [own, *sorted(others - {own})]
 
 
+def _train_in_team(
+    team: Team,
+    device: torch.device,
+    say: Callable[[Any], None],
+    task: TrialTask,
+    config: RunConfig,
+    small: RunConfig,
+    resume: Path | None,
+    room: Path,
+) -> None:
+    """What each process of a team does; the first one also judges, and keeps its files in `room`."""
+    if device.type == "cuda":
+        gpu.take(device, 1.0)
+    if team.rank == 0:
+        keeper = _Keeper(task, config, room, resume)
+        if small.micro_batch != config.micro_batch:
+            keeper.progress["micro_batch"] = small.micro_batch
+        task._train(small, keeper, device, lambda progress, folder: say((progress, folder)), team)
+    else:
+        state = checkpoint.load_training(resume, device) if resume else None
+        for _ in train.fit(train.start(small, device, state, team), task._training_cache(small)):
+            pass
+
+
+def run_on(
+    task: TrialTask, config: RunConfig, device: torch.device, gpus: float, resume: Path | None, report: Report
+) -> None:
+    """A trial on the device that was taken for it, or on all its GPUs."""
+    if gpus < 2:
+        task.run(config, device, resume, report)
+    else:
+        task.run_together(config, [torch.device("cuda", n) for n in range(int(gpus))], resume, report)
+
+
+def batch_problem(batch_size: int, devices: int) -> str | None:
+    """Why a batch cannot be shared by so many devices, with the way out; None if it can."""
+    if batch_size >= devices:
+        return None
+    return (
+        f"a trial on {devices} GPUs shares each batch among them, so it needs batch_size of at least {devices}, found "
+        f"{batch_size}; raise train.batch_size, or lower --gpus-per-trial"
+    )
+
+
 def plain_rules(judgements: list[Judgement]) -> Iterator[Judgement]:
     """The own judgement under every threshold rule, with the factors that any of them has, and 1."""
     own = judgements[0]
@@ -138,11 +225,12 @@ def plain_rules(judgements: list[Judgement]) -> Iterator[Judgement]:
     yield own._replace(threshold_rule="grid", threshold_factor=1)
 
 
-def with_less_memory(config: RunConfig, error: Exception) -> RunConfig:
+def with_less_memory(config: RunConfig, error: Exception, devices: int = 1) -> RunConfig:
     """The same training in smaller parts, after an error that says that memory ran out; other errors are raised."""
     if not _is_out_of_memory(error):
         raise error
-    size = min(config.micro_batch or config.batch_size, config.batch_size)
+    of_one = -(-(config.batch_size + config.hard_mining_places) // devices)
+    size = min(config.micro_batch or of_one, of_one)
     if size == 1:
         raise MemoryError(
             f"one image of {config.input_height}x{config.input_width} does not fit into memory at width "
@@ -157,12 +245,20 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def take_device(gpus: float, threads: int) -> torch.device:
-    """The device that this process was given, with as many CPU threads as it may use. RuntimeError if it was given a
-    GPU that torch cannot use: a silent CPU would take days."""
+    """The device that this process was given, its memory free and held to the trial's share, with as many CPU threads
+    as it may use. Of several GPUs it is the first, untouched: each is taken by a process of its own.
+
+    NodeUnfit if it was given a GPU that torch cannot use (a silent CPU would take days), or whose memory others hold.
+    """
     torch.set_num_threads(max(1, threads))
-    if gpus > 0 and not torch.cuda.is_available():
-        raise RuntimeError("this trial holds a GPU, but torch finds no CUDA here; install a CUDA build of torch")
-    return torch.device("cuda" if gpus > 0 else "cpu")
+    if gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise NodeUnfit("this trial holds a GPU, but torch finds no CUDA here; install a CUDA build of torch")
+    device = torch.device("cuda", 0)
+    if gpus <= 1:
+        gpu.take(device, gpus)
+    return device
 
 
 class _Keeper:
@@ -178,6 +274,9 @@ class _Keeper:
         self.rules = list(plain_rules(self.judgements))
         self.directory = scratch / "checkpoint"
         self.progress = nothing_yet()
+        if task.cost == "num_segmented":
+            kept = keep_masks(task.train, config.num_segmented, config.seed)
+            self.progress["num_segmented"] = counts(kept)["segmented"]
         all_judgements = dict.fromkeys([*self.judgements, *self.rules])
         self.progress["replays"] = [judgement._asdict() | _UNJUDGED for judgement in all_judgements]
         self.highest: list[dict[str, float]] = [{} for _ in all_judgements]
@@ -188,6 +287,15 @@ class _Keeper:
             self.highest = self.progress.pop("highest")
         else:
             self.directory.mkdir()
+
+    def sealed(self) -> Path | None:
+        """The checkpoint so far, which another keeper may begin with."""
+        return self.directory if checkpoint.is_whole(self.directory) else None
+
+    def training_state(self, device: torch.device) -> dict[str, Any] | None:
+        """What training goes on from; None at its start."""
+        known = (self.directory / "training.pt").exists()
+        return checkpoint.load_training(self.directory, device) if known else None
 
     def add(self, training: train.Training, losses: dict[str, float], scores: Scores, validation: Cache) -> None:
         """Takes in an epoch; keeps its weights if some judgement finds them the best so far.

@@ -32,9 +32,10 @@ def users_of(package: str) -> set[str]:
 
 
 def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
-    assert users_of("ray") == {"tuner/cluster.py", "tuner/search.py"}
+    assert users_of("ray") == {"tuner/cluster.py", "tuner/nodes.py", "tuner/search.py"}
     optuna_users = {name for name in users_of("optuna") if not name.startswith("tuner/tracking/")}
     assert optuna_users == {"tuner/draw.py", "tuner/importance.py", "tuner/sampler.py", "tuner/storage.py"}
+    assert users_of("fsspec") == users_of("pyarrow") == {"tuner/remote.py"}
     assert users_of("sqlalchemy") == {"tuner/storage.py"}
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
     assert users_of("wandb_workspaces") == {"tuner/tracking/wandb_views.py"}
@@ -54,6 +55,11 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/space_file.py", ("ray", "optuna", "torch")),
         ("tuner/single.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.sampler", "tuner.pipeline")),
         ("tuner/collection.py", ("ray", "optuna", "torch", "wandb", "tuner.search", "tuner.sampler", "tuner.trial")),
+        (
+            "tuner/nodes.py",
+            ("optuna", "wandb", "torch", "tuner.search", "tuner.session", "tuner.trial", "tuner.pipeline"),
+        ),
+        ("tuner/datasets.py", ("ray", "optuna", "wandb", "torch", "tuner.run")),
         ("tuner/point.py", ("ray", "optuna", "torch", "wandb", "tuner.run", "tuner.trial")),
         ("tuner/options.py", ("ray", "optuna", "sqlalchemy", "torch")),
         ("tuner/run.py", ("ray", "optuna", "wandb", "tuner.sampler", "tuner.storage")),
@@ -63,8 +69,12 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/search.py", ("wandb", "model.network", "model.losses")),
         ("tuner/session.py", ("ray", "optuna", "wandb", "torch", "tuner.search")),
         ("tuner/checkpoints.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.session")),
+        ("tuner/remote.py", (*HEAVY, "torch", "tuner.run", "tuner.checkpoints", "tuner.mirror", "tuner.session")),
+        ("tuner/mirror.py", (*HEAVY, "torch", "tuner.search", "tuner.session", "tuner.sampler", "tuner.pipeline")),
         ("tuner/cluster.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.session", "tuner.trial")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
+        ("tuner/gpu.py", ("ray", "optuna", "wandb", "tuner.trial", "tuner.search")),
+        ("tuner/shares.py", ("ray", "optuna", "wandb", "torch")),
         ("tuner/use.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.trial")),
         ("tuner/records.py", ("ray", "optuna", "torch")),
         ("tuner/finals.py", ("optuna", "wandb")),

@@ -173,7 +173,7 @@ def test_flips_move_image_and_mask_together_and_are_fixed_by_the_seed(samples: l
 
 
 def _die_while_building(samples: list[Sample], root: Path) -> None:
-    data._write_masks = lambda *_arguments, **_named: os._exit(9)
+    data.decode_mask = lambda *_arguments, **_named: os._exit(9)
     data.open_cache(samples, 64, 128, root)
 
 

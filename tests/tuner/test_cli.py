@@ -124,7 +124,10 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
         (["search", "small.yaml", "--trials", "0"], "must be a whole number of at least 1, found '0'"),
         (["search", "small.yaml", "--seed", "-5"], "must be a whole number from 0 to 2147483647, found '-5'"),
         (["search", "small.yaml", "--data", "set", "--seed", "3000000000"], "from 0 to 2147483647, found '3000000000'"),
-        (["search", "small.yaml", "--gpus-per-trial", "nan"], "must be a number of at least 0, found 'nan'"),
+        (
+            ["search", "small.yaml", "--gpus-per-trial", "nan"],
+            "must be a number from 0 to 1, or a whole number of GPUs, found 'nan'",
+        ),
         (["search", "small.yaml", "--data", "set", "--runs", "small.yaml"], "--runs must be a folder, found the file"),
         (["data", "check", "set", "--test-share", "1.5"], "must be a share above 0 and below 0.9, found '1.5'"),
         (["search", "small.yaml", "--hours", "-1"], "must be a number above 0, found '-1'"),

@@ -11,6 +11,8 @@ import pytest
 from tuner import cluster
 from tuner.cluster import Resources
 
+GIB = 2**30
+
 
 @pytest.fixture(scope="module")
 def ray_cluster():
@@ -41,7 +43,9 @@ def test_what_a_function_raises_on_a_worker_is_raised_here(ray_cluster) -> None:
     [
         ([{"CPU": 4}], (None, None), (1, 0)),
         ([{"CPU": 64}, {"CPU": 16, "GPU": 2}, {"CPU": 12, "GPU": 1}], (None, None), (8, 1)),
-        ([{"CPU": 64}, {"CPU": 16, "GPU": 2}], (None, 0.5), (1, 0.5)),
+        ([{"CPU": 64}, {"CPU": 16, "GPU": 2}], (None, 0.5), (4, 0.5)),
+        ([{"CPU": 16, "GPU": 2}], (None, 0.33), (2, 0.33)),
+        ([{"CPU": 64, "GPU": 8}], (None, 4), (32, 4)),
         ([{"CPU": 2, "GPU": 4}], (None, None), (1, 1)),
         ([{"CPU": 1}, {"CPU": 1}], (2, None), "it asks for 2 CPU, found at most 1; lower --cpus-per-trial"),
         ([{"CPU": 4, "GPU": 1}] * 2, (None, 2), "it asks for 2 GPU, found at most 1; lower --gpus-per-trial"),
@@ -57,11 +61,65 @@ def test_what_a_function_raises_on_a_worker_is_raised_here(ray_cluster) -> None:
 def test_a_trial_must_fit_one_node(monkeypatch, nodes: list[dict], asked: tuple, found: tuple | str) -> None:
     alive = [{"Alive": True, "Resources": node} for node in nodes] + [{"Alive": False, "Resources": {"CPU": 99}}]
     monkeypatch.setattr(cluster.ray, "nodes", lambda: alive)
+    monkeypatch.setattr(cluster, "_startable", list)
     if isinstance(found, str):
         with pytest.raises(ValueError, match=f"a trial must fit one node of the cluster: {found}"):
             cluster.default_resources(*asked, None)
     else:
         assert cluster.default_resources(*asked, 3) == Resources(*found, 3)
+
+
+def has_nodes(monkeypatch, *nodes: dict) -> None:
+    alive = [{"Alive": True, "Resources": node} for node in nodes] + [{"Alive": False, "Resources": {"GPU": 99}}]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: alive)
+    monkeypatch.setattr(
+        cluster.ray, "cluster_resources", lambda: {k: sum(node.get(k, 0) for node in nodes) for k in ("CPU", "GPU")}
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpu_trials", "found"),
+    [
+        ([{"CPU": 16, "GPU": 1}], 1, 8),
+        ([{"CPU": 16, "GPU": 1}], 3, 4),
+        ([{"CPU": 16, "GPU": 2}, {"CPU": 16}], 2, 8),
+        ([{"CPU": 16, "GPU": 2}, {"CPU": 16}], 3, 5),
+        ([{"CPU": 2, "GPU": 1}], 1, 1),
+        ([{"CPU": 2, "GPU": 1}], 2, "found room for 1; lower --cpu-trials"),
+        ([{"CPU": 16}], 1, "found --cpu-trials 1 where no trial has one; leave it out"),
+    ],
+    ids=str,
+)
+def test_trials_without_a_gpu_find_room_beside_the_others(monkeypatch, nodes, cpu_trials: int, found) -> None:
+    has_nodes(monkeypatch, *nodes)
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            cluster.default_resources(None, None, None, cpu_trials)
+    else:
+        assert cluster.default_resources(None, None, None, cpu_trials) == Resources(found, 1, None, cpu_trials)
+
+
+def test_trials_share_gpus_as_memory_cores_and_number_allow(monkeypatch) -> None:
+    def shared(trial: int, cpus: float | None = None, at_once: int | None = None, cpu_trials: int = 0) -> Resources:
+        return cluster.sharing_gpus(trial * GIB, 80 * GIB, cpus, at_once, None, cpu_trials)
+
+    has_nodes(monkeypatch, {"CPU": 4}, {"CPU": 16, "GPU": 2}, {"CPU": 64, "GPU": 4})
+    assert shared(9) == Resources(1, 0.12)  # eight
+    assert shared(25) == Resources(2, 0.33)
+    assert shared(41) == Resources(8, 1.0)
+    assert shared(9, cpus=3) == Resources(3, 0.5)
+    assert shared(9, at_once=6) == Resources(8, 1.0)
+    assert shared(9, at_once=13) == Resources(2, 0.33)
+    has_nodes(monkeypatch, {"CPU": 4, "GPU": 1})
+    assert shared(9) == Resources(1, 0.25)
+    assert shared(9, cpu_trials=2) == Resources(1, 0.5, None, 2)
+    assert cluster.fit_at_once(Resources(1, 0.3))[0] == 3
+
+
+def test_a_trial_without_a_gpu_costs_nothing_beside_those_that_have_one() -> None:
+    mixed, plain = Resources(4, 0.5, None, 2), Resources(4, 0)
+    assert (mixed.devices, mixed.devices_of(0.5), mixed.devices_of(0.0)) == (0.5, 0.5, 0.0)
+    assert (plain.devices, plain.devices_of(0.0)) == (4, 4)
 
 
 @pytest.mark.slow

@@ -20,7 +20,10 @@ from tuner.plan import plan
         ({"cpus_per_trial": 0}, "cpus_per_trial must be a number above 0, found 0"),
         ({"cpus_per_trial": math.inf}, "cpus_per_trial must be a number above 0, found inf"),
         ({"wandb_wait": 1e10}, "wandb_wait must be a number of seconds from 0 to 86400, a day, found 10000000000.0"),
-        ({"gpus_per_trial": math.nan}, "gpus_per_trial must be a number of at least 0, found nan"),
+        (
+            {"gpus_per_trial": math.nan},
+            "gpus_per_trial must be a number from 0 to 1, or a whole number of GPUs, found nan",
+        ),
         ({"seed": -1}, "seed must be a whole number from 0 to 2147483647, found -1"),
         ({"seed": 3_000_000_000}, "seed must be a whole number from 0 to 2147483647, found 3000000000"),
         ({"wandb": "on"}, "wandb must be off, offline or online, found 'on'"),

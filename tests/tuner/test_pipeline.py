@@ -8,14 +8,16 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from model import synthetic
 from tests.tuner.conftest import ended, small_space
-from tuner import importance, pipeline, plan
+from tuner import cluster, importance, pipeline, plan
 from tuner import run as runs
 from tuner.cluster import Resources
 from tuner.options import Options
@@ -34,11 +36,21 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+class NoNodes:
+    """Nobody to ask."""
+
+    def needs(self, *_: Any) -> None:
+        """Nothing."""
+
+    check = prepare = needs
+
+
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch) -> None:
     """No cluster, no trials; a baseline takes half an hour, and its device is two cores."""
     monkeypatch.setattr(pipeline, "connected", lambda address: nullcontext())
     monkeypatch.setattr(pipeline, "default_resources", lambda *asked: Resources(cpus_per_trial=2.0))
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", lambda *_: "finished")
     monkeypatch.setattr(pipeline, "run_on_worker", lambda function, resources, *arguments: function(*arguments))
     monkeypatch.setattr(plan, "baseline_seconds", lambda *_: HOURS_OF_BASELINE * 3600)
@@ -91,6 +103,62 @@ def test_a_baseline_is_timed_as_a_plan_times_it(data: Path, monkeypatch) -> None
     assert 0.01 < seconds / (plan.plan(space, data)["baseline_hours"] * 3600) < 100  # two timings of some steps
 
 
+MEASURED = {"baseline_seconds": 1800.0, "trial_bytes": 9 * 2**30, "gpu": "GPU X", "gpu_bytes": 80 * 2**30}
+
+
+@pytest.fixture
+def gpus(monkeypatch) -> list[dict[str, float]]:
+    """Nodes with GPUs, on which trials of 9 GiB are measured."""
+    nodes = [{"CPU": 16.0, "GPU": 1.0}]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    monkeypatch.setattr(pipeline, "default_resources", cluster.default_resources)
+    monkeypatch.setattr(plan, "measure", lambda *_: MEASURED)
+    return nodes
+
+
+def test_the_part_of_a_gpu_is_chosen_by_what_was_measured_and_kept(data, tmp_path: Path, gpus, monkeypatch) -> None:
+    said = Console(file=StringIO(), width=200)
+    run = search(data, tmp_path, {"trials": 30}, console=said)
+    chosen = run.info["resources"]
+    assert (chosen["gpus_per_trial"], chosen["cpus_per_trial"]) == (0.12, 1)
+    assert run.options.gpus_per_trial is None
+    assert said.file.getvalue().count(chosen["why"]) == 1
+    assert chosen["why"] == (
+        "8 trials on a GPU, --gpus-per-trial 0.12 --cpus-per-trial 1: the largest takes 9 GiB of the 80 GiB of GPU X"
+    )
+    monkeypatch.setattr(pipeline, "run_on_worker", lambda *_: pytest.fail("it was measured again"))
+    assert pipeline._resources(runs.load(run.directory)) == Resources(1, 0.12)
+
+
+def test_what_was_asked_for_is_not_measured(data: Path, tmp_path: Path, gpus, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "run_on_worker", lambda *_: pytest.fail("it was measured"))
+    for name, asked in (("half", 0.5), ("none", 0)):
+        run = search(data, tmp_path, {"trials": 30}, name=name, gpus_per_trial=asked)
+        assert "resources" not in run.info
+        assert pipeline._resources(run).gpus_per_trial == asked
+
+
+def test_the_measurement_times_the_baseline_too(data: Path, tmp_path: Path, gpus) -> None:
+    with pytest.raises(ValueError, match=r"about 0\.5 here, found 0\.24"):
+        search(data, tmp_path, {"hours": 0.24})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_gpus_cannot_share_is_refused(data: Path, tmp_path: Path, gpus) -> None:
+    gpus[0]["GPU"] = 4.0
+    with pytest.raises(
+        ValueError, match="a trial on 2 GPUs shares each batch among them, so it needs batch_size of at"
+    ):
+        search(data, tmp_path, {"trials": 3}, gpus_per_trial=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trials_without_a_gpu_are_refused_where_device_time_is_an_objective(data: Path, tmp_path: Path, gpus) -> None:
+    space = small_space(objective=[{"metric": "dice_mean"}, {"metric": "device_seconds"}])
+    with pytest.raises(ValueError, match="--cpu-trials must be 0 where device_seconds is an objective, found 1"):
+        pipeline.run_search(space, data, runs=tmp_path, cpu_trials=1)
+
+
 def warm(data: Path, folder: Path) -> tuple[Run, Run]:
     """A run that was started from another one, in a session that was killed 200 seconds after its start."""
     other = runs.create(small_space(), data, folder, "other")
@@ -140,6 +208,7 @@ def fails(number: int) -> Callable[..., str]:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_said_with_the_way_out(data: Path, tmp_path: Path, monkeypatch, number: int) -> None:
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", fails(number))
     message = rf"the disk is full \(.*{os.strerror(number)}\); make room, then `tuner resume {tmp_path}/small` goes on"
     with pytest.raises(SearchFailed, match=message):
@@ -158,9 +227,11 @@ def test_what_ended_a_search_is_not_hidden_by_a_note_that_fails(data: Path, tmp_
         note(run, **values)
 
     monkeypatch.setattr(Run, "note", full)
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", fails(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         search(data, tmp_path, {"trials": 3})
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", lambda *_: "finished")
     with pytest.raises(SearchFailed, match="the disk is full"):  # nothing else has said so
         pipeline.go_on(runs.load(tmp_path / "small"))
@@ -188,6 +259,7 @@ def test_importance_is_written_when_a_search_fails_and_not_at_a_second_ctrl_c(
     def fail(*_: Any) -> str:
         raise error
 
+    monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", fail)
     with pytest.raises(type(error)):
         search(data, tmp_path, {"trials": 3})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_a_last_batch_that_is_not_full_is_a_step(batch_size: int) -> None:
 
 
 def test_device_hours_and_money_follow_from_what_a_trial_holds() -> None:
-    machine = Machine(name="", on_gpu=True, memory_bytes=2**35, devices_per_trial=0.5, concurrent=2)
+    machine = Machine(name="", on_gpu=True, memory_bytes=2**35, devices_per_trial=0.5, concurrent=2, gpus=1)
     budget = {"trials": 10, "money": 1000, "price_per_device_hour": 3}
     search = found(machine, budget=budget, **epochs(300))["search"]
     assert search["device_hours"] == pytest.approx([5.0, 5.0])  # ten trials of an hour on half a GPU
@@ -122,15 +123,18 @@ def test_the_room_that_a_budget_has() -> None:
     assert found(budget={"trials": 3, "hours": 9}, **epochs(12))["budget"]["hours"]["trials"] == [3, 3]
 
 
-@given(st.integers(2**20, 75 * 2**30))
-def test_the_share_of_a_gpu_holds_a_trial(memory_bytes: int) -> None:
-    machine = Machine(name="", on_gpu=True, memory_bytes=80 * 2**30, devices_per_trial=1.0, concurrent=1)
-    space = small_space()
-    memory = plans.forecast(space, IMAGES, [corner(space, "baseline", memory_bytes=memory_bytes)], machine)["memory"]
+@given(st.integers(2**20, 75 * 2**30), st.integers(1, 64), st.integers(1, 8))
+def test_the_share_of_a_gpu_holds_a_trial(memory_bytes: int, cores: int, gpus: int) -> None:
+    machine = replace(CPU, on_gpu=True, memory_bytes=80 * 2**30, cores=cores, gpus=gpus)
+    space = small_space(budget={"trials": 90})
+    corners = [corner(space, "baseline", memory_bytes=memory_bytes)]
+    memory = plans.forecast(space, IMAGES, corners, machine)["memory"]
     share = memory["gpus_per_trial"]
-    assert share * 20 == pytest.approx(round(share * 20))
     assert share == 1.0 or share * machine.memory_bytes >= memory["trial_bytes"] > memory_bytes
-    assert memory["fit"] == int(1 / share + 1e-9) >= 1
+    assert memory["fit"] == int(1 / share)
+    assert 1 <= memory["fit"] <= max(1, cores // gpus)
+    here = plans._sharing(machine, memory["trial_bytes"], None, None, 90)
+    assert (here.devices_per_trial, here.concurrent) == (share, gpus * memory["fit"])
 
 
 def test_the_corners_do_not_depend_on_the_order_of_choices() -> None:
@@ -205,7 +209,7 @@ def test_a_grid_trains_as_many_networks_as_differ_in_training() -> None:
 
 
 def test_every_forecast_can_be_shown() -> None:
-    gpu = Machine(name="GPU", on_gpu=True, memory_bytes=2**36, devices_per_trial=0.25, concurrent=4)
+    gpu = Machine(name="GPU", on_gpu=True, memory_bytes=2**36, devices_per_trial=0.25, concurrent=4, gpus=1)
     budget = {"hours": 500, "device_hours": 400, "money": 900, "price_per_device_hour": 2}
     for one in (found(), found(gpu, 3.0, budget={"trials": 90} | budget, **epochs(50)), found(budget=budget)):
         shown = plans.show(json.loads(json.dumps(one)))

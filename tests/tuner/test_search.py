@@ -21,6 +21,7 @@ from model.config import RunConfig
 from model.files import write_json
 from tests.tuner.conftest import small_space
 from tuner import checkpoints, cluster, records, search, tracking
+from tuner.checkpoints import Trials
 from tuner.cluster import Resources
 from tuner.records import SearchFailed
 from tuner.sampler import SearchStudy
@@ -342,7 +343,7 @@ def test_a_baseline_whose_worker_died_after_the_hours_goes_on(ray_cluster, tmp_p
 def test_what_a_worker_does_after_its_trial_is_done_changes_nothing(ray_cluster, tmp_path: Path) -> None:
     assert run(scripted_space([1.0, 2.0]), tmp_path, _1="die at the end") == "finished"
     assert ends(tmp_path) == [(0.01, "completed"), (1, "completed"), (2, "completed")]
-    assert checkpoints.newest(tmp_path / "trials", "abc123-0001")
+    assert checkpoints.newest(Trials(tmp_path / "trials"), "abc123-0001")
 
 
 @pytest.mark.slow

@@ -214,7 +214,7 @@ def test_what_cannot_work_is_refused_before_anything_is_made(
 
 def test_a_gpu_that_is_not_there_is_no_silent_cpu(place: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert trial("--gpus-per-trial", "1") == 1
+    assert trial("--gpus-per-trial", "1") == 2
     assert "this trial holds a GPU, but torch finds no CUDA here" in capsys.readouterr().err
     assert not Path("runs").exists()
 

@@ -326,3 +326,67 @@ def test_another_error_is_not_taken_for_memory(task, tmp_path: Path, monkeypatch
     monkeypatch.setattr(train, "train_epoch", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         task.run(CONFIG, CPU, None, Reports(tmp_path))
+
+
+class Cramped(TrialTask):
+    """A task whose data leave no room for a whole batch after the first epoch, in any of the processes."""
+
+    def _training_cache(self, config: RunConfig) -> Any:
+        cache = super()._training_cache(config)
+        if config.micro_batch != 1:
+            losses = train._StepLosses.__call__
+
+            def cramped(step: Any, batch: Any) -> Any:
+                if step.training.epochs_done == 1:
+                    raise OUT_OF_MEMORY[0]
+                return losses(step, batch)
+
+            train._StepLosses.__call__ = cramped
+        return cache
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_trial_on_two_devices_is_the_trial_on_one(task: TrialTask, tmp_path: Path) -> None:
+    config = RunConfig(**CONFIG.to_dict() | {"batch_size": 4, "learning_rate": 0.05, "hard_mining_places": 1})
+    names = ("one", "two", "one from two", "two from one", "cramped")
+    for name in names:
+        (tmp_path / name).mkdir()
+    one, two, one_from_two, two_from_one, cramped = (Reports(tmp_path / name) for name in names)
+    task.run(config, CPU, None, one)
+    task.run_together(config, [CPU, CPU], None, two)
+    task.run(config, CPU, tmp_path / "two" / "1", one_from_two)
+    task.run_together(config, [CPU, CPU], tmp_path / "one" / "2", two_from_one)
+    Cramped(**vars(task)).run_together(config, [CPU, CPU], None, cramped)
+    assert [p["epochs"] for p in cramped.progress] == [1, 2, 3]
+    assert [p["micro_batch"] for p in cramped.progress] == [None, 1, 1]
+    for found in (two, one_from_two, two_from_one, cramped):
+        last = found.progress[-1]
+        assert last["status"] == "completed"
+        for key in ("loss_segmentation", "loss_decision", "dice_mean"):
+            wanted = [row[key] for row in one.progress[-1]["history"]]
+            assert [row[key] for row in last["history"]] == pytest.approx(wanted, rel=0.02)
+        folder = found.folder / str(len(found.progress))
+        assert checkpoint.is_whole(folder)
+        assert (folder / "best" / str(last["best_epoch"]) / "model.safetensors").exists()
+    again = Reports(tmp_path)
+    task.run_together(config, [CPU, CPU], tmp_path / "two" / "3", again)
+    assert [p["status"] for p in again.progress] == ["completed"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_trial_on_two_devices_that_diverges_says_so(task: TrialTask, tmp_path: Path) -> None:
+    config = RunConfig(**CONFIG.to_dict() | {"batch_size": 4, "learning_rate": 100.0, "dynamic_balance": False})
+    reports = Reports(tmp_path)
+    task.run_together(config, [CPU, CPU], None, reports)
+    last = reports.progress[-1]
+    assert last["status"] == "diverged"
+    assert "not" in last["reason"]
+    assert "finite" in last["reason"]
+    assert last["seconds"] > 0
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(task: TrialTask, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs batch_size of at least 2, found 1; raise train\.batch_size, or lower"):
+        task.run_together(CONFIG, [CPU, CPU], None, Reports(tmp_path))

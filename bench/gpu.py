@@ -1,0 +1,444 @@
+"""What a search does with GPUs, checked and measured on a machine with one.
+
+    python -m bench.gpu [PART...] [--seconds 3] [--minutes 5]
+
+Prints a Markdown table for each part, the most important ones first; none begins after so many minutes. Each runs in a
+process of its own, within a time limit; one that fails shows its traceback and does not stop the others. Parts with
+`search` in their names need Ray, and say so where it is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import layouts, splits, synthetic, train
+from model.config import RunConfig
+from model.data import Cache, open_cache
+from model.evaluate import predict, score
+from model.thresholds import sigmoid
+from tuner import gpu, space_file
+from tuner.trial import TrialTask, take_device
+
+SIZE = {"input_height": 448, "input_width": 448}
+GPU = torch.device("cuda", 0)
+MIB = 2**20
+_SECONDS_A_PART = 150
+_THREADS = 4
+
+
+def samples_in(folder: Path) -> list[Any]:
+    return list(layouts.read(folder))
+
+
+def images_of(folder: Path) -> Cache:
+    return open_cache(samples_in(folder), 448, 448)
+
+
+def space_of(**parts: Any) -> Any:
+    document = {
+        "name": "bench",
+        "data": {"height": 448, "width": 448, "validation_share": 0.25, "test_share": 0.25},
+        "train": {"epochs": 2, "batch_size": 4},
+        "search": {
+            "weighted_loss": {"type": "categorical", "choices": [False, True]},
+            "hard_mining_places": {"type": "int", "low": 0, "high": 4},
+            "optimizer": {"type": "categorical", "choices": ["sgd", "adam"]},
+        },
+        "budget": {"trials": 90},
+    }
+    return space_file.parse(document | parts)
+
+
+def table(*rows: tuple[Any, ...]) -> None:
+    """The first row is the head."""
+    for n, row in enumerate(rows):
+        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
+        if n == 0:
+            print("| --- " * len(row) + "|")
+
+
+def allocate_all(step: int = 64 * MIB) -> int:
+    """Bytes that fit, in blocks."""
+    blocks = []
+    while True:
+        try:
+            blocks.append(torch.empty(step, dtype=torch.uint8, device=GPU))
+        except torch.OutOfMemoryError:
+            return len(blocks) * step
+
+
+def _beside() -> int:
+    free, total = torch.cuda.mem_get_info(GPU)
+    return int(total - free - torch.cuda.memory_reserved(GPU)) // MIB
+
+
+def _squeezed(folder: Path, total: int) -> tuple[Any, ...]:
+    share = round((gpu.CONTEXT_BYTES + 2.5 * 2**30) / total, 4)
+    device = take_device(share, _THREADS)
+    samples = samples_in(folder)
+    reports: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    task = TrialTask(samples, samples[:8], "dice_mean", "objective", {})
+    config = RunConfig(**SIZE, epochs=1, batch_size=16, learning_rate=0.1)
+    task.run(config, device, None, lambda progress, _folder: reports.append(dict(progress)))
+    last = reports[-1]
+    return share, 16, last["micro_batch"], last["status"], f"{time.perf_counter() - started:.1f}"
+
+
+def _hold(other_end: Connection, seconds: float) -> None:
+    free, _ = torch.cuda.mem_get_info(GPU)
+    blocks = [torch.empty(int(free * 0.8), dtype=torch.uint8, device=GPU)] if seconds else []
+    other_end.send("held")
+    time.sleep(min(seconds, 60))
+    del blocks
+
+
+def _peak_of(answer: Connection, task: TrialTask, config: RunConfig, share: float) -> None:
+    device = take_device(share, _THREADS)
+    reports: list[dict[str, Any]] = []
+    task.run(replace(config, learning_rate=0.01), device, None, lambda p, _folder: reports.append(dict(p)))
+    answer.send((torch.cuda.max_memory_reserved(device), reports[-1]))
+
+
+def _side_by_side(folder: Path, seconds: float, count: int, threads: int, ready: Any, go: Any, answers: Any) -> None:
+    take_device(math.floor(1000 / count) / 1000, threads)
+    rate = _images_a_second(folder, RunConfig(**SIZE), seconds, lambda: (ready.release(), go.wait(60)))
+    answers.put(rate)
+
+
+def _images_a_second(
+    folder: Path, config: RunConfig, seconds: float, before: Callable[[], object] = lambda: None
+) -> float:
+    cache = images_of(folder)
+    training = train.start(replace(config, learning_rate=1e-3, epochs=10_000), GPU)
+    train.train_epoch(training, cache)
+    images = cache.positive.sum() + min(cache.positive.sum(), (~cache.positive).sum())
+    torch.cuda.synchronize()
+    before()
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        train.train_epoch(training, cache)
+        done += int(images)
+    return done / (time.perf_counter() - started)
+
+
+def _search(name: str, options: tuple[str, ...]) -> None:
+    if importlib.util.find_spec("ray") is None:
+        print("skipped: no ray here")
+        return
+    with tempfile.TemporaryDirectory(prefix="segdec-bench-") as runs:
+        what = "search", "demo", "--data", "synthetic", "--runs", runs, "--name", name, "--wandb", "off", "--no-report"
+        command = [sys.executable, "-m", "tuner", *what, "--debug", *options]
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_A_PART - 10)  # noqa: S603
+        wall = time.perf_counter() - started
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        print("\n".join(line for line in (done.stdout + done.stderr).splitlines() if "GPU" in line), flush=True)
+        run = Path(runs) / name
+        print(f"resources in run.json: {json.loads((run / 'run.json').read_text()).get('resources')}\n", flush=True)
+        records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+        rows: list[tuple[Any, ...]] = [("trial", "status", "epochs", "from s", "to s", "seconds", "device-seconds")]
+        for record in records:
+            clock = (f"{record[key] or 0:.1f}" for key in ("started", "ended", "seconds", "device_seconds"))
+            rows.append((record["trial"], record["status"], record["epochs"], *clock))
+        table(*rows)
+        print(f"{wall:.0f} s in all")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The parts."""
+
+    folder: Path
+    """a set of 448x448 px"""
+    seconds: float
+    """of each measured speed"""
+
+    def fraction(self) -> None:
+        """A quarter of a GPU is a quarter, and memory that runs out under a share takes smaller parts of a batch."""
+        device = take_device(0.25, _THREADS)
+        total = torch.cuda.get_device_properties(device).total_memory
+        fits = allocate_all()
+        free = torch.cuda.mem_get_info(device)[0]
+        torch.cuda.empty_cache()
+        rows = [("what", "MiB")]
+        rows += [("a quarter of the GPU", total // 4 // MIB), ("tensors that fit", fits // MIB)]
+        rows += [("taken of the GPU then, CUDA included", (total - free) // MIB)]
+        table(*rows)
+        if fits + gpu.CONTEXT_BYTES > total / 4 or fits < total / 4 - 2 * gpu.CONTEXT_BYTES:
+            raise AssertionError("the share is not what was given")
+        table(("share", "batch asked for", "micro-batch", "status", "s"), _squeezed(self.folder, total))
+
+    def wait(self) -> None:
+        """A trial begins when the memory of the one before is free, and says what is wrong where it never is."""
+        rows: list[tuple[Any, ...]] = [("memory held by another process for", "a whole GPU was taken after, s", "said")]
+        for held in (0.0, 3.0, math.inf):
+            ours, theirs = multiprocessing.get_context("spawn").Pipe()
+            other = multiprocessing.get_context("spawn").Process(target=_hold, args=(theirs, held), daemon=True)
+            other.start()
+            ours.recv()
+            started, said = time.perf_counter(), ""
+            if math.isinf(held):
+                gpu._SECONDS_TO_WAIT = 2.0
+            try:
+                take_device(1.0, _THREADS)
+            except ValueError as error:
+                said = f"{type(error).__name__}: {error}"
+            rows.append((f"{held:g} s", f"{time.perf_counter() - started:.2f}", said))
+            other.kill()
+            other.join()
+        table(*rows)
+
+    def context(self) -> None:
+        """What a process takes of the GPU beside tensors."""
+        free, total = torch.cuda.mem_get_info(GPU)
+        rows = [("after", "taken beside torch's memory, MiB"), ("CUDA's start", (total - free) // MIB)]
+        torch.ones(1, device=GPU)
+        rows.append(("a first tensor", _beside()))
+        training = train.start(RunConfig(**SIZE, batch_size=4), GPU)
+        cache = images_of(self.folder)
+        train.train_epoch(training, cache)
+        rows.append(("an epoch of training, batch 4", _beside()))
+        score(training.network, cache, training.config, GPU)
+        rows.append(("a validation", _beside()))
+        table(*rows, ("as a trial's share counts it", gpu.context_bytes(GPU) // MIB))
+
+    def together(self) -> None:
+        """Processes side by side on one GPU."""
+        rows: list[tuple[Any, ...]] = [("processes", "images/s each", "images/s together", "times one process")]
+        alone = None
+        context_of = multiprocessing.get_context("spawn")
+        for count in (1, 2, 4, 8):
+            ready, go, answers = context_of.Semaphore(0), context_of.Event(), context_of.Queue()
+            threads = max(1, (os.cpu_count() or 1) // count)
+            arguments = (self.folder, self.seconds, count, threads, ready, go, answers)
+            processes = [context_of.Process(target=_side_by_side, args=arguments, daemon=True) for _ in range(count)]
+            for process in processes:
+                process.start()
+            for _ in processes:
+                ready.acquire(timeout=60)
+            go.set()
+            each = [answers.get(timeout=60) for _ in processes]
+            for process in processes:
+                process.join()
+            alone = alone or sum(each)
+            rows.append((count, f"{statistics.mean(each):.1f}", f"{sum(each):.1f}", f"{sum(each) / alone:.2f}"))
+        table(*rows)
+
+    def speed(self) -> None:
+        """Training, its loading of images included."""
+        take_device(1.0, os.cpu_count() or 1)
+        rows: list[tuple[Any, ...]] = [("batch", "precision", "images/s", "torch held at its peak, MiB")]
+        for precision in ("float32", "bfloat16"):
+            for batch in (1, 4, 10, 32):
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                config = RunConfig(**SIZE, batch_size=batch, precision=precision)
+                rate = _images_a_second(self.folder, config, self.seconds)
+                rows.append((batch, precision, f"{rate:.1f}", torch.cuda.max_memory_reserved() // MIB))
+        table(*rows)
+
+    def search_chosen(self) -> None:
+        """A search that chooses the share itself."""
+        _search("chosen", ("--trials", "3"))
+
+    def search_mixed(self) -> None:
+        """One trial at a time without the GPU, beside those that have it."""
+        _search("mixed", ("--trials", "3", "--cpu-trials", "1", "--gpus-per-trial", "1", "--cpus-per-trial", "2"))
+
+    def several(self) -> None:
+        """Two processes that train one network, on the one GPU that there is, against one process."""
+        if importlib.util.find_spec("model.parallel") is None:
+            print("skipped: there is no model/parallel.py yet")
+            return
+
+        samples = samples_in(self.folder)
+        config = RunConfig(**SIZE, width=0.25, epochs=2, batch_size=5, learning_rate=0.1, hard_mining_places=2,
+                           weighted_loss=True, precision="float32")  # fmt: skip
+        task = TrialTask(samples, samples[:8], "dice_mean", "objective", {})
+        found = []
+        for devices in ([GPU], [GPU, GPU]):
+            reports: list[dict[str, Any]] = []
+            started = time.perf_counter()
+
+            def heard(progress: dict[str, Any], _folder: Path | None, reports: list[dict[str, Any]] = reports) -> None:
+                reports.append(json.loads(json.dumps(progress)))
+
+            if len(devices) == 1:
+                task.run(config, GPU, None, heard)
+            else:
+                task.run_together(config, devices, None, heard)
+            found.append(([row["loss_total"] for row in reports[-1]["history"]], time.perf_counter() - started))
+        table(
+            ("processes", "losses", "s in all, with their start"),
+            *((n + 1, ", ".join(f"{loss:.6f}" for loss in losses), f"{s:.1f}") for n, (losses, s) in enumerate(found)),
+        )
+        np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-3)
+
+    def peak(self) -> None:
+        """What `tuner plan` measures, and what trials in the share that it chooses really take."""
+        from tuner import plan
+
+        space = space_of()
+        found = plan.plan(space, self.folder)
+        print(plan.show(found), "\n", flush=True)
+        torch.cuda.empty_cache()
+        memory = found["memory"]
+        share = memory["gpus_per_trial"]
+        rows: list[tuple[Any, ...]] = [
+            ("trial", "share", "measured for it, MiB", "torch held at its peak, MiB", "micro-batch", "status")
+        ]
+        found_splits = splits.assign(samples_in(self.folder), self.folder, 0.25, 0.25, 0)
+        task = TrialTask.of(space, found_splits.train, found_splits.validation)
+        for names, config in plan.corners_of(space).items():
+            context_of = multiprocessing.get_context("spawn")
+            ours, theirs = context_of.Pipe()
+            process = context_of.Process(target=_peak_of, args=(theirs, task, config, share))
+            process.start()
+            theirs.close()
+            held, last = ours.recv()
+            process.join()
+            measured = memory["trial_bytes"] // MIB
+            rows.append((", ".join(names), share, measured, held // MIB, last["micro_batch"], last["status"]))
+        table(*rows)
+
+    def curves(self) -> None:
+        """One training on the processor and twice on the GPU."""
+        config = RunConfig(
+            input_height=128, input_width=128, width=0.25, epochs=4, learning_rate=0.5, precision="float32"
+        )
+        cache = open_cache(samples_in(self.folder)[:24], 128, 128)
+        torch.set_num_threads(os.cpu_count() or 1)
+
+        def curve(device: torch.device) -> np.ndarray:
+            return np.array([epoch["loss_total"] for epoch in train.fit(train.start(config, device), cache)])
+
+        cpu, first, second = curve(torch.device("cpu")), curve(GPU), curve(GPU)
+        rows: list[tuple[Any, ...]] = [("epoch", "CPU", "GPU", "GPU again", "largest difference to CPU")]
+        for n, losses in enumerate(zip(cpu, first, second, strict=True)):
+            apart = max(abs(losses[1] / losses[0] - 1), abs(losses[2] / losses[0] - 1))
+            rows.append((n + 1, *(f"{loss:.6f}" for loss in losses), f"{apart:.1e}"))
+        table(*rows)
+        np.testing.assert_allclose(first, cpu, rtol=0.05)
+
+    def parity(self) -> None:
+        """A network trained and judged on the GPU, and its ONNX file on the processor (model/parity.py)."""
+        if missing := [n for n in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(n) is None]:
+            print(f"skipped: no {', '.join(missing)} here")
+            return
+        from model import export
+        from model.parity import Judged, compare
+
+        rows: list[tuple[Any, ...]] = [
+            ("precision on the GPU", "images", "probability to the file", "mask pixels unlike the GPU's",
+             "probability to the GPU's", "decision's logit to the GPU's"),
+        ]  # fmt: skip
+        cache = images_of(self.folder)
+        for precision in ("float32", "bfloat16"):
+            config = RunConfig(**SIZE, width=0.25, epochs=4, learning_rate=0.5, precision=precision)
+            training = train.start(config, GPU)
+            list(train.fit(training, cache))
+            scores = score(training.network, cache, config, GPU)
+            thresholds = scores.choose(config.judgement())
+            shown = np.array(cache.images[:8])
+            answers = list(predict(training.network, shown, config, GPU))
+            decisions, logits = (torch.cat(part).cpu().numpy() for part in zip(*answers, strict=True))
+            masks = np.stack([thresholds.mask(*one) for one in zip(logits, decisions, strict=True)]) > 0
+            names = [sample.name for sample in cache.samples[:8]]
+            judged = Judged(names, shown, sigmoid(logits), masks, decisions)
+            module = export.Deployable(training.network.cpu(), thresholds)
+            found = compare(module, export.run_onnx(export.to_onnx(module, 448, 448, {})), judged)
+            decision = "none" if found.judged_decision is None else f"{found.judged_decision:.1e}"
+            rows.append((precision, found.images, f"{found.probability:.1e}", found.unlike_judged,
+                         f"{found.judged_probability:.1e}", decision))  # fmt: skip
+        table(*rows)
+
+    def search_halves(self) -> None:
+        """Two trials on a GPU at a time."""
+        _search("halves", ("--trials", "3", "--gpus-per-trial", "0.5", "--cpus-per-trial", "2"))
+
+
+PARTS = [name for name in vars(Bench) if callable(getattr(Bench, name)) and not name.startswith("_")]
+
+
+def machine() -> str:
+    """What the figures are of."""
+    driver = "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
+    try:
+        card = subprocess.run(driver, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        card = "no nvidia-smi"
+    return (
+        f"{card}; {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    )
+
+
+def _data() -> Iterator[Path]:
+    """A set of 448x448 px, made once."""
+    with tempfile.TemporaryDirectory(prefix="segdec-bench-") as folder:
+        os.environ["SEGDEC_TUNER_CACHE"] = str(Path(folder) / "cache")
+        synthetic.write(Path(folder) / "set", count=40, height=448, width=448)
+        yield Path(folder) / "set"
+
+
+def main() -> int:
+    """Runs the parts that are named, or all of them; how many failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", metavar="PART", nargs="*", choices=[[], *PARTS], help=", ".join(PARTS))
+    parser.add_argument("--seconds", type=float, default=3, help="of each measured speed")
+    parser.add_argument("--minutes", type=float, default=5, help="after these no part begins")
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.data:  # one part, in this process
+        getattr(Bench(options.data, options.seconds), options.parts[0])()
+        return 0
+    print(machine(), flush=True)
+    failed: list[str] = []
+    begun = time.perf_counter()
+    for folder in _data():
+        for name in options.parts or PARTS:
+            if time.perf_counter() - begun > 60 * options.minutes:
+                print(f"\n### {name}: left out, the {options.minutes:g} minutes are over", flush=True)
+                continue
+            summary = (getattr(Bench, name).__doc__ or "").splitlines()[0]
+            print(f"\n### {name}: {summary}\n", flush=True)
+            started = time.perf_counter()
+            command = [sys.executable, "-m", "bench.gpu", name, "--data", str(folder)]
+            command += ["--seconds", str(options.seconds)]
+            try:
+                code = subprocess.run(command, timeout=_SECONDS_A_PART, stderr=subprocess.STDOUT).returncode  # noqa: S603
+            except subprocess.TimeoutExpired:
+                code = f"no end within {_SECONDS_A_PART} s"
+            if code:
+                failed.append(name)
+            print(
+                f"\n({name}: {'ok' if not code else f'FAILED, {code}'}, {time.perf_counter() - started:.0f} s)",
+                flush=True,
+            )
+    print(f"\n{len(failed)} parts failed: {', '.join(failed) or 'none'}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

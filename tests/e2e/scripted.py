@@ -1,0 +1,17 @@
+"""The `tuner` command with trials that follow a script instead of training: `python -m tests.e2e.scripted FOLDER ...`.
+
+FOLDER/behaviour.json says what the trials do (tests/tuner/test_search.py); they write there which epochs they ran.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tests.tuner.test_search import ScriptedTask
+from tuner import cli, pipeline
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    behaviour = json.loads((folder / "behaviour.json").read_text())
+    pipeline.TrialTask.of = lambda *_: ScriptedTask(folder, behaviour)  # type: ignore[method-assign,assignment]
+    sys.exit(cli.main(sys.argv[2:]))
