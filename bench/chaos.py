@@ -179,6 +179,7 @@ def main() -> int:
     storage.add_argument("--moto", action="store_true", help="an S3 server of this script's own, with an outage")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's server names every request
     with tempfile.TemporaryDirectory(prefix="segdec-chaos-") as place:
         return one_search(
             Path(place), options.seconds, options.seed, options.hosts, options.epoch, options.storage, options.moto
@@ -229,10 +230,10 @@ def one_search(
         wrong.append(f"the chaos itself failed: {chaos.failure}")
     print(f"\nhosts: {count} at a time, {', '.join(f'{n} {what}' for what, n in sorted(chaos.happened.items()))}")
     if outage:
-        print(f"storage: out of reach for {_OUTAGE_S} s")
+        print(f"storage: out of reach for {_OUTAGE_S:.0f} s")
     print(f"search: {state} after {lasted:.0f} s")
     counts = ", ".join(f"{number} {status}" for status, number in records.count(found).items() if number)
-    print(f"trials: {len(found)} of {searched.budget.trials}, {counts}; {starts.again} times taken from a host")
+    print(f"trials: {len(found)} of {searched.budget.trials}, {counts}; {starts.again} starts after a host was lost")
     print(f"epochs: {trained} trained, {again} of them again")
     print(f"wrong: {'; '.join(wrong) or 'nothing'}")
     return min(len(wrong), 1)
