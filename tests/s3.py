@@ -1,4 +1,4 @@
-"""A real S3 server on the loopback address, and a wire to it that a test can cut."""
+"""A real S3 server on the loopback address, and a wire to it, from there or from hosts, that a test can cut."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnec
 class Wire:
     """Listens on a port of its own and passes everything on to the server, unless it is told otherwise."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str) -> None:
         self._server = ("127.0.0.1", port)
         self._open: set[socket.socket] = set()
         self.state = "whole"
         """whole, cut (connections are closed at once) or busy (whatever is asked, the answer is 503)"""
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self._socket = socket.create_server((host, 0), backlog=100)
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -69,20 +69,21 @@ class Wire:
 
 
 @contextmanager
-def serving() -> Iterator[Wire]:
-    """A server that this process and all that it starts find by the environment, with the bucket `bucket`."""
+def serving(host: str = "127.0.0.1") -> Iterator[Wire]:
+    """A server that this process and all that it starts find by the environment, with the bucket `bucket`. `host`: the
+    address of this machine at which it is reached."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    wire = Wire(server.get_host_and_port()[1])
+    wire = Wire(server.get_host_and_port()[1], host)
     variables = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{wire.port}",
+        "AWS_ENDPOINT_URL": f"http://{host}:{wire.port}",
         "AWS_ACCESS_KEY_ID": "somebody",
         "AWS_SECRET_ACCESS_KEY": "her secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     with mock.patch.dict(os.environ, variables):
         s3fs.S3FileSystem.clear_instance_cache()  # one of these remembers its server
-        connection = http.client.HTTPConnection("127.0.0.1", wire.port)
+        connection = http.client.HTTPConnection(host, wire.port)
         connection.request("POST", "/moto-api/reset")  # the data are this process's, not the server's
         assert connection.getresponse().status == 200
         connection.close()
