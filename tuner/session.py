@@ -282,7 +282,7 @@ class Session:
         there = self.unfit.keys() & cluster.nodes_alive()
         if not there or cluster.able_nodes(self.resources) - there or self.failure or self.error:
             return
-        names = {node: cluster.name_of(node) for node in sorted(there)}
+        names = dict(sorted(((node, cluster.name_of(node)) for node in there), key=lambda pair: pair[1]))
         if there <= self._full.keys():
             number = self._full[next(iter(names))]
             self.error = OSError(number, f"{os.strerror(number)} on {', '.join(names.values())}")
