@@ -104,7 +104,10 @@ def newest(trials: Trials, trial: str, config: RunConfig | None = None) -> Found
 
 def prune(trials: Trials, trial: str, keep: RunConfig | None) -> None:
     """Removes all checkpoints of a trial, but the newest of the training that is to be kept, if there is one."""
-    local = sorted(_folders(trials.local, trial, "checkpoint_*"), key=lambda folder: folder.stat().st_mtime)
+    # By what they have reached: a worker that was cut off may write an earlier one last.
+    local = sorted(
+        _folders(trials.local, trial, "checkpoint_*"), key=lambda folder: (folder.name, folder.stat().st_mtime)
+    )
     for folder in local[: len(local) - (keep is not None)]:
         shutil.rmtree(folder, ignore_errors=True)
     if trials.there is None:
