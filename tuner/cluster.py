@@ -36,6 +36,8 @@ _SECONDS_BETWEEN_LOOKS_AT_HEAD = 3.0
 _SECONDS_WITHOUT_HEAD = 40.0
 """Ray ends a driver after 60 s."""
 
+_SECONDS_BETWEEN_LOOKS_AT_NODES = 2.0
+
 _TRIES = 3
 """so often a function is called whose nodes or processes die under it"""
 
@@ -299,11 +301,15 @@ def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments
     """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU. Raises what the
     function raises. Where the node or the process dies under it, or the node is unfit, it is called again elsewhere."""
     remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)(_call)
-    unfit: set[str] = set()
+    unfit: dict[str, Exception] = {}
     deaths = 0
     while True:
         running = remote.options(label_selector=elsewhere(unfit)).remote(function, arguments)
         try:
+            while not ray.wait([running], timeout=_SECONDS_BETWEEN_LOOKS_AT_NODES)[0]:
+                # Nodes that have just died are taken for alive at first.
+                if unfit and not able_nodes(resources) - unfit.keys():
+                    raise next(reversed(unfit.values()))
             found = ray.get(running)
         except ray.exceptions.RayTaskError as error:  # its text is a traceback
             raise error.cause from error
@@ -314,14 +320,14 @@ def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments
                     f"{function.__name__} lost its node or its process {_TRIES} times, memory may have run out "
                     f"({type(error).__name__}: {error})"
                 ) from error
-        except BaseException:  # Ctrl-C
+        except BaseException:  # Ctrl-C, or no node is left
             ray.cancel(running, force=True)
             raise
         else:
             if not isinstance(found, _Unfit):
                 return found
-            unfit.add(found.node)
-            if not able_nodes(resources) - unfit:
+            unfit[found.node] = found.error
+            if not able_nodes(resources) - unfit.keys():
                 raise found.error
             logger.warning("%s", takes_no_more(found.node, str(found.error)))
 
