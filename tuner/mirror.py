@@ -7,7 +7,8 @@ in it stops.
 
 What the storage holds is never ahead of the journal there: it goes first in each pass, and what changes during a pass
 waits for the next one. The rest goes in the order in which it was written, so that a file that is written last, as
-`evaluation/selection.json` is, arrives last.
+`evaluation/selection.json` is, arrives last; checkpoints that the journal needs no more are removed when all is there.
+Only what this folder has sent is taken away again.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class StorageMirror(Mirror):
         super().__init__(directory, there)
         self._there, self._session = there, session
         self._known: dict[str, Signature | None] = {}
-        """what lies at the storage; None where nobody knows which content it is"""
+        """what lies at the storage that this folder has sent; None where nobody knows which content it is"""
         self._jobs: deque[Callable[[], None]] = deque()
         self._turn = threading.Condition()
         self._asked = self._done = 0
@@ -187,16 +188,16 @@ class StorageMirror(Mirror):
         if not self._ready:
             self._known = _known(self.directory, self._there)
             self._ready = True
-        while self._jobs:
-            self._jobs[0]()  # StorageFailed: again, in the next pass
-            self._jobs.popleft()
+        jobs = len(self._jobs)  # what the journal that is sent now does not need any more
         here = {name: at for name, at in _files(self.directory).items() if whole or name.split("/")[0] not in _SLOW}
         gone = [name for name in self._known if name not in here and (whole or name.split("/")[0] not in _SLOW)]
-        self._there.remove(gone)
-        for name in gone:
-            del self._known[name]
         news = [name for name, signature in here.items() if self._known.get(name) != signature]
+        if any(name not in self._known for name in news):  # or one that is cut short here is never taken away there
+            self._known |= {name: None for name in news if name not in self._known}
+            self._remember()
         is_whole = True
+        if JOURNAL not in news:
+            self._take_away(gone)
         for name in sorted(news, key=lambda name: (name != JOURNAL, here[name][1], name)):
             if self.lost or self._closed.is_set():
                 return False
@@ -213,20 +214,39 @@ class StorageMirror(Mirror):
                 is_whole = False  # gone by now
                 continue
             self._known[name] = now
+            if name == JOURNAL:
+                self._take_away(gone)
+        for _ in range(jobs):
+            self._do(self._jobs.popleft())
         if whole:
             self._last_whole = time.monotonic()
         if gone or news:
             self._remember()
         return is_whole
 
+    def _take_away(self, gone: list[str]) -> None:
+        """Before other files are sent: `evaluation/selection.json` goes before what it vouches for changes."""
+        self._there.remove(gone)
+        for name in gone:
+            self._known.pop(name, None)
+
+    def _do(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except StorageFailed:  # again, in the next pass
+            self._jobs.appendleft(job)
+            raise
+        except Exception as error:  # it would fail for ever
+            logger.warning("left undone at %s: %s: %s", self._there.address, type(error).__name__, error)
+
     def _lacking(self) -> set[str]:
         """The files and folders of the run that the storage lacks, by their first names."""
         here = _files(self.directory)
-        return {name.split("/")[0] for name in here.keys() | self._known if self._known.get(name) != here.get(name)}
+        known = dict(self._known)  # in one step, for the other thread changes it
+        return {name.split("/")[0] for name in here.keys() | known if known.get(name) != here.get(name)}
 
     def _remember(self) -> None:
-        known = {name: signature for name, signature in self._known.items() if signature}
-        write_json(self.directory / _KNOWN, _memory(self._there, self._session, known))
+        write_json(self.directory / _KNOWN, _memory(self._there, self._session, self._known))
 
     # The thread that says that we live
 
@@ -451,15 +471,17 @@ def _listed(there: Folder) -> dict[str, int]:
 
 
 def _known(directory: Path, there: Folder) -> dict[str, Signature | None]:
-    """What lies at the storage, with its content where this folder remembers that it sent it."""
+    """What lies at the storage that this folder remembers to have sent, with its content where that is known. What
+    somebody else has put there stays."""
     remembered: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         memory = json.loads((directory / _KNOWN).read_text())
         remembered = memory["files"] if memory["address"] == there.address else {}
     known: dict[str, Signature | None] = {}
     for name, size in _listed(there).items():
-        at = remembered.get(name)
-        known[name] = (at[0], at[1], at[2]) if at and at[0] == size else None
+        if name in remembered:
+            at = remembered[name]
+            known[name] = (at[0], at[1], at[2]) if at and at[0] == size else None
     return known
 
 

@@ -349,3 +349,49 @@ def test_a_second_ctrl_c_waits_for_nothing(run: Run, monkeypatch) -> None:
 def test_a_verb_for_a_folder_here_says_how_to_bring_one() -> None:
     with pytest.raises(ValueError, match=r"found s3://bucket/small; `tuner resume s3://bucket/small` brings it"):
         runs.load("s3://bucket/small")
+
+
+def test_checkpoints_go_only_when_the_journal_that_needs_them_no_more_is_there(run: Run, monkeypatch) -> None:
+    order: list[str] = []
+    put, remove = Folder.put, Folder.remove
+
+    def note_put(self: Folder, source: Path, name: str) -> None:
+        order.append(name)
+        put(self, source, name)
+
+    def note_removal(self: Folder, names: list[str]) -> None:
+        order.extend(f"-{name}" for name in names)
+        remove(self, names)
+
+    (run.directory / "selection.json").write_bytes(b"{}")
+    with run.locked(), mirrored(run) as found:
+        assert found.flush(30)
+        monkeypatch.setattr(Folder, "put", note_put)
+        monkeypatch.setattr(Folder, "remove", note_removal)
+        (run.directory / "study.journal").write_bytes(b"{}\n")
+        (run.directory / "records.jsonl").write_bytes(b"{}\n")
+        (run.directory / "selection.json").unlink()
+        found.later(lambda: order.append("prune"))
+        assert found.flush(30)
+    assert order == ["study.journal", "-selection.json", "records.jsonl", "prune"]
+
+
+def test_what_cannot_be_done_at_a_storage_is_said_and_stops_no_mirror(run: Run, caplog) -> None:
+    def fail() -> None:
+        raise FileNotFoundError("gone by now")
+
+    with run.locked(), mirrored(run) as found:
+        found.later(fail)
+        (run.directory / "records.jsonl").write_bytes(b"{}\n")
+        assert found.flush(30)
+    assert there(run)["records.jsonl"] == b"{}\n"
+    assert "FileNotFoundError: gone by now" in caplog.text
+
+
+def test_what_somebody_else_put_there_stays(run: Run) -> None:
+    work_on(run)
+    (Folder(str(run.options.storage)) / run.name).write("notes.txt", b"mine")
+    (run.directory / "splits.json").unlink()
+    work_on(run)
+    assert there(run)["notes.txt"] == b"mine"
+    assert "splits.json" not in there(run)
