@@ -31,7 +31,8 @@ from rich.console import Console
 
 from model.files import write_json
 from tuner.checkpoints import Trials
-from tuner.remote import Folder, StorageFailed, check_token
+from tuner.options import problem_of_storage
+from tuner.remote import Folder, StorageFailed, check_token, is_below
 from tuner.run import JOURNAL, NameTaken, Run, load
 from tuner.space import NAME_RULE, is_name
 
@@ -42,8 +43,8 @@ _KNOWN = ".mirrored.json"
 """in the run's own folder: what the storage holds, so that a resume does not send all of it again"""
 
 _SECONDS_BETWEEN_BEATS = 10.0
-_SECONDS_BETWEEN_LOOKS = 25.0
-"""between two looks at an owner's counter: two of its beats and some patience"""
+_SECONDS_BETWEEN_LOOKS = 50.0
+"""between two looks at an owner's counter: a beat at a storage that takes its time, and some patience"""
 
 _SECONDS_AT_THE_START = 30.0
 _SECONDS_AT_THE_END = 60.0
@@ -140,15 +141,20 @@ class StorageMirror(Mirror):
             )
             return
         self._threads[1].join(_SECONDS_BETWEEN_BEATS)  # or a last beat would take the run back
-        with suppress(StorageFailed):
+        with suppress(OSError):
             self._there.write(OWNER, _owner(self._session, self._beats, released=True))
 
     def forget(self) -> None:
-        """Leaves nothing of a run that was not begun."""
+        """Leaves nothing of a run that was not begun, if it is still ours."""
         self._closed.set()
         self.changed()
-        with suppress(StorageFailed):
-            self._there.remove([OWNER])
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(_SECONDS_BETWEEN_BEATS)  # or what it is about to write would stay
+        with suppress(OSError):
+            owner, info = _read(self._there, OWNER), _read(self._there, "run.json")
+            if owner and owner["session"] == self._session and not (info and info["sessions"]):
+                self._there.clear()
 
     # The thread that mirrors
 
@@ -251,11 +257,14 @@ class StorageMirror(Mirror):
     # The thread that says that we live
 
     def _beat(self) -> None:
-        while not self._closed.wait(_SECONDS_BETWEEN_BEATS) and self.lost is None:
-            with suppress(StorageFailed):  # the other thread says so
+        took = 0.0
+        while not self._closed.wait(max(0.1, _SECONDS_BETWEEN_BEATS - took)) and self.lost is None:
+            began = time.monotonic()
+            with suppress(OSError):  # the other thread says so
                 if not self._is_lost() and not self._closed.is_set():
                     self._beats += 1
                     self._there.write(OWNER, _owner(self._session, self._beats))
+            took = time.monotonic() - began
 
     def _is_lost(self) -> bool:
         owner = _read(self._there, OWNER)
@@ -276,6 +285,7 @@ def mirrored(run: Run, console: Console | None = None) -> Iterator[Mirror]:
     if run.options.storage is None:
         yield Mirror(run.directory)
         return
+    check_apart(run.options.storage, run.directory)
     there = Folder(run.options.storage) / run.name
     session = _take(run, there, console)
     mirror = StorageMirror(run.directory, there, session)
@@ -309,9 +319,22 @@ def check_free(storage: str, name: str) -> None:
     if not is_name(name):
         raise ValueError(f"a run's name must be {NAME_RULE}, found {name!r}")
     there = Folder(storage) / name
-    if found := there.entries():
+    if (found := there.entries()) and ("run.json" in found or there.files()):  # a mount may hold empty folders
         way_out = f"or go on with `tuner resume {there.address}`" if "run.json" in found else "or remove what is there"
         raise NameTaken(f"a run's name must be new, found {there.address}; choose another with --name, {way_out}")
+
+
+def check_apart(storage: str, directory: Path) -> None:
+    """ValueError if a run would be mirrored on to itself: each pass would replace files that are being written."""
+    place = (Folder(storage) / directory.name).local
+    if place is None:
+        return
+    there, here = place.resolve(), directory.resolve()
+    if there == here or there in here.parents or here in there.parents:
+        raise ValueError(
+            f"a run's place at the storage must lie apart from its own folder, found {there} for {here}; name another "
+            "folder with --storage or --runs, or leave --storage out where all nodes see --runs"
+        )
 
 
 def bring(address: str, runs: Path, console: Console | None = None) -> Path:
@@ -319,6 +342,10 @@ def bring(address: str, runs: Path, console: Console | None = None) -> Path:
 
     ValueError if there is none, if somebody works on it, or if there is another folder of its name here.
     """
+    if problem := problem_of_storage(address):
+        raise ValueError(problem)
+    if "://" not in address:
+        address = str(Path(address).expanduser().absolute())
     there = Folder(address)
     try:
         info = _read(there, "run.json")
@@ -345,18 +372,21 @@ def bring(address: str, runs: Path, console: Console | None = None) -> Path:
                 "move it away, or name another folder with --runs"
             )
         return directory
-    _wait_for_owner(there, None, console)
+    seen = _wait_for_owner(there, {}, console)
     building = directory.with_name(f".{name}-{secrets.token_hex(4)}")
     building.mkdir(parents=True)
     try:
         for file in _listed(there):
+            if not is_below(file):
+                raise StorageFailed(
+                    f"{address} holds {file!r}, which would lie outside of {directory}; remove it there"
+                )
             there.get(file, building / file)
         (building / "trials").mkdir(exist_ok=True)
         if info["options"].get("storage") != storage:  # a mount may lie elsewhere here
             write_json(building / "run.json", info | {"options": info["options"] | {"storage": storage}})
-        session = (_read(there, OWNER) or {}).get("session", "")
         known = {name: at for name, at in _files(building).items() if name != "run.json"}
-        write_json(building / _KNOWN, _memory(there, session, known))
+        write_json(building / _KNOWN, _memory(there, "", known) | {"seen": seen})
         building.rename(directory)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -376,7 +406,7 @@ def update(run: Run, console: Console | None = None) -> None:
     try:
         with run.locked(), mirrored(run, console):
             pass
-    except (ValueError, StorageFailed) as error:
+    except (ValueError, OSError) as error:
         logger.warning("not mirrored: %s", error)
 
 
@@ -392,7 +422,12 @@ def _take(run: Run, there: Folder, console: Console | None) -> str:
                 f"not know; `tuner resume {there.address} --runs DIR` goes on from there in another folder"
             )
     known = json.loads((run.directory / _KNOWN).read_text()) if (run.directory / _KNOWN).exists() else {}
-    _wait_for_owner(there, known.get("session"), console)
+    owner = _wait_for_owner(there, known, console)
+    if owner and owner["session"] != known.get("session") and _has_unknown_openings(run.directory, there):
+        raise ValueError(
+            f"{run.directory} must know of each opening of the test split, and {there.address} has some that it does "
+            f"not; `tuner resume {there.address} --runs DIR` goes on from there in another folder"
+        )
     session = secrets.token_hex(8)
     there.write(OWNER, _owner(session, 0))
     if run.info["sessions"]:
@@ -400,12 +435,12 @@ def _take(run: Run, there: Folder, console: Console | None) -> str:
     return session
 
 
-def _wait_for_owner(there: Folder, ours: str | None, console: Console | None) -> None:
-    """Returns when nobody works on a run; ValueError while somebody does. `ours` is a session of this very folder,
-    which cannot live, for we hold the lock."""
+def _wait_for_owner(there: Folder, known: dict[str, Any], console: Console | None) -> Any:
+    """The last owner, once nobody works on a run; ValueError while somebody does. Nobody waits for a session of this
+    very folder, which cannot live, for we hold the lock; nor for one that has not stirred since it was looked at."""
     owner = _read(there, OWNER)
-    if owner is None or owner["released"] or owner["session"] == ours:
-        return
+    if owner is None or owner["released"] or owner["session"] == known.get("session") or owner == known.get("seen"):
+        return owner
     who = f"process {owner['pid']} on {owner['host']}"
     if console is not None:
         console.print(f"{who} worked on {there.address} last; looking {_SECONDS_BETWEEN_LOOKS:g} s whether it lives")
@@ -413,6 +448,18 @@ def _wait_for_owner(there: Folder, ours: str | None, console: Console | None) ->
     again = _read(there, OWNER)
     if again is not None and again != owner and not again["released"]:
         raise ValueError(f"{there.address} must be worked on by one process, and {who} does; stop that one first")
+    return again
+
+
+def _has_unknown_openings(directory: Path, there: Folder) -> bool:
+    """Whether somebody else has looked at the test split of this run."""
+    name = "evaluation/openings.jsonl"
+    try:
+        theirs = there.read(name).splitlines()
+    except FileNotFoundError:
+        return False
+    here = directory / name
+    return bool(set(theirs) - set(here.read_bytes().splitlines() if here.exists() else []))
 
 
 def _owner(session: str, count: int, released: bool = False) -> bytes:

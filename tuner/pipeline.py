@@ -61,6 +61,7 @@ def run_search(
         chosen = replace(chosen, study=storage.checked(chosen.study))
     if chosen.storage:
         chosen = replace(chosen, storage=remote.checked(chosen.storage))
+        mirror.check_apart(str(chosen.storage), Path(runs) / (name or space.name))
         mirror.check_free(str(chosen.storage), name or space.name)
     run = create(space, data, Path(runs), name, chosen, console=console)
     try:

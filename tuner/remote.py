@@ -141,6 +141,12 @@ class Folder:
                 with suppress(FileNotFoundError):
                     system.rm_file(f"{path}/{name}", **_at_most(system))
 
+    def clear(self) -> None:
+        """Removes all that lies in it."""
+        self.remove(self.files())
+        if self.local:
+            shutil.rmtree(self.local, ignore_errors=True)  # the folders
+
     @staticmethod
     def _relative(root: str, name: str) -> str:
         return name.strip("/")[len(root.strip("/")) :].lstrip("/")
