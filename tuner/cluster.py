@@ -24,6 +24,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.ray_logging import stdout_deduplicator
 
+from model.files import FULL_DISK
 from tuner.records import NodeUnfit, SearchFailed
 from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
@@ -38,9 +39,6 @@ _SECONDS_WITHOUT_HEAD = 40.0
 
 _TRIES = 3
 """so often a function is called whose nodes or processes die under it"""
-
-FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-"""see `full_disk`"""
 
 _NODE_DIED = re.compile("Raylet is terminated|has been marked dead")
 """what Ray prints on standard output of each node that dies, with the end of its log"""

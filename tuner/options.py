@@ -175,6 +175,8 @@ def problem_of_storage(storage: object) -> str | None:
             f"in {scheme}://...; give credentials as the service's own tools find them, for S3 in the environment, in "
             "~/.aws or by the machine's role"
         )
+    if scheme == "file" and not rest.startswith("/"):
+        return f"{wanted}, found {storage}, whose path is not absolute; write file:///..., or a path alone"
     if not rest.partition("?")[0].strip("/"):
         return f"{wanted}, found no {'path' if scheme == 'file' else 'bucket or host'} in {storage}"
     return None

@@ -12,8 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
+from model.files import FULL_DISK
 from model.splits import Splits
-from tuner import checkpoints, finals, importance, mirror, nodes, plan, remote, report, storage, tracking
+from tuner import finals, importance, mirror, nodes, plan, remote, report, storage, tracking
 from tuner.cluster import Resources, connected, default_resources, run_on_worker, sharing_gpus
 from tuner.mirror import Mirror, mirrored
 from tuner.options import Options
@@ -60,6 +61,7 @@ def run_search(
         chosen = replace(chosen, study=storage.checked(chosen.study))
     if chosen.storage:
         chosen = replace(chosen, storage=remote.checked(chosen.storage))
+        mirror.check_apart(str(chosen.storage), Path(runs) / (name or space.name))
         mirror.check_free(str(chosen.storage), name or space.name)
     run = create(space, data, Path(runs), name, chosen, console=console)
     try:
@@ -105,7 +107,7 @@ def full_disk_explained(run: Run) -> Iterator[None]:
     except remote.StorageFailed as error:
         raise SearchFailed(f"{error}; `tuner resume {run.directory}` goes on when it can be reached") from error
     except OSError as error:
-        if error.errno not in checkpoints.FULL:
+        if error.errno not in FULL_DISK:
             raise
         again = f"`tuner resume {run.directory}` goes on" if run.info["sessions"] else "start the search again"
         raise SearchFailed(f"the disk is full ({error}); make room, then {again}") from error
