@@ -288,10 +288,11 @@ def fit_at_once(resources: Resources) -> tuple[int, str]:
     """How many trials the cluster runs at once, with the nodes that its autoscaler may start, and what bounds them."""
     nodes = _nodes()
     cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
-    counts = [(int(sum(node.get("CPU", 0) for node in nodes) // cpus), "CPU", cpus)]
+    by_node = {("CPU", cpus): [int(node.get("CPU", 0) // cpus) for node in nodes]}
     if gpus:
-        counts.append((sum(places(node.get("GPU", 0), gpus) for node in nodes), "GPU", gpus))
-    count, name, wanted = min(counts)
+        by_node["GPU", gpus] = [places(node.get("GPU", 0), gpus) for node in nodes]
+    count = sum(map(min, zip(*by_node.values(), strict=True)))
+    name, wanted = min(by_node, key=lambda held: sum(by_node[held]))
     return count, f"{wanted:g} {name} a trial, {sum(node.get(name, 0) for node in nodes):g} there"
 
 

@@ -123,6 +123,10 @@ def test_trials_share_gpus_as_memory_cores_and_number_allow(monkeypatch) -> None
     assert shared(9) == Resources(1, 0.25)
     assert shared(9, cpu_trials=2) == Resources(1, 0.5, None, 2)
     assert cluster.fit_at_once(Resources(1, 0.3))[0] == 3
+    has_nodes(monkeypatch, *[{"CPU": 3}] * 4)
+    assert cluster.fit_at_once(Resources(2, 0)) == (4, "2 CPU a trial, 12 there")  # a core of each is left over
+    has_nodes(monkeypatch, {"CPU": 1, "GPU": 4}, {"CPU": 8, "GPU": 1})
+    assert cluster.fit_at_once(Resources(1, 1))[0] == 2
 
 
 @pytest.mark.usefixtures("no_autoscaler")
@@ -133,7 +137,7 @@ def test_nodes_to_come_count(monkeypatch) -> None:
     has_nodes(monkeypatch, {cluster._HEAD: 1.0}, {"CPU": 8, "GPU": 2})
     assert cluster.default_resources(None, None, None) == Resources(4, 1)
     assert cluster.fit_at_once(Resources(4, 1)) == (4, "1 GPU a trial, 4 there")
-    assert cluster.fit_at_once(Resources(16, 0)) == (3, "16 CPU a trial, 48 there")
+    assert cluster.fit_at_once(Resources(16, 0)) == (2, "16 CPU a trial, 48 there")
     has_nodes(monkeypatch, {cluster._HEAD: 1.0, "CPU": 2})
     assert cluster.fit_at_once(Resources(4, 1))[0] == 4
     with pytest.raises(ValueError, match="it asks for 17 CPU, found at most 16; lower --cpus-per-trial"):
