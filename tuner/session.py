@@ -35,7 +35,7 @@ _FAILURES_IN_A_ROW = 3
 _SECONDS_BETWEEN_SAVES = 10.0
 """so much of the hours used may be forgotten when the driver is killed"""
 
-_SECONDS_BETWEEN_LOOKS = 10.0
+_SECONDS_BETWEEN_TRIES = 10.0
 """so long nothing starts whose checkpoint cannot be looked for, before the next try"""
 
 _DEATHS = 3
@@ -141,7 +141,7 @@ class Session:
             found = self._newest(proposal)
         except StorageFailed:  # it has been trained in part, and nobody knows how far
             self.study.put_back(proposal.number)
-            self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+            self._next_look = time.monotonic() + _SECONDS_BETWEEN_TRIES
             return None
         progress = found.progress if found else nothing_yet()
         for row in progress["history"]:  # the driver may have died between the checkpoint and the study
