@@ -87,6 +87,10 @@ class Session:
         """how often a trial was given to a worker in this session"""
         self.unfit: dict[str, str] = {}
         """nodes that take no more trials, and why"""
+        self._unfit_in_a_row: dict[str, str] = {}
+        """those that turned out so since another one was seen to work"""
+        self._waits_for_better = False
+        """whether it was said that all nodes are unfit, and another one may come"""
         self._full: dict[str, int] = {}
         """those of them whose disk is full, and what it said"""
         self._elsewhere: set[str] = set()
@@ -244,6 +248,8 @@ class Session:
         self.progress[key] = progress
         if progress["status"] in (Status.DIVERGED, Status.FAILED) or not progress["history"]:
             return True
+        self._unfit_in_a_row.clear()
+        self._waits_for_better = False
         row = progress["history"][-1]
         self.study.report(proposal.number, row["epoch"], row["compared"])
         if pictures:
@@ -265,7 +271,7 @@ class Session:
         """A node takes no more trials. `full`: what its disk says that is full, or None."""
         if node not in self.unfit:
             logger.warning("%s", cluster.takes_no_more(node, reason))
-        self.unfit[node] = reason
+        self.unfit[node] = self._unfit_in_a_row[node] = reason
         if full is not None:
             self._full[node] = full
         self._looked = -math.inf
@@ -283,6 +289,11 @@ class Session:
         if not there or cluster.able_nodes(self.resources) - there or self.failure or self.error:
             return
         names = {node: cluster.name_of(node) for node in sorted(there)}
+        if cluster.better_may_come(self.resources, list(self._unfit_in_a_row.values())):
+            if not self._waits_for_better:
+                logger.warning("no node is left that could take a trial: waiting for one that the autoscaler starts")
+            self._waits_for_better = True
+            return
         if there <= self._full.keys():
             number = self._full[next(iter(names))]
             self.error = OSError(number, f"{os.strerror(number)} on {', '.join(names.values())}")

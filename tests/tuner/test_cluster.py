@@ -8,9 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import NodeDiedError, WorkerCrashedError
 
 from tuner import cluster
 from tuner.cluster import Resources
+from tuner.records import SearchFailed
 
 GIB = 2**30
 
@@ -142,6 +144,48 @@ def test_nodes_to_come_count(monkeypatch) -> None:
     assert cluster.fit_at_once(Resources(4, 1))[0] == 4
     with pytest.raises(ValueError, match="it asks for 17 CPU, found at most 16; lower --cpus-per-trial"):
         cluster.default_resources(17, 0, None)
+
+
+@pytest.mark.usefixtures("no_autoscaler")
+def test_a_better_node_may_come_until_some_were_no_better(monkeypatch) -> None:
+    has_nodes(monkeypatch, {cluster._HEAD: 1.0}, {"CPU": 8, "GPU": 2})
+    assert not cluster.better_may_come(Resources(1, 1), ["no CUDA"])
+    monkeypatch.setattr(cluster, "_startable", lambda address: ([({"CPU": 8, "GPU": 2}, 4)], 4))
+    assert cluster.better_may_come(Resources(1, 1), ["no CUDA"])
+    assert cluster.better_may_come(Resources(1, 1), ["no CUDA", "full"])
+    assert not cluster.better_may_come(Resources(9, 1), ["no CUDA"])
+    assert not cluster.better_may_come(Resources(1, 1), ["no CUDA", "no CUDA"])
+    assert not cluster.better_may_come(Resources(1, 1), ["no CUDA", "full", "broken"])
+
+
+class Calls:
+    """Stands in for what Ray makes of calls: each ends as is told; some nodes are gone by then."""
+
+    def __init__(self, monkeypatch, *ends: tuple[object, set[str]]) -> None:
+        self.ends, self.alive = iter(ends), {"a", "b"}
+        task = SimpleNamespace(remote=lambda *_: "running")
+        remote = SimpleNamespace(options=lambda **_: task)
+        monkeypatch.setattr(cluster.ray, "remote", lambda **_: lambda _: remote)
+        monkeypatch.setattr(cluster.ray, "wait", lambda *_, **__: (["running"], []))
+        monkeypatch.setattr(cluster.ray, "get", self.get)
+        monkeypatch.setattr(cluster, "nodes_alive", lambda: set(self.alive))
+        monkeypatch.setattr(cluster, "nodes_that_stay", lambda: set(self.alive))
+
+    def get(self, _: str) -> object:
+        end, self.alive = next(self.ends)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+def test_lost_nodes_do_not_end_a_function_and_dying_processes_do(monkeypatch) -> None:
+    gone, died = NodeDiedError("gone"), WorkerCrashedError()
+    preempted = [(died, {f"{n}"}) for n in range(5)]
+    Calls(monkeypatch, *[(gone, {"a", "b"})] * 5, *preempted, ("done", {"4"}))
+    assert cluster.run_on_worker(run_out_of_luck, Resources()) == "done"
+    Calls(monkeypatch, *[(died, {"a", "b"})] * 3)
+    with pytest.raises(SearchFailed, match="the process of run_out_of_luck died 3 times, memory may have run out"):
+        cluster.run_on_worker(run_out_of_luck, Resources())
 
 
 def test_a_trial_without_a_gpu_costs_nothing_beside_those_that_have_one() -> None:
