@@ -50,6 +50,9 @@ FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 _NODE_DIED = re.compile("Raylet is terminated|has been marked dead")
 """what Ray prints on standard output of each node that dies, with the end of its log"""
+_GPU_KIND = "accelerator_type:"
+"""how the resource is named that says of which kind a node's GPUs are"""
+
 _HEAD = "node:__internal_head__"
 """the resource that the head alone has"""
 
@@ -227,8 +230,15 @@ def sharing_gpus(
     trial_bytes: int, gpu_bytes: int, cpus: float | None, at_once: int | None, concurrent: int | None, cpu_trials: int
 ) -> Resources:
     """Trials side by side on each GPU, as many as its memory and the node's cores hold, and no more than it takes to
-    have so many at once."""
+    have so many at once. All GPUs count as one like that on which a trial was measured."""
     holders = [node for node in _nodes() if node.get("GPU")]
+    kinds = sorted({name.removeprefix(_GPU_KIND) for node in holders for name in node if name.startswith(_GPU_KIND)})
+    if len(kinds) > 1:
+        logger.warning(
+            "the cluster has GPUs of several kinds, %s, and a trial's share is measured on one of %s: on a smaller one "
+            "it may not hold a trial; say --gpus-per-trial, or leave out the small ones",
+            ", ".join(kinds), f"{gpu_bytes / 2**30:.0f} GiB",
+        )  # fmt: skip
     spread = math.ceil(at_once / sum(node["GPU"] for node in holders)) if at_once else None
     most = min(most_on_a_gpu(node.get("CPU", 0), node["GPU"], cpus) for node in holders)
     for count in range(min(most, spread or most), 1, -1):  # fewer where trials without a GPU need cores too

@@ -132,6 +132,17 @@ def test_trials_share_gpus_as_memory_cores_and_number_allow(monkeypatch) -> None
 
 
 @pytest.mark.usefixtures("no_autoscaler")
+def test_gpus_of_several_kinds_are_named_where_one_was_measured(monkeypatch, caplog) -> None:
+    alike = [{"CPU": 16, "GPU": 2, "accelerator_type:H100": 1}] * 2
+    has_nodes(monkeypatch, *alike)
+    cluster.sharing_gpus(9 * GIB, 80 * GIB, None, None, None, 0)
+    assert caplog.text == ""
+    has_nodes(monkeypatch, *alike, {"CPU": 4, "GPU": 1, "accelerator_type:T4": 1})
+    cluster.sharing_gpus(9 * GIB, 80 * GIB, None, None, None, 0)
+    assert "GPUs of several kinds, H100, T4, and a trial's share is measured on one of 80 GiB" in caplog.text
+
+
+@pytest.mark.usefixtures("no_autoscaler")
 def test_nodes_to_come_count(monkeypatch) -> None:
     """What an autoscaler may start: two kinds, four nodes in all, of which one is there."""
     kinds = [({"CPU": 8, "GPU": 2}, 2), ({"CPU": 16}, 9)]
