@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -47,8 +48,11 @@ class Host:
 
     def kill(self) -> None:
         """The host is gone, with all its processes at once."""
+        first = os.pidfd_open(self.inside)
         self.process.kill()
         self.process.wait()
+        select.select([first], [], [])  # it ends last: the kernel has ended all others by then
+        os.close(first)
 
     def cut_off(self) -> None:
         """Nothing reaches the host any more, and nothing comes from it; its processes run on."""
