@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,15 @@ from tuner.options import is_secret
 SYNTHETIC = "synthetic"
 
 _FILES_AT_ONCE = 32
+
+_PATIENCE_S = 180.0
+_LONGEST_WAIT_S = 30.0
+"""so long a file is asked for again that cannot be read, and at most so long between two tries"""
+
+
+class DataFailed(OSError):
+    """Data that are there, as far as is known, and cannot be read: the storage fails, or refuses this machine. The
+    message names the file."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,36 @@ class Source:
                 raise
 
     def read(self, path: Path) -> bytes:
-        """The bytes of a sample's file, from where the data set lies. OSError if they cannot be had."""
+        """The bytes of a sample's file, from where the data set lies. Tried again for some minutes where that fails,
+        then DataFailed; FileNotFoundError at once."""
+        end, wait = time.monotonic() + _PATIENCE_S, 1.0
+        while True:
+            try:
+                return self.read_once(path)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                is_refused = any(isinstance(one, PermissionError) for one in (error, error.__cause__))
+                if is_refused or "Credentials" in str(error) or time.monotonic() + wait > end:
+                    raise DataFailed(f"the data cannot be read: {error}") from error
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT_S)
+
+    def is_out_of_reach(self) -> bool:
+        """Whether nothing can be read of the data set from here at all."""
+        if not self.is_remote:
+            return not self.folder.exists()
+        files, root = _opened(self.name)
+        try:
+            with _told_as_os_error(self.name):
+                files.invalidate_cache()
+                files.info(root)
+        except OSError as error:
+            return not isinstance(error, FileNotFoundError)
+        return False
+
+    def read_once(self, path: Path) -> bytes:
+        """The same without patience. OSError if the bytes cannot be had."""
         if not self.is_remote:
             return path.read_bytes()
         files, root = _opened(self.name)

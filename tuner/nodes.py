@@ -29,7 +29,7 @@ from model.inspection import digest
 from model.sample import Sample
 from tuner import cluster, remote
 from tuner.cluster import Resources
-from tuner.datasets import SYNTHETIC, Source
+from tuner.datasets import SYNTHETIC, DataFailed, Source
 from tuner.records import NodeUnfit as NodeUnfit  # from here too
 
 logger = logging.getLogger(__name__)
@@ -330,7 +330,7 @@ def _data_problems(source: Source, samples: list[Sample]) -> list[str]:
                 ]
         names = list(files)
         for path in names[:: max(1, len(names) // _HASHED_FILES)][:_HASHED_FILES]:
-            if digest(path, source.read) != files[path]:
+            if digest(path, source.read_once) != files[path]:
                 return [f"has other bytes than the run was created with in {path}; {way_out}"]
     except (OSError, ValueError) as error:
         what = "make the synthetic data" if source.name == SYNTHETIC else "read the data"
@@ -340,7 +340,7 @@ def _data_problems(source: Source, samples: list[Sample]) -> list[str]:
 
 def _build_here(needs: Needs, *splits: list[Sample]) -> Iterator[tuple[int, int]]:
     """Builds this node's cache of the splits; yields how many images of how many are decoded, now and then and at the
-    end, or nothing where all is there. NodeUnfit if it cannot be built."""
+    end, or nothing where all is there. NodeUnfit if it cannot be built, DataFailed if the data cannot be read."""
     from model.data import build_cache, cache_root, is_cached
 
     size = needs.height, needs.width
@@ -355,6 +355,8 @@ def _build_here(needs: Needs, *splits: list[Sample]) -> Iterator[tuple[int, int]
             before += len(split)
         if total:
             yield total, total
+    except DataFailed:  # not this folder's fault
+        raise
     except OSError as error:
         way_out = "mend it, or leave the node out"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

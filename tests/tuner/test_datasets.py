@@ -94,12 +94,38 @@ def test_a_node_keeps_no_copy_of_what_it_reads(there: S3FileSystem, data: Path, 
     assert {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {".npy", ".lock", ".use", ""}
 
 
+def test_a_file_that_cannot_be_read_is_asked_for_again(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "image.png"
+    path.symlink_to(path)  # too many levels of links
+    waits = []
+
+    def mend(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            path.unlink()
+            path.write_bytes(b"image")
+
+    monkeypatch.setattr(datasets.time, "sleep", mend)
+    source = datasets.Source.of(str(tmp_path), 64, 128)
+    assert source.read(path) == b"image"
+    assert waits == [1, 2, 4]
+    with pytest.raises(FileNotFoundError):
+        source.read(tmp_path / "none")
+    path.unlink()
+    path.symlink_to(path)
+    monkeypatch.setattr(datasets, "_PATIENCE_S", 0.0)
+    with pytest.raises(datasets.DataFailed, match=r"the data cannot be read: .*image\.png"):
+        source.read(path)
+    assert len(waits) == 3
+
+
 def test_what_cannot_be_read_is_said(there: S3FileSystem, data: Path, tmp_path: Path, monkeypatch) -> None:
     run = runs.create(small_space(), ADDRESS, tmp_path)
     path = run.splits().train[0].image
     there.rm_file(f"{ADDRESS}/{path.relative_to(run.data_folder)}")
     with pytest.raises(FileNotFoundError, match=rf"{ADDRESS}/images/{path.name}: is missing"):
         run.source.read(path)
+    assert not run.source.is_out_of_reach()
     with pytest.raises(ValueError, match="found nothing at s3://bucket/nowhere"):
         runs.create(small_space(), "s3://bucket/nowhere", tmp_path, "nowhere")
     with pytest.raises(ValueError, match=r"s3://no-bucket-at-all/x: .*; mend --data, or the credentials"):
