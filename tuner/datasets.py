@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from model import synthetic
 from model.files import locked, write_json
-from tuner.options import is_secret
+from tuner.options import secret_in
 
 SYNTHETIC = "synthetic"
 
@@ -99,15 +98,22 @@ def checked(data: str | Path) -> str:
     if not is_address(str(data)):
         return str(Path(data).resolve())  # workers have another current folder
     address = str(data).rstrip("/")
-    parts = urlsplit(address)
-    if parts.password or any(is_secret(key) for key, _ in parse_qsl(parts.query)):
-        raise ValueError(
-            "the data's address must hold no password or key, for run.json keeps it, found one in "
-            f"{parts.scheme}://...; leave it to where tools for {parts.scheme} look for it: environment, files, the "
-            "machine's role"
-        )
+    if problem := problem_of_address(address):
+        raise ValueError(problem)
     _opened(address)
     return address
+
+
+def problem_of_address(address: str) -> str | None:
+    """What is wrong with the form of an address, never with a secret that is in it; opens nothing."""
+    if not (where := secret_in(address)):
+        return None
+    scheme = address.partition("://")[0]
+    return (
+        "the data's address must hold no password or key, for run.json keeps it and the list of processes shows it; "
+        f"found one {where} in {scheme}://...; leave it to where tools for {scheme} look for it: environment, files, "
+        "the machine's role"
+    )
 
 
 @cache

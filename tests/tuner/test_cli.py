@@ -131,7 +131,10 @@ def test_data_that_cannot_be_used(data: Path, capsys, spoil, message: str) -> No
         (["search", "small.yaml", "--data", "set", "--runs", "small.yaml"], "--runs must be a folder, found the file"),
         (["data", "check", "set", "--test-share", "1.5"], "must be a share above 0 and below 0.9, found '1.5'"),
         (["search", "small.yaml", "--hours", "-1"], "must be a number above 0, found '-1'"),
-        (["search", "small.yaml", "--address", "ray://head:10001"], "must be host:port of a Ray cluster, or auto"),
+        (
+            ["search", "small.yaml", "--address", "ray://head:10001"],
+            "must be host:port of a Ray cluster, auto, or local",
+        ),
         (["search", "small.yaml", "--data", "set", "--name", "../up"], "a run's name must be letters, digits"),
         (
             ["search", "small.yaml", "--data", "set", "--name", "x" * 300],
