@@ -41,8 +41,8 @@ _LAYOUTS = (
     "ksdd, ksdd2, dagm, severstal, mvtec"
 )
 _OTHER_ADDRESS = (
-    "the Ray to go on with from now on, instead of the one that the run has: host:port or auto, or local for one of this "
-    "command's own; to http://HOST:PORT of a cluster's dashboard the command is submitted as a job, for a run there"
+    "the Ray to go on with from now on, instead of the one that the run has: host:port or auto, or local for one of "
+    "this command's own; to http://HOST:PORT of a cluster's dashboard the command is submitted as a job on a run there"
 )
 _DESCRIPTION = "Hyperparameter search for surface-defect segmentation: search a space, end with one report."
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -166,12 +166,8 @@ def _copy(address: str, folder: Path, console: Console | None) -> None:
                 f"the data must be where they can be read from here, found {error}; mend --data, or the credentials "
                 "where tools for this storage look for them"
             ) from error
-        there = {posixpath.relpath(name, root): info for name, info in listed.items()}
+        there = _named(address, root, listed)
         versions = {name: _version(info) for name, info in there.items()}
-        if not there:
-            raise ValueError(f"the data must be at the address that is given, found nothing at {address}; mend --data")
-        if odd := next((name for name in there if ".." in PurePosixPath(name).parts), None):
-            raise ValueError(f"names of files in {address} must stay in it, found {odd!r}; rename it")
         known = json.loads(index.read_text()) if index.exists() else {}
         for name in known.keys() - there.keys():
             (folder / name).unlink(missing_ok=True)
@@ -180,11 +176,29 @@ def _copy(address: str, folder: Path, console: Console | None) -> None:
         folder.mkdir(exist_ok=True)
         try:
             with _progress(console, address, sum(there[name]["size"] or 0 for name in missing)) as told:
-                for name in _each(missing, lambda name: _fetch(files, posixpath.join(root, name), folder / name)):
+                for name in _each(missing, lambda name: _fetch(files, there[name]["name"], folder / name)):
                     have[name] = versions[name]
                     told(there[name]["size"] or 0)
         finally:  # what is there need not be fetched again
             write_json(index, have)
+
+
+def _named(address: str, root: str, listed: dict[str, Any]) -> dict[str, Any]:
+    """What is listed below an address, by the names that it will have in a folder. ValueError if that cannot be."""
+    there: dict[str, Any] = {}
+    for key, info in listed.items():
+        # Consoles of object storage make a folder as an empty object that is called like one.
+        if key.endswith("/") or info["type"] == "directory":
+            continue
+        name = key.removeprefix(root.rstrip("/")).removeprefix("/")
+        if not name:
+            raise ValueError(f"the data must be a folder, found the file {address}; name the folder that it lies in")
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError(f"names of files in {address} must be paths within it, found {name!r}; rename it")
+        there[name] = info | {"name": key}
+    if not there:
+        raise ValueError(f"the data must be at the address that is given, found nothing at {address}; mend --data")
+    return there
 
 
 def _version(info: dict[str, Any]) -> list[Any]:
