@@ -114,9 +114,10 @@ def check(needs: Needs, samples: list[Sample], resources: Resources) -> None:
     sound = {node: able[node] for node in able if node in problems and not problems[node]}
     here = ray.put(samples)
     place = remote.Folder(needs.place)
-    for node, answer in _ask(_problems_on_node, sound, needs, here).items():
+    answers = _ask(_problems_on_node, sound, needs, here)  # not of nodes that have gone meanwhile
+    for node, answer in answers.items():
         problems[node] = [answer] if isinstance(answer, str) else answer
-    for node, problem in _unseen(place, [node for node in sound if not problems[node]]).items():
+    for node, problem in _unseen(place, [node for node in answers if not problems[node]]).items():
         problems[node] = [problem]
     with ThreadPoolExecutor(_LOOKED_AT_AT_ONCE) as pool, suppress(OSError):
         list(pool.map(lambda name: place.remove([name]), [f"{_MARK}-{node}" for node in sound]))
