@@ -21,8 +21,7 @@ address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | c
 
 # --runs lies in the home directory, which all nodes share, so that any of them goes on from a checkpoint; where they share
 # none, add --storage s3://BUCKET/runs. A job that runs out of time is killed, and what its trials did after their last
-# checkpoint is done again: submit it with `tuner resume "$HOME/runs/crack_segmentation" --address auto` in the place of
-# `tuner search …`, for this job's cluster has another address.
+# checkpoint is done again: submit it with `tuner resume "$HOME/runs/crack_segmentation"` in the place of `tuner search …`.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
   ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" --num-cpus="$SLURM_CPUS_PER_TASK" --disable-usage-stats -- \
   tuner search crack_segmentation --data "$HOME/data/cracks" --runs "$HOME/runs" --address auto
