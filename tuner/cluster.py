@@ -174,7 +174,7 @@ def _check_answers(address: str) -> None:
 def _no_cluster(address: str, error: Exception) -> ValueError:
     return ValueError(
         f"--address must be that of a running Ray cluster, found none at {address} ({error}); start one with "
-        "`ray start --head`, or leave --address out for a Ray of this search's own"
+        "`ray start --head`, or say --address local for a Ray of this command's own"
     )
 
 

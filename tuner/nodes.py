@@ -114,12 +114,14 @@ def check(needs: Needs, samples: list[Sample], resources: Resources) -> None:
     sound = {node: able[node] for node in able if node in problems and not problems[node]}
     here = ray.put(samples)
     place = remote.Folder(needs.place)
-    for node, answer in _ask(_problems_on_node, sound, needs, here).items():
+    answers = _ask(_problems_on_node, sound, needs, here)  # not of nodes that have gone meanwhile
+    for node, answer in answers.items():
         problems[node] = [answer] if isinstance(answer, str) else answer
-        if not problems[node] and not _is_seen(place, f"{_MARK}-{node}"):
-            problems[node] = [_apart(needs.place)]
-    with suppress(OSError):
-        place.remove([f"{_MARK}-{node}" for node in sound] + [_MARK] * any(problems.values()))
+    for node, problem in _unseen(place, [node for node in answers if not problems[node]]).items():
+        problems[node] = [problem]
+    with ThreadPoolExecutor(_LOOKED_AT_AT_ONCE) as pool, suppress(OSError):
+        list(pool.map(lambda name: place.remove([name]), [f"{_MARK}-{node}" for node in sound]))
+        place.remove([_MARK] * any(problems.values()))
     _raise(problems, looked_at)
 
 
@@ -292,11 +294,19 @@ def _storage_problems(needs: Needs, node: str) -> list[str]:
     return []
 
 
-def _is_seen(place: remote.Folder, name: str) -> bool:
-    try:
-        return place.read(name) == b"seen"
-    except FileNotFoundError:
-        return False
+def _unseen(place: remote.Folder, nodes: list[str]) -> dict[str, str]:
+    """Why the driver does not see what these nodes say that they left there, for each of which that is so."""
+
+    def problem(node: str) -> str | None:
+        try:
+            return None if place.read(f"{_MARK}-{node}") == b"seen" else _apart(place.address)
+        except FileNotFoundError:
+            return _apart(place.address)
+        except OSError as error:
+            return f"wrote there, and the driver cannot read it ({error}); see that the driver's host can reach it"
+
+    with ThreadPoolExecutor(_LOOKED_AT_AT_ONCE) as pool:  # one after another, hundreds of nodes would take minutes
+        return {node: found for node, found in zip(nodes, pool.map(problem, nodes), strict=True) if found}
 
 
 def _apart(place: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     if run.info["state"] != "finished":
         run.check_version()
-    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, connected(run.options.address):
+    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, _cluster_if_needed(run):
         try:
             state = run.info["state"]
             if state != "finished":
@@ -96,6 +96,25 @@ def go_on(run: Run, console: Console | None = None) -> Run:
             report.write(run.directory)
             raise SearchFailed(f"{failure}; how it went: {run.directory / 'report' / 'index.html'}") from failure
     return run
+
+
+def at(run: Run, address: str | None) -> Run:
+    """The run with Ray elsewhere from now on, by an address as `--address` takes it; as it was with None."""
+    if address is None:
+        return run
+    moved = replace(run, options=replace(run.options, address=address))
+    with run.locked():
+        if moved.options.address != run.options.address:
+            run.note(options=run.info["options"] | {"address": moved.options.address})
+    return moved
+
+
+def _cluster_if_needed(run: Run) -> AbstractContextManager[None]:
+    """A run with nothing left but its report needs none, and the one that it had may be gone."""
+    selected = (run.directory / "evaluation" / "selection.json").exists()
+    if run.info["state"] == "finished" and (run.options.no_report or selected):
+        return nullcontext()
+    return connected(run.options.address)
 
 
 @contextmanager
