@@ -35,7 +35,8 @@ def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert users_of("ray") == {"tuner/cluster.py", "tuner/jobs.py", "tuner/nodes.py", "tuner/search.py"}
     optuna_users = {name for name in users_of("optuna") if not name.startswith("tuner/tracking/")}
     assert optuna_users == {"tuner/draw.py", "tuner/importance.py", "tuner/sampler.py", "tuner/storage.py"}
-    assert users_of("fsspec") == users_of("pyarrow") == {"tuner/remote.py"}
+    assert users_of("fsspec") == {"tuner/datasets.py", "tuner/remote.py"}
+    assert users_of("pyarrow") == {"tuner/remote.py"}
     assert users_of("sqlalchemy") == {"tuner/storage.py"}
     assert all(name.startswith("tuner/tracking/") for name in users_of("wandb"))
     assert users_of("wandb_workspaces") == {"tuner/tracking/wandb_views.py"}
