@@ -327,7 +327,7 @@ class Session:
         there = self.unfit.keys() & cluster.nodes_alive()
         if not there or cluster.able_nodes(self.resources) - there or self.failure or self.error:
             return
-        names = {node: cluster.name_of(node) for node in sorted(there)}
+        names = dict(sorted(((node, cluster.name_of(node)) for node in there), key=lambda pair: pair[1]))
         if cluster.better_may_come(self.resources, list(self._unfit_in_a_row.values())):
             if not self._waits_for_better:
                 logger.warning("no node is left that could take a trial: waiting for one that the autoscaler starts")

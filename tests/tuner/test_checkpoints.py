@@ -87,6 +87,13 @@ def test_the_number_of_an_attempt_is_new_wherever_it_was_used(trials: Trials, tm
     assert (first, elsewhere.new_attempt()) == (1, 2)
 
 
+def test_the_furthest_stays_though_a_worker_that_was_cut_off_writes_last(trials: Trials, tmp_path: Path) -> None:
+    write(trials, tmp_path / "source", 4, f"attempt-1/{TRIAL}.2")
+    write(trials, tmp_path / "late", 2, f"attempt-1/{TRIAL}")
+    checkpoints.prune(trials, TRIAL, CONFIG)
+    assert names(trials) == ["checkpoint_000004"]
+
+
 def test_only_two_stay_of_a_start_and_as_many_as_asked_for_in_the_end(trials: Trials, tmp_path: Path) -> None:
     source = tmp_path / "source"
     write(trials, source, 1)
