@@ -29,6 +29,7 @@ from typing import Any
 
 from bench import memory
 from model import synthetic
+from tuner.remote import Folder
 
 TRIALS = 12
 _SPACE = """
@@ -102,10 +103,9 @@ def one_run(
     hit: list[str] = []
     ended_before: dict[str, Any] = {}
     again: list[str] = []
-    moved = False
-    while True:
+    for _ in range(2 * kills + 3):  # each kill costs a session, and so may what Ray makes of it
         process = tuner(place, *command)
-        while storage and not _lies_at(f"{storage}/small") and not wait(process, 0.5):
+        while storage and "run.json" not in _at(storage).entries() and not wait(process, 0.5):
             pass  # a run that has not begun cannot go on elsewhere
         while len(hit) < kills and not wait(process, random.uniform(3, 13)):
             whom = random.choice(["driver", "worker", "both"])
@@ -118,26 +118,31 @@ def one_run(
             return hit, ["it did not end in ten minutes"]
         found = records(run)
         is_here = (run / "run.json").exists()  # or it was killed before it had brought the run
-        if not moved:  # else what the storage was not told yet is told again
+        if is_here:
             again += [trial for trial, record in ended_before.items() if not is_kept(record, found.get(trial))]
-        ended_before, moved = (found, False) if is_here else ({}, moved)
+            ended_before = found
         if process.returncode == 0:
-            break
+            return hit, [f"changed after its end: {trial}" for trial in again] + problems(run)
         if process.returncode == 2:
             return hit, ["its command was refused"]
         command = ("resume", "runs/small") if is_here else command
         if is_here and storage and random.random() < 0.5 + (not any("machine" in one for one in hit)):
-            moved = True
             shutil.rmtree(run)
+            ended_before = _records_at(storage)  # what it was not told yet is told again
             command = ("resume", f"{storage}/small")
-            hit[-1] += " and machine"
-    return hit, [f"changed after its end: {trial}" for trial in again] + problems(run)
+            hit[-1:] = [f"{hit[-1]} and machine"] if hit else ["machine"]
+    return hit, ["it ended with a failure each time"]
 
 
-def _lies_at(address: str) -> bool:
-    from tuner.remote import Folder
+def _at(storage: str) -> Folder:
+    return Folder(storage) / "small"
 
-    return "run.json" in Folder(address).entries()
+
+def _records_at(storage: str) -> dict[str, Any]:
+    try:
+        return _parsed(_at(storage).read("records.jsonl"))
+    except FileNotFoundError:
+        return {}
 
 
 def is_kept(record: dict[str, Any], later: dict[str, Any] | None) -> bool:
@@ -150,8 +155,11 @@ def is_kept(record: dict[str, Any], later: dict[str, Any] | None) -> bool:
 def records(run: Path) -> dict[str, Any]:
     """records.jsonl by trial."""
     path = run / "records.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {record["trial"]: record for record in map(json.loads, lines)}
+    return _parsed(path.read_bytes()) if path.exists() else {}
+
+
+def _parsed(lines: bytes) -> dict[str, Any]:
+    return {record["trial"]: record for record in map(json.loads, lines.splitlines())}
 
 
 def problems(run: Path) -> list[str]:

@@ -29,6 +29,7 @@ from bench.overhead import SleepingTask, ended, space_of
 from tuner import search
 from tuner import session as sessions
 from tuner.cluster import Resources, connected
+from tuner.mirror import Mirror
 from tuner.sampler import SearchStudy
 from tuner.session import Session
 from tuner.space import Budget
@@ -90,6 +91,18 @@ def with_processes(at_once: int) -> None:
     )
 
 
+class _NoRay:
+    """What the session asks of the cluster, answered without one."""
+
+    @staticmethod
+    def nodes_alive() -> set[str]:
+        return {"a node"}
+
+    @staticmethod
+    def draining() -> dict[str, float]:
+        return {}
+
+
 def simulated(at_once: int, trials: int) -> None:
     """Prints a row: a session of so many trials, that many at once, each of 50 epochs, without Ray."""
     space = space_of(EPOCHS_OF_RECORDS, trials)
@@ -103,13 +116,13 @@ def simulated(at_once: int, trials: int) -> None:
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(sessions, "nodes_alive", return_value={"a node"}),
-        mock.patch.object(sessions, "fit_at_once", return_value=(at_once, "")),
+        mock.patch.object(sessions, "cluster", _NoRay),
     ):
-        (Path(folder) / "trials").mkdir()
         study = SearchStudy(space, "bench0", Path(folder) / "study.journal")
-        resources = Resources(concurrent=at_once)
-        session = Session(study, Path(folder) / "trials", Budget(trials=trials), resources, Trackers())
+        mirror = Mirror(Path(folder))
+        session = Session(
+            study, mirror.trials, Budget(trials=trials), Resources(concurrent=at_once), Trackers(), mirror
+        )
         events: list[tuple[float, int, int]] = []
         whole: dict[int, dict[str, Any]] = {}
         began, number, now = time.perf_counter(), 0, 0.0
@@ -118,7 +131,7 @@ def simulated(at_once: int, trials: int) -> None:
                 found = timed("start", session.next, str(number))
                 if not isinstance(found, dict):
                     break
-                session.began(str(number))
+                session.began(str(number), "a node")
                 whole[number] = ended(session.live[str(number)])
                 heapq.heappush(events, (now + 1 + number % 7 / 10, number, 1))  # epochs of different lengths
                 number += 1
@@ -130,7 +143,7 @@ def simulated(at_once: int, trials: int) -> None:
                 "history": whole[trial]["history"][:epoch], "epochs": epoch,
                 "status": "completed" if done else "running",
             }  # fmt: skip
-            goes_on = timed("result", session.reported, str(trial), progress, "a node", {})
+            goes_on = timed("result", session.reported, str(trial), progress, "a node", {}, {})
             if done or not goes_on:
                 timed("end", session.ended, str(trial), False)
                 del whole[trial]

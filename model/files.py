@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,6 +11,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+"""a disk that is full, or a quota or a limit that is reached"""
 
 _LONGEST = 255
 """bytes of a name, on common file systems"""

@@ -6,12 +6,13 @@ happens to one of them happens to it alone. Needs root on Linux, and iproute2; `
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,8 @@ import ray
 
 from tuner.cluster import connected
 
-_NETWORKS = itertools.count(os.getpid() % 200)
-"""of this process; tests run in several at once"""
+_NETWORKS = range(200)
+"""numbers of them; tests run in several processes at once, and each takes one that is free"""
 
 
 def available() -> bool:
@@ -41,14 +42,17 @@ class Host:
     name: str
     address: str
     process: subprocess.Popen[bytes]
-    inside: int
+    inside: int = 0
     """process id of the first process in the host's own namespaces, as seen from here"""
-    node_id: str
+    node_id: str = ""
 
     def kill(self) -> None:
         """The host is gone, with all its processes at once."""
+        first = os.pidfd_open(self.inside)
         self.process.kill()
         self.process.wait()
+        select.select([first], [], [])  # it ends last: the kernel has ended all others by then
+        os.close(first)
 
     def cut_off(self) -> None:
         """Nothing reaches the host any more, and nothing comes from it; its processes run on."""
@@ -111,10 +115,12 @@ class Hosts:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, **self.environment, **(environment or {})}, start_new_session=True,
         )  # fmt: skip
+        host = Host(name, address, process)
+        self.hosts.append(host)  # before it has joined: it is ended also where it does not
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        inside = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+        inside = host.inside = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
         _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(inside))
         _ip("link", "set", link, "master", self.bridge, "up")
         for command in (("addr", "add", f"{address}/24", "dev", "eth0"), ("link", "set", "eth0", "up")):
@@ -128,15 +134,14 @@ class Hosts:
                 break
         else:
             raise RuntimeError(f"host {name} did not join: {said.decode()}")
-        node_id = next(node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == address)
-        self.hosts.append(Host(name, address, process, inside, node_id))
-        return self.hosts[-1]
+        host.node_id = next(node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == address)
+        return host
 
 
 @contextmanager
 def cluster(cpus: int = 0, environment: Mapping[str, str] | None = None) -> Iterator[Hosts]:
     """A head with so many CPUs, to which this process is connected; all its hosts are gone afterwards."""
-    number = next(_NETWORKS)
+    number = _own_bridge()
     bridge, network = f"seg{number}", f"10.77.{number}"
     port = 20000 + number  # Ray listens on all addresses of the machine
     # Nodes that do not answer are given up soon, or tests would wait for a minute.
@@ -147,7 +152,6 @@ def cluster(cpus: int = 0, environment: Mapping[str, str] | None = None) -> Iter
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
         **(environment or {}),
     }
-    _ip("link", "add", bridge, "type", "bridge")
     head = None
     made = None
     try:
@@ -181,6 +185,26 @@ def cluster(cpus: int = 0, environment: Mapping[str, str] | None = None) -> Iter
             subprocess.run(
                 ["ip", "link", "del", f"{bridge}h{host.address.rpartition('.')[2]}"], capture_output=True, check=False
             )
+
+
+def _own_bridge() -> int:
+    """The number of a bridge that this process has made; making one is what takes a number."""
+    for number in _NETWORKS:
+        command = ["ip", "link", "add", f"seg{number}", "type", "bridge"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and _is_free(20000 + number):
+            return number
+        if done.returncode == 0:
+            _ip("link", "del", f"seg{number}")
+        elif "exists" not in done.stderr:
+            raise RuntimeError(f"a bridge cannot be made: {done.stderr}")
+    raise RuntimeError(f"all {len(_NETWORKS)} networks are taken; `ip link` lists them as seg0 and so on")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:

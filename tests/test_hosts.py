@@ -12,6 +12,16 @@ import ray
 from tests import hosts
 
 
+@pytest.mark.skipif(not hosts.available(), reason="needs root, namespaces and iproute2")
+def test_processes_take_networks_of_their_own() -> None:
+    taken = [hosts._own_bridge(), hosts._own_bridge()]
+    try:
+        assert len(set(taken)) == 2
+    finally:
+        for number in taken:
+            subprocess.run(["ip", "link", "del", f"seg{number}"], check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(not hosts.available(), reason="needs root, namespaces and iproute2")

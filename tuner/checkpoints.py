@@ -7,7 +7,6 @@ checkpoint. The manifest is written last: without it, or with files unlike it, a
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -22,14 +21,11 @@ from typing import Any, TypeVar
 
 from model import checkpoint
 from model.config import DEFAULTS, JUDGING_FIELDS, RunConfig
-from model.files import write_atomically, write_json
-from tuner.remote import Folder, StorageFailed, copy_durably
+from model.files import FULL_DISK, write_atomically, write_json
+from tuner.remote import Folder, StorageFailed, copy_durably, is_below
 from tuner.trial import previews as read_previews
 
 logger = logging.getLogger(__name__)
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""a disk that is full, or a quota or a limit that is reached"""
 
 _CONFIG = "config.json"
 """whose training a checkpoint is of; the number of a trial may have been given twice"""
@@ -91,11 +87,8 @@ def newest(trials: Trials, trial: str, config: RunConfig | None = None) -> Found
     """The whole checkpoint of a trial that has come furthest, over all attempts. One that is of another training than
     that of `config` is none of this trial."""
     if trials.there is None:
-        folder = checkpoint.newest(f for f in _folders(trials.local, trial, "checkpoint_*") if _is_of(f, config))
-        if folder is None:
-            return None
-        files = json.loads((folder / checkpoint.MANIFEST).read_text())
-        return Found(str(folder.resolve()), checkpoint.load_progress(folder), frozenset(files))
+        whole = [found for f in _folders(trials.local, trial, "checkpoint_*") if (found := _found_here(f, config))]
+        return max(whole, key=lambda found: found.progress["epochs"], default=None)
     for name, sizes in _there(trials.there, trial):
         if found := _found(trials.there / name, sizes, config):
             return found
@@ -103,30 +96,30 @@ def newest(trials: Trials, trial: str, config: RunConfig | None = None) -> Found
 
 
 def prune(trials: Trials, trial: str, keep: RunConfig | None) -> None:
-    """Removes all checkpoints of a trial, but the newest of the training that is to be kept, if there is one."""
-    # By what they have reached: a worker that was cut off may write an earlier one last.
-    local = sorted(
-        _folders(trials.local, trial, "checkpoint_*"), key=lambda folder: (folder.name, folder.stat().st_mtime)
-    )
-    for folder in local[: len(local) - (keep is not None)]:
-        shutil.rmtree(folder, ignore_errors=True)
-    if trials.there is None:
+    """Removes all checkpoints of a trial and what was left half written, but the checkpoint of the training that is to
+    be kept that has come furthest; nothing if there is none such."""
+    kept = newest(trials, trial, keep) if keep else None
+    if keep and kept is None:
         return
-    kept = None
-    listed = _there(trials.there, trial)
-    if keep:
-        found = (one for name, sizes in listed if (one := _found(trials.there / name, sizes, keep)))
-        if (kept := next(found, None)) is None:
-            return
-    for name, sizes in listed:
-        if kept is None or (trials.there / name).address != kept.address:
-            _remove(trials.there / name, sizes)
+    here = _by_age(_folders(trials.local, trial, "checkpoint_*"))
+    if trials.there is None:
+        here = [folder for folder in here if kept is None or str(folder.resolve()) != kept.address]
+    elif keep:  # pictures alone
+        here = here[:-1]
+    for folder in [*here, *_folders(trials.local, trial, ".checkpoint_*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+    if trials.there:
+        for name, sizes in _there(trials.there, trial, ("checkpoint_", ".checkpoint_")):
+            if kept is None or (trials.there / name).address != kept.address:
+                _remove(trials.there / name, sizes)
 
 
 def previews(trials: Trials, trial: str) -> dict[str, bytes]:
     """Pictures of the newest checkpoint, if they lie on a disk that the driver sees."""
-    folders = sorted(_folders(trials.local, trial, "checkpoint_*/previews"), key=lambda folder: folder.stat().st_mtime)
-    return read_previews(folders[-1].parent) if folders else {}
+    folders = _by_age(_folders(trials.local, trial, "checkpoint_*/previews"))
+    with suppress(FileNotFoundError):  # removed meanwhile
+        return read_previews(folders[-1].parent) if folders else {}
+    return {}
 
 
 def keep_previews(trials: Trials, folder: str, epochs: int, pictures: Mapping[str, bytes]) -> None:
@@ -193,7 +186,7 @@ class Writer:
             else:
                 try:
                     _remove(self.trials.place / self.folder / name, files)
-                except StorageFailed:
+                except OSError:
                     return  # next time
             del self._written[0]
 
@@ -203,20 +196,18 @@ class Torn(ValueError):
 
 
 def fetch(address: str, into: Path, within: str = "") -> Path:
-    """The folder of a checkpoint, or what lies `within` it, on this machine; copied into an empty folder if it lies
-    elsewhere.
+    """The folder of a checkpoint, or what lies `within` it, copied into an empty folder of this machine: where it lies
+    it may be removed while it is read.
 
     Waits for a storage that is out of reach, then StorageFailed; Torn if what came is not what was sealed.
     """
     place = Folder(address)
-    if place.local:
-        if not checkpoint.is_whole(place.local, within):
-            raise Torn(f"the checkpoint {address} is not whole any more")
-        return place.local / within
 
     def copy() -> None:
         manifest = json.loads(place.read(checkpoint.MANIFEST))
         for name in manifest:
+            if not is_below(name):
+                raise ValueError(f"its manifest names {name!r}, which lies outside of it")
             if not within or name.startswith(f"{within}/"):
                 place.get(name, into / name)
         place.get(checkpoint.MANIFEST, into / checkpoint.MANIFEST)
@@ -261,7 +252,7 @@ def _outages_told(place: Folder) -> Iterator[None]:
     except StorageFailed:
         raise
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in FULL_DISK:
             raise
         raise StorageFailed(f"the storage {place.address} failed: {error}") from error
 
@@ -302,14 +293,25 @@ def _folders(trials: Path, trial: str, pattern: str) -> list[Path]:
     return [path for name in (trial, f"{trial}.*") for path in trials.glob(f"attempt-*/{name}/{pattern}")]
 
 
-def _there(place: Folder, trial: str) -> list[tuple[str, dict[str, int]]]:
+def _by_age(folders: list[Path]) -> list[Path]:
+    """Those that are still there, the newest last."""
+    times = {}
+    for folder in folders:
+        with suppress(FileNotFoundError):
+            times[folder] = folder.stat().st_mtime
+    return sorted(times, key=lambda folder: times[folder])
+
+
+def _there(
+    place: Folder, trial: str, beginnings: tuple[str, ...] = ("checkpoint_",)
+) -> list[tuple[str, dict[str, int]]]:
     """The same of a place that is listed: checkpoint folders with the sizes of their files, the furthest first."""
     found: dict[str, dict[str, int]] = {}
     for attempt in place.entries():
         if attempt.startswith("attempt-"):
             for path, size in place.files(f"{attempt}/{trial}").items():
                 parts = path.split("/", 3)
-                if len(parts) == 4 and parts[1].split(".")[0] == trial and parts[2].startswith("checkpoint_"):
+                if len(parts) == 4 and parts[1].split(".")[0] == trial and parts[2].startswith(beginnings):
                     found.setdefault("/".join(parts[:3]), {})[parts[3]] = size
     return sorted(found.items(), key=lambda item: item[0].rpartition("_")[2], reverse=True)
 
@@ -321,6 +323,15 @@ def _found(folder: Folder, sizes: Mapping[str, int], config: RunConfig | None) -
         is_whole = all(sizes.get(file) == size for file, (size, _) in manifest.items())
         if is_whole and _is_same(json.loads(folder.read(_CONFIG)), config):
             return Found(folder.address, json.loads(folder.read("progress.json")), frozenset(manifest))
+    return None
+
+
+def _found_here(folder: Path, config: RunConfig | None) -> Found | None:
+    """The same of a folder here, with every byte looked at."""
+    with suppress(OSError, ValueError, KeyError):  # removed meanwhile, or torn
+        if _is_of(folder, config) and checkpoint.is_whole(folder):
+            manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+            return Found(str(folder.resolve()), checkpoint.load_progress(folder), frozenset(manifest))
     return None
 
 

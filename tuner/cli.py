@@ -31,6 +31,7 @@ from tuner.options import (
     STUDY_VARIABLE,
     WAIT,
     Rule,
+    problem_of_storage,
 )
 from tuner.records import SearchFailed
 
@@ -38,6 +39,10 @@ _SHOWN_PAIRS = 20
 _LAYOUTS = (
     "auto, images_masks, crack_segmentation, crack_segmentation_published, sccdnet, deepcrack, crack500, crackforest, "
     "ksdd, ksdd2, dagm, severstal, mvtec"
+)
+_OTHER_ADDRESS = (
+    "the Ray to go on with from now on, instead of the one that the run has: host:port or auto, or local for one of "
+    "this command's own; to http://HOST:PORT of a cluster's dashboard the command is submitted as a job on a run there"
 )
 _DESCRIPTION = "Hyperparameter search for surface-defect segmentation: search a space, end with one report."
 
@@ -103,18 +108,20 @@ def search(options: argparse.Namespace) -> int:
 
 def resume(options: argparse.Namespace) -> int:
     from tuner import mirror
-    from tuner.pipeline import go_on
+    from tuner.pipeline import at, go_on
     from tuner.run import load_search
 
     run = options.run
-    if options.address:
+    if "://" in run and (problem := problem_of_storage(run)):
+        raise ValueError(problem)
+    if DASHBOARD.holds(options.address):
         from tuner import jobs
 
         return jobs.resume(run, options.data, options.address, options.runs, options.console)
     if mirror.is_mirror(run):
         run = mirror.bring(run, Path(options.runs), options.console)
         options.console.print(f"goes on in {run}")
-    return _ended(go_on(load_search(run, options.data), console=options.console))
+    return _ended(go_on(at(load_search(run, options.data), options.address), console=options.console))
 
 
 def _ended(run: Any) -> int:
@@ -149,12 +156,17 @@ def finals(options: argparse.Namespace) -> int:
     from tuner.cluster import connected
     from tuner.finals import check_test_is_sealed
     from tuner.mirror import mirrored
-    from tuner.pipeline import evaluate, full_disk_explained
+    from tuner.pipeline import at, evaluate, full_disk_explained
     from tuner.records import OPEN_TEST
     from tuner.run import load_search
 
+    if DASHBOARD.holds(options.address):
+        from tuner import jobs
+
+        return jobs.finals(options.run, options.data, options.open_test, options.address, options.console)
     run = load_search(options.run, options.data)
     check_test_is_sealed(run.directory, options.open_test)
+    run = at(run, options.address)
     with run.locked(), full_disk_explained(run), mirrored(run, options.console), connected(run.options.address):
         evaluate(run, options.open_test)
     print(run.directory / "evaluation" / (OPEN_TEST if options.open_test else ""))
@@ -393,8 +405,8 @@ def _parser() -> argparse.ArgumentParser:
         "--address",
         metavar="ADDR",
         type=_address,
-        help="a running Ray cluster, host:port or auto; to http://HOST:PORT of its dashboard the same command is "
-        "submitted as a job, with the current folder",
+        help="a running Ray cluster, host:port or auto; local, as if not given, is a Ray of this search's own; to "
+        "http://HOST:PORT of a cluster's dashboard the same command is submitted as a job, with the current folder",
     )
     made.add_argument(
         "--wandb", choices=("off", "offline", "online"), default="offline", help="log to Weights & Biases"
@@ -454,12 +466,7 @@ def _parser() -> argparse.ArgumentParser:
         "run", metavar="RUN_OR_URI", help="the folder of a run, or URI/NAME at its --storage, from where it is brought"
     )
     made.add_argument("--runs", metavar="DIR", default="runs", help="where a run that is brought will lie")
-    made.add_argument(
-        "--address",
-        metavar="ADDR",
-        type=_dashboard,
-        help="go on with a run of that cluster, as a job there; http://HOST:PORT",
-    )
+    made.add_argument("--address", metavar="ADDR", type=_address, help=_OTHER_ADDRESS)
     made.add_argument(
         "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
     )
@@ -476,6 +483,7 @@ def _parser() -> argparse.ArgumentParser:
     made = verb(finals, "finals", "evaluate winner and baseline on validation and, once, on test",
                 "tuner finals runs/demo")  # fmt: skip
     made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument("--address", metavar="ADDR", type=_address, help=_OTHER_ADDRESS)
     made.add_argument(
         "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
     )
@@ -614,7 +622,6 @@ _wait = _value(WAIT, float)
 _seed = _value(SEED, int)
 _port = _value(PORT, int)
 _address = _value(ADDRESS_OR_DASHBOARD, str)
-_dashboard = _value(DASHBOARD, str)
 _share = _value(Rule("a share above 0 and below 0.9", lambda v: POSITIVE.holds(v) and v < 0.9), float)
 
 

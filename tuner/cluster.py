@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +24,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.ray_logging import stdout_deduplicator
 
+from model.files import FULL_DISK
 from tuner.records import NodeUnfit, SearchFailed
 from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
@@ -36,16 +37,21 @@ _SECONDS_BETWEEN_LOOKS_AT_HEAD = 3.0
 _SECONDS_WITHOUT_HEAD = 40.0
 """Ray ends a driver after 60 s."""
 
-_SECONDS_BETWEEN_LOOKS_AT_NODES = 2.0
-
 _TRIES = 3
 """so often a function is called whose nodes or processes die under it"""
 
-FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-"""see `full_disk`"""
+_UNFIT_IN_A_ROW = 3
+"""After so many unfit nodes, or two for the same reason, those that the autoscaler would start next are no better."""
+
+_SECONDS_BETWEEN_LOOKS_AT_NODES = 10.0
+"""while a function waits for a node, or runs"""
+
 
 _NODE_DIED = re.compile("Raylet is terminated|has been marked dead")
 """what Ray prints on standard output of each node that dies, with the end of its log"""
+_GPU_KIND = "accelerator_type:"
+"""how the resource is named that says of which kind a node's GPUs are"""
+
 _HEAD = "node:__internal_head__"
 """the resource that the head alone has"""
 
@@ -168,7 +174,7 @@ def _check_answers(address: str) -> None:
 def _no_cluster(address: str, error: Exception) -> ValueError:
     return ValueError(
         f"--address must be that of a running Ray cluster, found none at {address} ({error}); start one with "
-        "`ray start --head`, or leave --address out for a Ray of this search's own"
+        "`ray start --head`, or say --address local for a Ray of this command's own"
     )
 
 
@@ -223,8 +229,15 @@ def sharing_gpus(
     trial_bytes: int, gpu_bytes: int, cpus: float | None, at_once: int | None, concurrent: int | None, cpu_trials: int
 ) -> Resources:
     """Trials side by side on each GPU, as many as its memory and the node's cores hold, and no more than it takes to
-    have so many at once."""
+    have so many at once. All GPUs count as one like that on which a trial was measured."""
     holders = [node for node in _nodes() if node.get("GPU")]
+    kinds = sorted({name.removeprefix(_GPU_KIND) for node in holders for name in node if name.startswith(_GPU_KIND)})
+    if len(kinds) > 1:
+        logger.warning(
+            "the cluster has GPUs of several kinds, %s, and a trial's share is measured on one of %s: on a smaller one "
+            "it may not hold a trial; say --gpus-per-trial, or leave out the small ones",
+            ", ".join(kinds), f"{gpu_bytes / 2**30:.0f} GiB",
+        )  # fmt: skip
     spread = math.ceil(at_once / sum(node["GPU"] for node in holders)) if at_once else None
     most = min(most_on_a_gpu(node.get("CPU", 0), node["GPU"], cpus) for node in holders)
     for count in range(min(most, spread or most), 1, -1):  # fewer where trials without a GPU need cores too
@@ -236,12 +249,27 @@ def sharing_gpus(
 def _nodes() -> list[dict[str, float]]:
     """What each node has that is there, or that the autoscaler may still start."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return there + _to_come(there)
+
+
+def _to_come(there: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What each node has that the autoscaler may still start."""
     kinds, most = _startable(ray.get_runtime_context().gcs_address)
     workers = [node for node in there if _HEAD not in node]
     to_come = [
         resources for resources, count in kinds for _ in range(count - sum(_alike(node, resources) for node in workers))
     ]
-    return there + to_come[: max(0, most - len(workers))]
+    return to_come[: max(0, most - len(workers))]
+
+
+def better_may_come(resources: Resources, reasons: Sequence[str]) -> bool:
+    """Where all nodes that could hold a trial have turned out unfit, one after another and why: whether the autoscaler
+    may start another one, which may be fit."""
+    if len(reasons) >= _UNFIT_IN_A_ROW or len(set(reasons)) < len(reasons):
+        return False
+    wanted = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
+    to_come = _to_come([node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return any(all(node.get(name, 0) >= n for name, n in wanted.items()) for node in to_come)
 
 
 def _alike(node: dict[str, float], kind: dict[str, float]) -> bool:
@@ -290,46 +318,69 @@ def fit_at_once(resources: Resources) -> tuple[int, str]:
     """How many trials the cluster runs at once, with the nodes that its autoscaler may start, and what bounds them."""
     nodes = _nodes()
     cpus, gpus = resources.cpus_per_trial, resources.gpus_per_trial
-    counts = [(int(sum(node.get("CPU", 0) for node in nodes) // cpus), "CPU", cpus)]
+    by_node = {("CPU", cpus): [int(node.get("CPU", 0) // cpus) for node in nodes]}
     if gpus:
-        counts.append((sum(places(node.get("GPU", 0), gpus) for node in nodes), "GPU", gpus))
-    count, name, wanted = min(counts)
+        by_node["GPU", gpus] = [places(node.get("GPU", 0), gpus) for node in nodes]
+    count = sum(map(min, zip(*by_node.values(), strict=True)))
+    name, wanted = min(by_node, key=lambda held: sum(by_node[held]))
     return count, f"{wanted:g} {name} a trial, {sum(node.get(name, 0) for node in nodes):g} there"
 
 
 def run_on_worker(function: Callable[..., Any], resources: Resources, *arguments: Any) -> Any:
     """Calls `function(*arguments)` on a worker with a trial's resources; the head may have no GPU. Raises what the
-    function raises. Where the node or the process dies under it, or the node is unfit, it is called again elsewhere."""
+    function raises. Where the node or the process dies under it, or the node is unfit, it is called again elsewhere;
+    only deaths of the process on nodes that stay are the function's own doing."""
     remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial, max_retries=0)(_call)
     unfit: dict[str, Exception] = {}
-    deaths = 0
+    deaths: list[set[str]] = []
     while True:
+        there = nodes_alive()
         running = remote.options(label_selector=elsewhere(unfit)).remote(function, arguments)
         try:
-            while not ray.wait([running], timeout=_SECONDS_BETWEEN_LOOKS_AT_NODES)[0]:
-                # Nodes that have just died are taken for alive at first.
-                if unfit and not able_nodes(resources) - unfit.keys():
-                    raise next(reversed(unfit.values()))
+            _wait_for(running, function.__name__, resources, unfit)
             found = ray.get(running)
         except ray.exceptions.RayTaskError as error:  # its text is a traceback
             raise error.cause from error
         except ray.exceptions.RayError as error:  # not the function's doing
-            deaths += 1
-            if deaths == _TRIES:
+            if isinstance(error, ray.exceptions.NodeDiedError):
+                continue
+            # A process is known to be gone before its node is.
+            stay = nodes_that_stay()
+            deaths = [nodes for nodes in [*deaths, there] if nodes <= stay]
+            if len(deaths) == _TRIES:
                 raise SearchFailed(
-                    f"{function.__name__} lost its node or its process {_TRIES} times, memory may have run out "
+                    f"the process of {function.__name__} died {_TRIES} times, memory may have run out "
                     f"({type(error).__name__}: {error})"
                 ) from error
-        except BaseException:  # Ctrl-C, or no node is left
+        except BaseException:  # Ctrl-C
             ray.cancel(running, force=True)
             raise
         else:
             if not isinstance(found, _Unfit):
                 return found
             unfit[found.node] = found.error
-            if not able_nodes(resources) - unfit.keys():
-                raise found.error
+            _raise_if_all_unfit(resources, unfit)
             logger.warning("%s", takes_no_more(found.node, str(found.error)))
+
+
+def _wait_for(running: Any, name: str, resources: Resources, unfit: dict[str, Exception]) -> None:
+    """Returns when a call has ended; says so where no node is there that could take it."""
+    is_said = False
+    while not ray.wait([running], timeout=_SECONDS_BETWEEN_LOOKS_AT_NODES)[0]:
+        if able_nodes(resources) - unfit.keys() or draining():  # a node that is to go may have it yet
+            continue
+        _raise_if_all_unfit(resources, unfit)
+        if not is_said:
+            logger.warning("no node is there that could take %s: waiting for one", name)
+            is_said = True
+
+
+def _raise_if_all_unfit(resources: Resources, unfit: dict[str, Exception]) -> None:
+    """What the last one said, where the nodes that are there are unfit and no better one is to come."""
+    able = able_nodes(resources)
+    reasons = [str(error) for error in unfit.values()]
+    if unfit.keys() & able and not able - unfit.keys() and not better_may_come(resources, reasons):
+        raise list(unfit.values())[-1]
 
 
 @dataclass(frozen=True)

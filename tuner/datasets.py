@@ -9,25 +9,34 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from model import synthetic
 from model.files import locked, write_json
-from tuner.options import is_secret
+from tuner.options import secret_in
 
 SYNTHETIC = "synthetic"
 
 _FILES_AT_ONCE = 32
+
+_PATIENCE_S = 180.0
+_LONGEST_WAIT_S = 30.0
+"""so long a file is asked for again that cannot be read, and at most so long between two tries"""
+
+
+class DataFailed(OSError):
+    """Data that are there, as far as is known, and cannot be read: the storage fails, or refuses this machine. The
+    message names the file."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,36 @@ class Source:
                 raise
 
     def read(self, path: Path) -> bytes:
-        """The bytes of a sample's file, from where the data set lies. OSError if they cannot be had."""
+        """The bytes of a sample's file, from where the data set lies. Tried again for some minutes where that fails,
+        then DataFailed; FileNotFoundError at once."""
+        end, wait = time.monotonic() + _PATIENCE_S, 1.0
+        while True:
+            try:
+                return self.read_once(path)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                is_refused = any(isinstance(one, PermissionError) for one in (error, error.__cause__))
+                if is_refused or "Credentials" in str(error) or time.monotonic() + wait > end:
+                    raise DataFailed(f"the data cannot be read: {error}") from error
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT_S)
+
+    def is_out_of_reach(self) -> bool:
+        """Whether nothing can be read of the data set from here at all."""
+        if not self.is_remote:
+            return not self.folder.exists()
+        files, root = _opened(self.name)
+        try:
+            with _told_as_os_error(self.name):
+                files.invalidate_cache()
+                files.info(root)
+        except OSError as error:
+            return not isinstance(error, FileNotFoundError)
+        return False
+
+    def read_once(self, path: Path) -> bytes:
+        """The same without patience. OSError if the bytes cannot be had."""
         if not self.is_remote:
             return path.read_bytes()
         files, root = _opened(self.name)
@@ -99,15 +137,22 @@ def checked(data: str | Path) -> str:
     if not is_address(str(data)):
         return str(Path(data).resolve())  # workers have another current folder
     address = str(data).rstrip("/")
-    parts = urlsplit(address)
-    if parts.password or any(is_secret(key) for key, _ in parse_qsl(parts.query)):
-        raise ValueError(
-            "the data's address must hold no password or key, for run.json keeps it, found one in "
-            f"{parts.scheme}://...; leave it to where tools for {parts.scheme} look for it: environment, files, the "
-            "machine's role"
-        )
+    if problem := problem_of_address(address):
+        raise ValueError(problem)
     _opened(address)
     return address
+
+
+def problem_of_address(address: str) -> str | None:
+    """What is wrong with the form of an address, never with a secret that is in it; opens nothing."""
+    if not (where := secret_in(address)):
+        return None
+    scheme = address.partition("://")[0]
+    return (
+        "the data's address must hold no password or key, for run.json keeps it and the list of processes shows it; "
+        f"found one {where} in {scheme}://...; leave it to where tools for {scheme} look for it: environment, files, "
+        "the machine's role"
+    )
 
 
 @cache
@@ -160,12 +205,8 @@ def _copy(address: str, folder: Path, console: Console | None) -> None:
                 f"the data must be where they can be read from here, found {error}; mend --data, or the credentials "
                 "where tools for this storage look for them"
             ) from error
-        there = {posixpath.relpath(name, root): info for name, info in listed.items()}
+        there = _named(address, root, listed)
         versions = {name: _version(info) for name, info in there.items()}
-        if not there:
-            raise ValueError(f"the data must be at the address that is given, found nothing at {address}; mend --data")
-        if odd := next((name for name in there if ".." in PurePosixPath(name).parts), None):
-            raise ValueError(f"names of files in {address} must stay in it, found {odd!r}; rename it")
         known = json.loads(index.read_text()) if index.exists() else {}
         for name in known.keys() - there.keys():
             (folder / name).unlink(missing_ok=True)
@@ -174,11 +215,29 @@ def _copy(address: str, folder: Path, console: Console | None) -> None:
         folder.mkdir(exist_ok=True)
         try:
             with _progress(console, address, sum(there[name]["size"] or 0 for name in missing)) as told:
-                for name in _each(missing, lambda name: _fetch(files, posixpath.join(root, name), folder / name)):
+                for name in _each(missing, lambda name: _fetch(files, there[name]["name"], folder / name)):
                     have[name] = versions[name]
                     told(there[name]["size"] or 0)
         finally:  # what is there need not be fetched again
             write_json(index, have)
+
+
+def _named(address: str, root: str, listed: dict[str, Any]) -> dict[str, Any]:
+    """What is listed below an address, by the names that it will have in a folder. ValueError if that cannot be."""
+    there: dict[str, Any] = {}
+    for key, info in listed.items():
+        # Consoles of object storage make a folder as an empty object that is called like one.
+        if key.endswith("/") or info["type"] == "directory":
+            continue
+        name = key.removeprefix(root.rstrip("/")).removeprefix("/")
+        if not name:
+            raise ValueError(f"the data must be a folder, found the file {address}; name the folder that it lies in")
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError(f"names of files in {address} must be paths within it, found {name!r}; rename it")
+        there[name] = info | {"name": key}
+    if not there:
+        raise ValueError(f"the data must be at the address that is given, found nothing at {address}; mend --data")
+    return there
 
 
 def _version(info: dict[str, Any]) -> list[Any]:

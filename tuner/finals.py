@@ -29,7 +29,7 @@ from model.sample import Sample
 from model.splits import Splits, fingerprint_of_test
 from model.thresholds import Thresholds, sigmoid
 from tuner import checkpoints, records
-from tuner.checkpoints import Trials
+from tuner.checkpoints import Torn, Trials
 from tuner.cluster import Resources, run_on_worker
 from tuner.records import OPEN_TEST, SearchFailed
 from tuner.trial import take_device
@@ -58,7 +58,7 @@ class Finalist:
     """how far beyond each constraint; None where there is none"""
 
     def model(self, scratch: Path) -> Path:
-        """The folder of its weights on this machine, copied below an empty folder if it lies elsewhere."""
+        """The folder of its weights on this machine, copied below an empty folder."""
         return checkpoints.fetch(self.checkpoint, scratch / self.trial, f"best/{self.epoch}")
 
     def describe(self) -> dict[str, Any]:
@@ -105,9 +105,12 @@ def evaluate(
     (target / "selection.json").unlink(missing_ok=True)  # written last: without it, nothing here counts
     names = [finalist.trial for finalist in finalists.values()]
     _note_opening(evaluation, names, fingerprint_of_test(splits), open_test)
-    files, applied, sizes = run_on_worker(
-        _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test, read
-    )
+    try:
+        files, applied, sizes = run_on_worker(
+            _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test, read
+        )
+    except Torn as error:  # not what somebody has asked for
+        raise SearchFailed(str(error)) from error
     for name, arrays in files.items():
         _write_arrays(target / name, arrays)
     write_json(target / "architecture.json", _architectures(winner.config))

@@ -27,7 +27,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 
 def take(device: torch.device, share: float) -> None:
     """Waits for the memory of this process's share of a GPU (1 is all of it), and forbids it more. NodeUnfit if others
-    keep the memory; ValueError for a share that has no room for a tensor."""
+    keep the memory, or where the share of this GPU has no room for a tensor: other nodes may have larger ones."""
     properties = torch.cuda.get_device_properties(device)
     limit = tensor_share(share, properties.total_memory)
     name = f"GPU {properties.name}, {device}"
@@ -36,14 +36,15 @@ def take(device: torch.device, share: float) -> None:
 
 
 def tensor_share(share: float, total_bytes: int) -> float:
-    """The part of a GPU's memory that torch may take for tensors: the share without CUDA's own memory."""
+    """The part of a GPU's memory that torch may take for tensors: the share without CUDA's own memory. NodeUnfit if
+    nothing is left."""
     if share >= 1:
         return 1.0
     found = share - CONTEXT_BYTES / total_bytes
     if found <= 0:
-        raise ValueError(
+        raise NodeUnfit(
             f"a trial's share of a GPU must hold CUDA itself, about {_mib(CONTEXT_BYTES)}, and tensors, found "
-            f"{share:g} of {_mib(total_bytes)}; raise --gpus-per-trial"
+            f"{share:g} of {_mib(total_bytes)}; raise --gpus-per-trial, or leave out nodes with so small a GPU"
         )
     return found
 

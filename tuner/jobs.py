@@ -20,8 +20,8 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,19 @@ from typing import Any
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
-from tuner.datasets import SYNTHETIC
+from tuner.datasets import SYNTHETIC, is_address, problem_of_address
+from tuner.options import Options, problem_of_storage
 from tuner.records import SearchFailed
 from tuner.space_file import load, shipped
 
 _SECONDS_TO_ANSWER = 10.0
 _SECONDS_TO_START = 60.0
+_SECONDS_BETWEEN_TRIES = 1.0
+_SECONDS_CUT_OFF = 300.0
+"""so long a job is followed while nobody answers"""
 
 _MOST_MB = 100
 """of the current folder; Ray keeps what travels in the head's memory, and takes no more"""
@@ -48,6 +52,9 @@ _STAYS = {"runs", "wandb", "dist", "__pycache__", "node_modules", "venv"}
 _ON_HEAD = ("runs", "warm_start")
 """options that name folders on the head: the job's own is removed after it, so these lie in the home directory"""
 
+_NO_OPTIONS = ("name", "runs")
+"""of a search's command line; the others have rules"""
+
 _SECONDS_TO_STOP = "60"
 """so long a search may take to end when the job is stopped"""
 
@@ -57,7 +64,8 @@ def search(space: str, data: str, chosen: Mapping[str, Any], console: Console) -
 
     ValueError for what can be known here to go wrong.
     """
-    load(space)  # its problems are told before anything travels
+    load(space)  # its problems are told before anything travels; a job's command is shown to all who see the cluster
+    Options(**{name: value for name, value in chosen.items() if name not in _NO_OPTIONS} | {"address": "auto"})
     _check_data(data)
     _check_study(chosen["study"])
     if chosen["storage"] is None:
@@ -68,19 +76,35 @@ def search(space: str, data: str, chosen: Mapping[str, Any], console: Console) -
         )  # fmt: skip
     elif "://" not in chosen["storage"]:
         _check_absolute("--storage", chosen["storage"])
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "folder.zip"
-        travels_as = _pack(Path.cwd(), None if space in shipped() and not Path(space).exists() else space, package)
-        words = ["tuner", "search", travels_as or space, "--data", data, *_options(chosen)]
-        return _run(str(chosen["address"]), words, package, console)
+    return _run(
+        str(chosen["address"]),
+        lambda travels_as: ["tuner", "search", *_options({"data": data, **chosen}), "--", travels_as or space],
+        None if space in shipped() and not Path(space).exists() else space,
+        console,
+    )
 
 
 def resume(run: str, data: str | None, address: str, runs: str, console: Console) -> int:
     """The same for `tuner resume` of a run on the cluster: a folder on the head, or its address at the storage."""
-    if data is not None:
-        _check_data(data)
-    words = ["tuner", "resume", run if "://" in run else _on_head(run), "--runs", _on_head(runs)]
-    return _run(address, [*words, *(["--data", data] if data is not None else [])], None, console)
+    if "://" in run and (problem := problem_of_storage(run)):
+        raise ValueError(problem)
+    return _on_run("resume", run, {"runs": runs, "data": data}, address, console)
+
+
+def finals(run: str, data: str | None, open_test: bool, address: str, console: Console) -> int:
+    """The same for `tuner finals` of a run in a folder on the head."""
+    if "://" in run:
+        raise ValueError(
+            "finals need the run's folder on the cluster's head, found an address; `tuner resume` brings it"
+        )
+    return _on_run("finals", run, {"data": data, "open_test": open_test}, address, console)
+
+
+def _on_run(verb: str, run: str, chosen: Mapping[str, Any], address: str, console: Console) -> int:
+    if chosen["data"] is not None:
+        _check_data(str(chosen["data"]))
+    words = ["tuner", verb, *_options(chosen), "--", run if "://" in run else _on_head(run)]
+    return _run(address, lambda _: words, None, console)
 
 
 def _options(chosen: Mapping[str, Any]) -> list[str]:
@@ -90,21 +114,33 @@ def _options(chosen: Mapping[str, Any]) -> list[str]:
         option = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
-        elif value is not None and value is not False:
-            words += [option, _on_head(str(value)) if name in _ON_HEAD else str(value)]
+        elif value is not None and value is not False:  # joined, for a value may begin with a hyphen
+            words.append(f"{option}={_on_head(str(value)) if name in _ON_HEAD else value}")
     return words
 
 
 def _on_head(folder: str) -> str:
+    """A folder there, whose ~ is left to the shell of the head. ValueError for the home of somebody else."""
+    folder = f"{folder}/" if folder == "~" else folder
+    if folder.startswith("~") and not folder.startswith("~/"):
+        raise ValueError(
+            f"a folder on the cluster's head must be absolute, or lie in the home directory there, found {folder}; "
+            "write it in full, or as ~/FOLDER"
+        )
     return folder if folder.startswith(("/", "~")) else f"~/{folder}"
 
 
 def _quoted(word: str) -> str:
     """A word for the shell of the head, whose home directory ~ is."""
-    return f'"$HOME"/{shlex.quote(word[2:])}' if word.startswith("~/") else shlex.quote(word)
+    option, separator, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if not value.startswith("~/"):
+        return shlex.quote(word)
+    return f'{option}{separator}"$HOME"/{shlex.quote(value[2:])}'
 
 
 def _check_data(data: str) -> None:
+    if is_address(data) and (problem := problem_of_address(data)):
+        raise ValueError(problem)
     if data != SYNTHETIC:
         _check_absolute("--data", data)
 
@@ -179,24 +215,33 @@ def _below(folder: Path) -> Iterator[Path]:
 # Submitting and following
 
 
-def _run(address: str, words: list[str], package: Path | None, console: Console) -> int:
-    """Submits a command and follows it to its end; its exit code."""
-    client = _client(address)
-    entrypoint = " ".join(map(_quoted, words))
-    environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": _SECONDS_TO_STOP}}
-    if package is not None:
-        environment["working_dir"] = str(package)
-    job = _submit(client, entrypoint, environment)
+def _run(address: str, words: Callable[[str | None], list[str]], space: str | None, console: Console) -> int:
+    """Submits a command with the current folder, so that all of a run is done by one code, and follows it to its end;
+    its exit code. `words`: the command, of what the space's file is called there."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "folder.zip"
+        entrypoint = " ".join(map(_quoted, words(_pack(Path.cwd(), space, package))))
+        client = _client(address)
+        environment = {
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": _SECONDS_TO_STOP},
+            "working_dir": str(package),
+        }
+        job = _submit(client, entrypoint, environment)
     token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
     follow = f"{token}ray job logs --follow {job} --address {address}"
     stop = f"{token}ray job stop {job} --address {address}"
     console.print(f"job {job} runs on the cluster: {entrypoint}", markup=False, highlight=False, soft_wrap=True)
     try:
-        asyncio.run(_follow(client, job))
+        details = asyncio.run(_follow(client, job))
     except KeyboardInterrupt:
         print(f"\nthe job goes on; follow it: {follow}\n  stop it: {stop}", file=sys.stderr)
         return 130
-    details = client.get_job_info(job)
+    if details is None:
+        raise SearchFailed(
+            f"the cluster at {address} has not answered for {_SECONDS_CUT_OFF / 60:g} minutes, and job {job} goes on "
+            f"if it is there; see that the address leads to it again (`ray dashboard`); follow the job: {follow}\n  "
+            f"stop it: {stop}"
+        )
     if details.status == JobStatus.STOPPED:
         print("the job was stopped; `tuner resume RUN --address URL` goes on", file=sys.stderr)
         return 130
@@ -219,20 +264,29 @@ def _submit(client: JobSubmissionClient, entrypoint: str, environment: dict[str,
         time.sleep(1)
 
 
-async def _follow(client: JobSubmissionClient, job: str) -> None:
-    """Prints what a job prints until it has ended, over any number of connections."""
-    shown = 0
+async def _follow(client: JobSubmissionClient, job: str) -> JobDetails | None:
+    """Prints what a job prints until it has ended, over any number of connections; how it ended, or None when nobody
+    has answered for minutes."""
+    from aiohttp import ClientError  # Ray's client has it, of the extra `cluster`
+
+    cut = (OSError, RuntimeError, ClientError)  # or the answer is none
+    shown, answered = 0, time.monotonic()
     while True:
         passed = 0
-        try:
+        with suppress(*cut):
             async for text in client.tail_job_logs(job):  # from its beginning each time
+                answered = time.monotonic()
                 print(text[max(0, shown - passed) :], end="", flush=True)
                 passed += len(text)
                 shown = max(shown, passed)
-        except (OSError, RuntimeError):  # the connection was cut
-            await asyncio.sleep(1)
-        if client.get_job_status(job).is_terminal():
-            return
+        with suppress(*cut):
+            details = client.get_job_info(job)
+            if details.status.is_terminal():
+                return details
+            answered = time.monotonic()
+        if time.monotonic() - answered > _SECONDS_CUT_OFF:
+            return None
+        await asyncio.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 def _client(address: str) -> JobSubmissionClient:

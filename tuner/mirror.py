@@ -7,7 +7,8 @@ in it stops.
 
 What the storage holds is never ahead of the journal there: it goes first in each pass, and what changes during a pass
 waits for the next one. The rest goes in the order in which it was written, so that a file that is written last, as
-`evaluation/selection.json` is, arrives last.
+`evaluation/selection.json` is, arrives last; checkpoints that the journal needs no more are removed when all is there.
+Only what this folder has sent is taken away again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from rich.console import Console
 
 from model.files import write_json
 from tuner.checkpoints import Trials
-from tuner.remote import Folder, StorageFailed, check_token
+from tuner.options import problem_of_storage
+from tuner.remote import Folder, StorageFailed, check_token, is_below
 from tuner.run import JOURNAL, NameTaken, Run, load
 from tuner.space import NAME_RULE, is_name
 
@@ -41,8 +43,8 @@ _KNOWN = ".mirrored.json"
 """in the run's own folder: what the storage holds, so that a resume does not send all of it again"""
 
 _SECONDS_BETWEEN_BEATS = 10.0
-_SECONDS_BETWEEN_LOOKS = 25.0
-"""between two looks at an owner's counter: two of its beats and some patience"""
+_SECONDS_BETWEEN_LOOKS = 50.0
+"""between two looks at an owner's counter: a beat at a storage that takes its time, and some patience"""
 
 _SECONDS_AT_THE_START = 30.0
 _SECONDS_AT_THE_END = 60.0
@@ -87,7 +89,7 @@ class StorageMirror(Mirror):
         super().__init__(directory, there)
         self._there, self._session = there, session
         self._known: dict[str, Signature | None] = {}
-        """what lies at the storage; None where nobody knows which content it is"""
+        """what lies at the storage that this folder has sent; None where nobody knows which content it is"""
         self._jobs: deque[Callable[[], None]] = deque()
         self._turn = threading.Condition()
         self._asked = self._done = 0
@@ -139,15 +141,20 @@ class StorageMirror(Mirror):
             )
             return
         self._threads[1].join(_SECONDS_BETWEEN_BEATS)  # or a last beat would take the run back
-        with suppress(StorageFailed):
+        with suppress(OSError):
             self._there.write(OWNER, _owner(self._session, self._beats, released=True))
 
     def forget(self) -> None:
-        """Leaves nothing of a run that was not begun."""
+        """Leaves nothing of a run that was not begun, if it is still ours."""
         self._closed.set()
         self.changed()
-        with suppress(StorageFailed):
-            self._there.remove([OWNER])
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(_SECONDS_BETWEEN_BEATS)  # or what it is about to write would stay
+        with suppress(OSError):
+            owner, info = _read(self._there, OWNER), _read(self._there, "run.json")
+            if owner and owner["session"] == self._session and not (info and info["sessions"]):
+                self._there.clear()
 
     # The thread that mirrors
 
@@ -187,16 +194,16 @@ class StorageMirror(Mirror):
         if not self._ready:
             self._known = _known(self.directory, self._there)
             self._ready = True
-        while self._jobs:
-            self._jobs[0]()  # StorageFailed: again, in the next pass
-            self._jobs.popleft()
+        jobs = len(self._jobs)  # what the journal that is sent now does not need any more
         here = {name: at for name, at in _files(self.directory).items() if whole or name.split("/")[0] not in _SLOW}
         gone = [name for name in self._known if name not in here and (whole or name.split("/")[0] not in _SLOW)]
-        self._there.remove(gone)
-        for name in gone:
-            del self._known[name]
         news = [name for name, signature in here.items() if self._known.get(name) != signature]
+        if any(name not in self._known for name in news):  # or one that is cut short here is never taken away there
+            self._known |= {name: None for name in news if name not in self._known}
+            self._remember()
         is_whole = True
+        if JOURNAL not in news:
+            self._take_away(gone)
         for name in sorted(news, key=lambda name: (name != JOURNAL, here[name][1], name)):
             if self.lost or self._closed.is_set():
                 return False
@@ -213,29 +220,51 @@ class StorageMirror(Mirror):
                 is_whole = False  # gone by now
                 continue
             self._known[name] = now
+            if name == JOURNAL:
+                self._take_away(gone)
+        for _ in range(jobs):
+            self._do(self._jobs.popleft())
         if whole:
             self._last_whole = time.monotonic()
         if gone or news:
             self._remember()
         return is_whole
 
+    def _take_away(self, gone: list[str]) -> None:
+        """Before other files are sent: `evaluation/selection.json` goes before what it vouches for changes."""
+        self._there.remove(gone)
+        for name in gone:
+            self._known.pop(name, None)
+
+    def _do(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except StorageFailed:  # again, in the next pass
+            self._jobs.appendleft(job)
+            raise
+        except Exception as error:  # it would fail for ever
+            logger.warning("left undone at %s: %s: %s", self._there.address, type(error).__name__, error)
+
     def _lacking(self) -> set[str]:
         """The files and folders of the run that the storage lacks, by their first names."""
         here = _files(self.directory)
-        return {name.split("/")[0] for name in here.keys() | self._known if self._known.get(name) != here.get(name)}
+        known = dict(self._known)  # in one step, for the other thread changes it
+        return {name.split("/")[0] for name in here.keys() | known if known.get(name) != here.get(name)}
 
     def _remember(self) -> None:
-        known = {name: signature for name, signature in self._known.items() if signature}
-        write_json(self.directory / _KNOWN, _memory(self._there, self._session, known))
+        write_json(self.directory / _KNOWN, _memory(self._there, self._session, self._known))
 
     # The thread that says that we live
 
     def _beat(self) -> None:
-        while not self._closed.wait(_SECONDS_BETWEEN_BEATS) and self.lost is None:
-            with suppress(StorageFailed):  # the other thread says so
+        took = 0.0
+        while not self._closed.wait(max(0.1, _SECONDS_BETWEEN_BEATS - took)) and self.lost is None:
+            began = time.monotonic()
+            with suppress(OSError):  # the other thread says so
                 if not self._is_lost() and not self._closed.is_set():
                     self._beats += 1
                     self._there.write(OWNER, _owner(self._session, self._beats))
+            took = time.monotonic() - began
 
     def _is_lost(self) -> bool:
         owner = _read(self._there, OWNER)
@@ -256,6 +285,7 @@ def mirrored(run: Run, console: Console | None = None) -> Iterator[Mirror]:
     if run.options.storage is None:
         yield Mirror(run.directory)
         return
+    check_apart(run.options.storage, run.directory)
     there = Folder(run.options.storage) / run.name
     session = _take(run, there, console)
     mirror = StorageMirror(run.directory, there, session)
@@ -289,9 +319,22 @@ def check_free(storage: str, name: str) -> None:
     if not is_name(name):
         raise ValueError(f"a run's name must be {NAME_RULE}, found {name!r}")
     there = Folder(storage) / name
-    if found := there.entries():
+    if (found := there.entries()) and ("run.json" in found or there.files()):  # a mount may hold empty folders
         way_out = f"or go on with `tuner resume {there.address}`" if "run.json" in found else "or remove what is there"
         raise NameTaken(f"a run's name must be new, found {there.address}; choose another with --name, {way_out}")
+
+
+def check_apart(storage: str, directory: Path) -> None:
+    """ValueError if a run would be mirrored on to itself: each pass would replace files that are being written."""
+    place = (Folder(storage) / directory.name).local
+    if place is None:
+        return
+    there, here = place.resolve(), directory.resolve()
+    if there == here or there in here.parents or here in there.parents:
+        raise ValueError(
+            f"a run's place at the storage must lie apart from its own folder, found {there} for {here}; name another "
+            "folder with --storage or --runs, or leave --storage out where all nodes see --runs"
+        )
 
 
 def bring(address: str, runs: Path, console: Console | None = None) -> Path:
@@ -299,6 +342,10 @@ def bring(address: str, runs: Path, console: Console | None = None) -> Path:
 
     ValueError if there is none, if somebody works on it, or if there is another folder of its name here.
     """
+    if problem := problem_of_storage(address):
+        raise ValueError(problem)
+    if "://" not in address:
+        address = str(Path(address).expanduser().absolute())
     there = Folder(address)
     try:
         info = _read(there, "run.json")
@@ -325,18 +372,21 @@ def bring(address: str, runs: Path, console: Console | None = None) -> Path:
                 "move it away, or name another folder with --runs"
             )
         return directory
-    _wait_for_owner(there, None, console)
+    seen = _wait_for_owner(there, {}, console)
     building = directory.with_name(f".{name}-{secrets.token_hex(4)}")
     building.mkdir(parents=True)
     try:
         for file in _listed(there):
+            if not is_below(file):
+                raise StorageFailed(
+                    f"{address} holds {file!r}, which would lie outside of {directory}; remove it there"
+                )
             there.get(file, building / file)
         (building / "trials").mkdir(exist_ok=True)
         if info["options"].get("storage") != storage:  # a mount may lie elsewhere here
             write_json(building / "run.json", info | {"options": info["options"] | {"storage": storage}})
-        session = (_read(there, OWNER) or {}).get("session", "")
         known = {name: at for name, at in _files(building).items() if name != "run.json"}
-        write_json(building / _KNOWN, _memory(there, session, known))
+        write_json(building / _KNOWN, _memory(there, "", known) | {"seen": seen})
         building.rename(directory)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -356,7 +406,7 @@ def update(run: Run, console: Console | None = None) -> None:
     try:
         with run.locked(), mirrored(run, console):
             pass
-    except (ValueError, StorageFailed) as error:
+    except (ValueError, OSError) as error:
         logger.warning("not mirrored: %s", error)
 
 
@@ -372,7 +422,12 @@ def _take(run: Run, there: Folder, console: Console | None) -> str:
                 f"not know; `tuner resume {there.address} --runs DIR` goes on from there in another folder"
             )
     known = json.loads((run.directory / _KNOWN).read_text()) if (run.directory / _KNOWN).exists() else {}
-    _wait_for_owner(there, known.get("session"), console)
+    owner = _wait_for_owner(there, known, console)
+    if owner and owner["session"] != known.get("session") and _has_unknown_openings(run.directory, there):
+        raise ValueError(
+            f"{run.directory} must know of each opening of the test split, and {there.address} has some that it does "
+            f"not; `tuner resume {there.address} --runs DIR` goes on from there in another folder"
+        )
     session = secrets.token_hex(8)
     there.write(OWNER, _owner(session, 0))
     if run.info["sessions"]:
@@ -380,12 +435,12 @@ def _take(run: Run, there: Folder, console: Console | None) -> str:
     return session
 
 
-def _wait_for_owner(there: Folder, ours: str | None, console: Console | None) -> None:
-    """Returns when nobody works on a run; ValueError while somebody does. `ours` is a session of this very folder,
-    which cannot live, for we hold the lock."""
+def _wait_for_owner(there: Folder, known: dict[str, Any], console: Console | None) -> Any:
+    """The last owner, once nobody works on a run; ValueError while somebody does. Nobody waits for a session of this
+    very folder, which cannot live, for we hold the lock; nor for one that has not stirred since it was looked at."""
     owner = _read(there, OWNER)
-    if owner is None or owner["released"] or owner["session"] == ours:
-        return
+    if owner is None or owner["released"] or owner["session"] == known.get("session") or owner == known.get("seen"):
+        return owner
     who = f"process {owner['pid']} on {owner['host']}"
     if console is not None:
         console.print(f"{who} worked on {there.address} last; looking {_SECONDS_BETWEEN_LOOKS:g} s whether it lives")
@@ -393,6 +448,18 @@ def _wait_for_owner(there: Folder, ours: str | None, console: Console | None) ->
     again = _read(there, OWNER)
     if again is not None and again != owner and not again["released"]:
         raise ValueError(f"{there.address} must be worked on by one process, and {who} does; stop that one first")
+    return again
+
+
+def _has_unknown_openings(directory: Path, there: Folder) -> bool:
+    """Whether somebody else has looked at the test split of this run."""
+    name = "evaluation/openings.jsonl"
+    try:
+        theirs = there.read(name).splitlines()
+    except FileNotFoundError:
+        return False
+    here = directory / name
+    return bool(set(theirs) - set(here.read_bytes().splitlines() if here.exists() else []))
 
 
 def _owner(session: str, count: int, released: bool = False) -> bytes:
@@ -451,15 +518,17 @@ def _listed(there: Folder) -> dict[str, int]:
 
 
 def _known(directory: Path, there: Folder) -> dict[str, Signature | None]:
-    """What lies at the storage, with its content where this folder remembers that it sent it."""
+    """What lies at the storage that this folder remembers to have sent, with its content where that is known. What
+    somebody else has put there stays."""
     remembered: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         memory = json.loads((directory / _KNOWN).read_text())
         remembered = memory["files"] if memory["address"] == there.address else {}
     known: dict[str, Signature | None] = {}
     for name, size in _listed(there).items():
-        at = remembered.get(name)
-        known[name] = (at[0], at[1], at[2]) if at and at[0] == size else None
+        if name in remembered:
+            at = remembered[name]
+            known[name] = (at[0], at[1], at[2]) if at and at[0] == size else None
     return known
 
 

@@ -29,7 +29,7 @@ from model.inspection import digest
 from model.sample import Sample
 from tuner import cluster, remote
 from tuner.cluster import Resources
-from tuner.datasets import SYNTHETIC, Source
+from tuner.datasets import SYNTHETIC, DataFailed, Source
 from tuner.records import NodeUnfit as NodeUnfit  # from here too
 
 logger = logging.getLogger(__name__)
@@ -114,12 +114,14 @@ def check(needs: Needs, samples: list[Sample], resources: Resources) -> None:
     sound = {node: able[node] for node in able if node in problems and not problems[node]}
     here = ray.put(samples)
     place = remote.Folder(needs.place)
-    for node, answer in _ask(_problems_on_node, sound, needs, here).items():
+    answers = _ask(_problems_on_node, sound, needs, here)  # not of nodes that have gone meanwhile
+    for node, answer in answers.items():
         problems[node] = [answer] if isinstance(answer, str) else answer
-        if not problems[node] and not _is_seen(place, f"{_MARK}-{node}"):
-            problems[node] = [_apart(needs.place)]
-    with suppress(OSError):
-        place.remove([f"{_MARK}-{node}" for node in sound] + [_MARK] * any(problems.values()))
+    for node, problem in _unseen(place, [node for node in answers if not problems[node]]).items():
+        problems[node] = [problem]
+    with ThreadPoolExecutor(_LOOKED_AT_AT_ONCE) as pool, suppress(OSError):
+        list(pool.map(lambda name: place.remove([name]), [f"{_MARK}-{node}" for node in sound]))
+        place.remove([_MARK] * any(problems.values()))
     _raise(problems, looked_at)
 
 
@@ -292,11 +294,19 @@ def _storage_problems(needs: Needs, node: str) -> list[str]:
     return []
 
 
-def _is_seen(place: remote.Folder, name: str) -> bool:
-    try:
-        return place.read(name) == b"seen"
-    except FileNotFoundError:
-        return False
+def _unseen(place: remote.Folder, nodes: list[str]) -> dict[str, str]:
+    """Why the driver does not see what these nodes say that they left there, for each of which that is so."""
+
+    def problem(node: str) -> str | None:
+        try:
+            return None if place.read(f"{_MARK}-{node}") == b"seen" else _apart(place.address)
+        except FileNotFoundError:
+            return _apart(place.address)
+        except OSError as error:
+            return f"wrote there, and the driver cannot read it ({error}); see that the driver's host can reach it"
+
+    with ThreadPoolExecutor(_LOOKED_AT_AT_ONCE) as pool:  # one after another, hundreds of nodes would take minutes
+        return {node: found for node, found in zip(nodes, pool.map(problem, nodes), strict=True) if found}
 
 
 def _apart(place: str) -> str:
@@ -330,7 +340,7 @@ def _data_problems(source: Source, samples: list[Sample]) -> list[str]:
                 ]
         names = list(files)
         for path in names[:: max(1, len(names) // _HASHED_FILES)][:_HASHED_FILES]:
-            if digest(path, source.read) != files[path]:
+            if digest(path, source.read_once) != files[path]:
                 return [f"has other bytes than the run was created with in {path}; {way_out}"]
     except (OSError, ValueError) as error:
         what = "make the synthetic data" if source.name == SYNTHETIC else "read the data"
@@ -340,7 +350,7 @@ def _data_problems(source: Source, samples: list[Sample]) -> list[str]:
 
 def _build_here(needs: Needs, *splits: list[Sample]) -> Iterator[tuple[int, int]]:
     """Builds this node's cache of the splits; yields how many images of how many are decoded, now and then and at the
-    end, or nothing where all is there. NodeUnfit if it cannot be built."""
+    end, or nothing where all is there. NodeUnfit if it cannot be built, DataFailed if the data cannot be read."""
     from model.data import build_cache, cache_root, is_cached
 
     size = needs.height, needs.width
@@ -355,6 +365,8 @@ def _build_here(needs: Needs, *splits: list[Sample]) -> Iterator[tuple[int, int]
             before += len(split)
         if total:
             yield total, total
+    except DataFailed:  # not this folder's fault
+        raise
     except OSError as error:
         way_out = "mend it, or leave the node out"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

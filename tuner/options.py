@@ -15,6 +15,9 @@ from tuner.space import is_number
 STUDY_VARIABLE = "SEGDEC_TUNER_STUDY_URL"
 """the environment variable that holds the study's URL where `--study env` is said"""
 
+HERE = "local"
+"""the address that means a Ray of this command's own, as none does; a run that began on a cluster goes on so"""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -44,7 +47,7 @@ SEED = Rule(
 )
 PORT = Rule("a port, a whole number from 0 to 65535", lambda v: type(v) is int and 0 <= v <= 65535)
 ADDRESS = Rule(
-    "host:port of a Ray cluster, or auto",
+    f"host:port of a Ray cluster, auto, or {HERE}",
     lambda v: isinstance(v, str) and v != "" and "://" not in v,
     "with ray:// the search's files would lie on the cluster's head, so start the command there: from elsewhere, "
     "`tuner search` submits itself to http://HOST:PORT of the cluster's dashboard",
@@ -118,6 +121,8 @@ class Options:
             problems.append(problem)
         if problems:
             raise ValueError("\n  ".join(problems))
+        if self.address == HERE:  # Ray's own word for a Ray that listens on all addresses
+            object.__setattr__(self, "address", None)
 
 
 def study_url(study: str) -> str:
@@ -165,18 +170,33 @@ def problem_of_storage(storage: object) -> str | None:
         return None
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or "::" in storage:
         return f"{wanted}, and not several addresses in one"
-    authority = rest.partition("/")[0].partition("?")[0]
-    keys = [key for key, _ in parse_qsl(storage.partition("?")[2], keep_blank_values=True)]
-    secrets = [key for key in keys if is_secret(key) or re.search("key|sig|credential", key.lower())]
-    if secrets or ":" in authority.rpartition("@")[0]:
-        where = f"as {secrets[0]}=" if secrets else "before the @"
+    if where := secret_in(storage):
         return (
             f"storage must hold no secret, for run.json keeps it and the list of processes shows it; found one {where} "
             f"in {scheme}://...; give credentials as the service's own tools find them, for S3 in the environment, in "
             "~/.aws or by the machine's role"
         )
+    if scheme == "file" and not rest.startswith("/"):
+        return f"{wanted}, found {storage}, whose path is not absolute; write file:///..., or a path alone"
     if not rest.partition("?")[0].strip("/"):
         return f"{wanted}, found no {'path' if scheme == 'file' else 'bucket or host'} in {storage}"
+    return None
+
+
+def secret_in(address: str) -> str | None:
+    """Where an address of data or storage holds a secret, in words without it; None if it holds none.
+
+    The form of the address is not checked: it may be anything that was typed.
+    """
+    for part in address.split("::"):
+        rest = part.partition("://")[2]
+        authority = re.split("[/?]", rest)[0]
+        # The keys of some services hold a /, which ends what looks like the host; a port is digits alone.
+        if ":" in authority.rpartition("@")[0] or re.match(r"[^/?@]*:(?!\d*([/?]|$)).*@", rest):
+            return "before the @"
+        for key, _ in parse_qsl("&".join(re.split("[?#]", part)[1:]), keep_blank_values=True):
+            if is_secret(key) or re.search("key|sig|credential", key.lower()):
+                return f"as {key}="
     return None
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from model.files import FULL_DISK
 from model.splits import Splits
-from tuner import checkpoints, finals, importance, mirror, nodes, plan, remote, report, storage, tracking
+from tuner import finals, importance, mirror, nodes, plan, remote, report, storage, tracking
 from tuner.cluster import Resources, connected, default_resources, run_on_worker, sharing_gpus
 from tuner.mirror import Mirror, mirrored
 from tuner.options import Options
@@ -60,6 +61,7 @@ def run_search(
         chosen = replace(chosen, study=storage.checked(chosen.study))
     if chosen.storage:
         chosen = replace(chosen, storage=remote.checked(chosen.storage))
+        mirror.check_apart(str(chosen.storage), Path(runs) / (name or space.name))
         mirror.check_free(str(chosen.storage), name or space.name)
     run = create(space, data, Path(runs), name, chosen, console=console)
     try:
@@ -74,7 +76,7 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     if run.info["state"] != "finished":
         run.check_version()
-    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, connected(run.options.address):
+    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, _cluster_if_needed(run):
         try:
             state = run.info["state"]
             if state != "finished":
@@ -96,6 +98,25 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     return run
 
 
+def at(run: Run, address: str | None) -> Run:
+    """The run with Ray elsewhere from now on, by an address as `--address` takes it; as it was with None."""
+    if address is None:
+        return run
+    moved = replace(run, options=replace(run.options, address=address))
+    with run.locked():
+        if moved.options.address != run.options.address:
+            run.note(options=run.info["options"] | {"address": moved.options.address})
+    return moved
+
+
+def _cluster_if_needed(run: Run) -> AbstractContextManager[None]:
+    """A run with nothing left but its report needs none, and the one that it had may be gone."""
+    selected = (run.directory / "evaluation" / "selection.json").exists()
+    if run.info["state"] == "finished" and (run.options.no_report or selected):
+        return nullcontext()
+    return connected(run.options.address)
+
+
 @contextmanager
 def full_disk_explained(run: Run) -> Iterator[None]:
     """Tells a disk that is full, or a quota or a limit that is reached, as SearchFailed with the way out; and so a
@@ -105,7 +126,7 @@ def full_disk_explained(run: Run) -> Iterator[None]:
     except remote.StorageFailed as error:
         raise SearchFailed(f"{error}; `tuner resume {run.directory}` goes on when it can be reached") from error
     except OSError as error:
-        if error.errno not in checkpoints.FULL:
+        if error.errno not in FULL_DISK:
             raise
         again = f"`tuner resume {run.directory}` goes on" if run.info["sessions"] else "start the search again"
         raise SearchFailed(f"the disk is full ({error}); make room, then {again}") from error

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
-from model.files import write_atomically
+from model.files import FULL_DISK, write_atomically
 from tuner.options import problem_of_storage
 
 _SECONDS_TO_CONNECT = 5
@@ -49,8 +49,8 @@ class Unusable(ValueError):
 class Folder:
     """A folder at an address, whether it is there or not. All that is read or written is named relative to it.
 
-    StorageFailed where the storage does not do what is asked; on a local path, the OSError of the system. Holds no
-    connection, so that it can be sent to other processes.
+    StorageFailed where the storage does not do what is asked; the OSError of the system where a disk of this machine is
+    full. Holds no connection, so that it can be sent to other processes.
     """
 
     address: str
@@ -129,7 +129,7 @@ class Folder:
     def get(self, name: str, target: Path) -> None:
         """Copies a file from there to a local path. FileNotFoundError if it is not there."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._told():
+        with self._told(to_disk=True):
             system, path = _opened(self.address)
             system.get_file(f"{path}/{name}", str(target))
 
@@ -141,18 +141,26 @@ class Folder:
                 with suppress(FileNotFoundError):
                     system.rm_file(f"{path}/{name}", **_at_most(system))
 
+    def clear(self) -> None:
+        """Removes all that lies in it."""
+        self.remove(self.files())
+        if self.local:
+            shutil.rmtree(self.local, ignore_errors=True)  # the folders
+
     @staticmethod
     def _relative(root: str, name: str) -> str:
         return name.strip("/")[len(root.strip("/")) :].lstrip("/")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, to_disk: bool = False) -> Iterator[None]:
         """Whatever a storage's driver raises is told as one kind of error, but for what is not there."""
         try:
             yield
         except (FileNotFoundError, StorageFailed, Unusable):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL_DISK and (self.local or to_disk):
+                raise
             raise StorageFailed(f"the storage {self.address} failed: {_reason(error)}") from error
 
 
@@ -183,7 +191,7 @@ def check_token(storage: str, name: str) -> None:
 
     try:
         found = _within(_SECONDS_FOR_A_TOKEN, ask)
-    except (StorageFailed, FileNotFoundError) as error:
+    except OSError as error:
         cause = error.__cause__ or error
         raise ValueError(
             f"the storage must be one that can be written to and read, found {storage}: {_reason(cause)}; "
@@ -195,6 +203,8 @@ def check_token(storage: str, name: str) -> None:
 
 def _way_out(folder: Folder, error: BaseException) -> str:
     said = f"{type(error).__name__} {error}"
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return "make room there"
     if folder.local:
         return "name a folder that may be written, on a mount that all nodes share"
     if "Credentials" in said:
@@ -204,6 +214,11 @@ def _way_out(folder: Folder, error: BaseException) -> str:
     if isinstance(error, PermissionError) or "Denied" in said or "Forbidden" in said:
         return "let these credentials read, write and delete there"
     return "see that it can be reached from here (where it is no server of AWS, AWS_ENDPOINT_URL says which)"
+
+
+def is_below(name: str) -> bool:
+    """Whether a relative name that somebody else has given stays in its folder."""
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T:

@@ -31,12 +31,13 @@ from ray.tune.search import Searcher
 from tuner import checkpoints, cluster
 from tuner.checkpoints import Torn, Trials, Writer
 from tuner.cluster import Resources, fit_at_once
+from tuner.datasets import DataFailed
 from tuner.mirror import Mirror
 from tuner.nodes import Needs
 from tuner.records import NodeUnfit
 from tuner.remote import StorageFailed, Unusable
 from tuner.sampler import SearchStudy
-from tuner.session import LEAVES, OVER, UNFIT, Session
+from tuner.session import LEAVES, OVER, UNFIT, UNREACHED, Session
 from tuner.space import Budget
 from tuner.tracking import Trackers
 from tuner.trial import TrialTask, failure, nothing_yet, previews, run_on, take_device
@@ -65,7 +66,7 @@ def run_trials(
     """
     mirror = mirror or Mirror(run_directory)
     trials = mirror.trials
-    session = Session(study, trials, budget, resources, trackers, mirror)
+    session = Session(study, trials, budget, resources, trackers, mirror, needs.source if needs else None)
     if session.nothing_left():
         return session.close()
     fit, why = fit_at_once(resources)
@@ -245,10 +246,12 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trial
     node = ray.get_runtime_context().get_node_id()
     own = RunConfig.from_dict(config["config"])
     meter = prepared = None
+    is_ready = False
     try:
         if node in cluster.draining():  # Ray gave the trial to a process from before the notice
             raise _NodeLeaves
         prepared = needs.make_ready(task.train, task.validation) if needs else None
+        is_ready = True
         device = _device(config["gpus"], int(cpus))
         with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
             resume = _fetched(config, own, trials, Path(scratch))
@@ -258,12 +261,14 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trial
         raise  # ends the process, to which Ray would give the next trial
     except Exception as error:  # a trial that crashes is a result, with its reason
         full = cluster.full_disk(error)
+        unreached = isinstance(error, StorageFailed | DataFailed) or not is_ready
+        status = UNREACHED if unreached else UNFIT
         if isinstance(error, StorageFailed | Unusable):
             error = NodeUnfit(f"a node must reach the run's storage to take trials, and this one does not: {error}")
-        if full is None and not isinstance(error, NodeUnfit):
+        if full is None and not isinstance(error, NodeUnfit | DataFailed):
             report(nothing_yet() | failure(error), None)
             return
-        report(nothing_yet() | {"status": UNFIT, "reason": str(error), "errno": full}, None)
+        report(nothing_yet() | {"status": status, "reason": str(error), "errno": full}, None)
         raise NodeUnfit(str(error)) from None  # as above; what torch raises may not travel
 
 

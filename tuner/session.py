@@ -16,6 +16,7 @@ from model.config import RunConfig
 from tuner import checkpoints, cluster, records, schedulers
 from tuner.checkpoints import Found, Trials
 from tuner.cluster import Resources
+from tuner.datasets import Source
 from tuner.mirror import Mirror
 from tuner.records import Proposal, SearchFailed, Status
 from tuner.remote import StorageFailed
@@ -35,8 +36,11 @@ _FAILURES_IN_A_ROW = 3
 _SECONDS_BETWEEN_SAVES = 10.0
 """so much of the hours used may be forgotten when the driver is killed"""
 
-_SECONDS_BETWEEN_LOOKS = 10.0
+_SECONDS_BETWEEN_TRIES = 10.0
 """so long nothing starts whose checkpoint cannot be looked for, before the next try"""
+
+_SECONDS_OF_AN_OUTAGE = 180.0
+"""so long after the storage failed here, what a worker says may still be of that"""
 
 _DEATHS = 3
 """So many deaths of a trial's worker process are the trial's own doing. That of its node does not count."""
@@ -46,6 +50,9 @@ _SECONDS_BETWEEN_LOOKS = 5.0
 
 UNFIT = "unfit"
 """the status that a trial reports whose node cannot run it"""
+
+UNREACHED = "unreached"
+"""the status that a trial reports whose node does not reach the run's storage or its data"""
 
 LEAVES = "leaves"
 """the status that a trial reports which was sent to a node that has a notice to go"""
@@ -62,9 +69,10 @@ class Session:
         resources: Resources,
         trackers: Trackers,
         mirror: Mirror,
+        source: Source | None = None,
     ) -> None:
         self.study, self.trials, self.budget, self.resources, self.trackers = study, trials, budget, resources, trackers
-        self.mirror = mirror
+        self.mirror, self.source = mirror, source
         self.attempt = 1
         """the number of this session among all that wrote checkpoints"""
         self.live: dict[str, Proposal] = {}
@@ -87,6 +95,10 @@ class Session:
         """how often a trial was given to a worker in this session"""
         self.unfit: dict[str, str] = {}
         """nodes that take no more trials, and why"""
+        self._unfit_in_a_row: dict[str, str] = {}
+        """those that turned out so since another one was seen to work"""
+        self._waits_for_better = False
+        """whether it was said that all nodes are unfit, and another one may come"""
         self._full: dict[str, int] = {}
         """those of them whose disk is full, and what it said"""
         self._elsewhere: set[str] = set()
@@ -96,6 +108,8 @@ class Session:
         self._deaths: defaultdict[str, list[set[str]]] = defaultdict(list)
         """where a trial's workers have died: one node, or those that it may have been sent to"""
         self._file = records.RecordsFile(trials.local.parent)
+        self._storage_failed = -math.inf
+        """when the storage was last seen to be out of reach from here, by the monotonic clock"""
         self._next_look = 0.0
         """when the storage may be asked again for a checkpoint, by the monotonic clock"""
         self._baseline_has_ended = False
@@ -141,7 +155,7 @@ class Session:
             found = self._newest(proposal)
         except StorageFailed:  # it has been trained in part, and nobody knows how far
             self.study.put_back(proposal.number)
-            self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+            self._next_look = time.monotonic() + _SECONDS_BETWEEN_TRIES
             return None
         progress = found.progress if found else nothing_yet()
         for row in progress["history"]:  # the driver may have died between the checkpoint and the study
@@ -234,16 +248,18 @@ class Session:
         here; False when it is to stop."""
         proposal = self.live[key]
         self.nodes[key] = {node}
-        if progress["status"] in (UNFIT, LEAVES):  # and its process ends, so that no other trial is given to it
+        if progress["status"] in (UNFIT, UNREACHED, LEAVES):  # and its process ends, so that it is given no other trial
             self._elsewhere.add(key)
-            if progress["status"] == UNFIT:
-                self._is_unfit(node, progress["reason"], progress["errno"])
+            if progress["status"] != LEAVES:
+                self._blame(node, progress)
             return True
         if progress["status"] == Status.FAILED:  # what it had reached stays known
             progress = self.progress[key] | {name: progress[name] for name in ("status", "reason", "traceback")}
         self.progress[key] = progress
         if progress["status"] in (Status.DIVERGED, Status.FAILED) or not progress["history"]:
             return True
+        self._unfit_in_a_row.clear()
+        self._waits_for_better = False
         row = progress["history"][-1]
         self.study.report(proposal.number, row["epoch"], row["compared"])
         if pictures:
@@ -261,11 +277,40 @@ class Session:
         # Where a node goes before a further epoch is done, the trial goes on elsewhere at once.
         return reason is None and cluster.draining().get(node, math.inf) > lasted
 
+    def _blame(self, node: str, progress: dict[str, Any]) -> None:
+        """A node takes no more trials, unless it failed at what fails here too: its trial waits, and so do others that
+        have begun, until that is over. Then a node that is unfit all the same says so again."""
+        if progress["status"] == UNREACHED and progress["errno"] is None and (what := self._out_of_reach()):
+            logger.warning(
+                "%s cannot be reached from here either, so the trial waits that node %s gave back: %s",
+                what, cluster.name_of(node), progress["reason"],
+            )  # fmt: skip
+            self._next_look = time.monotonic() + _SECONDS_BETWEEN_TRIES
+            return
+        self._is_unfit(node, progress["reason"], progress["errno"])
+
+    def _out_of_reach(self) -> str | None:
+        """What is out of reach from here too, or was a moment ago."""
+        self._note_storage()
+        if time.monotonic() - self._storage_failed < _SECONDS_OF_AN_OUTAGE:
+            return "the run's storage"
+        try:
+            self.trials.place.entries()
+        except OSError:
+            self.mirror.changed()  # says so
+            self._storage_failed = time.monotonic()
+            return "the run's storage"
+        return "the data set" if self.source is not None and self.source.is_out_of_reach() else None
+
+    def _note_storage(self) -> None:
+        if self.mirror.failing:
+            self._storage_failed = time.monotonic()
+
     def _is_unfit(self, node: str, reason: str, full: int | None) -> None:
         """A node takes no more trials. `full`: what its disk says that is full, or None."""
         if node not in self.unfit:
             logger.warning("%s", cluster.takes_no_more(node, reason))
-        self.unfit[node] = reason
+        self.unfit[node] = self._unfit_in_a_row[node] = reason
         if full is not None:
             self._full[node] = full
         self._looked = -math.inf
@@ -283,6 +328,11 @@ class Session:
         if not there or cluster.able_nodes(self.resources) - there or self.failure or self.error:
             return
         names = dict(sorted(((node, cluster.name_of(node)) for node in there), key=lambda pair: pair[1]))
+        if cluster.better_may_come(self.resources, list(self._unfit_in_a_row.values())):
+            if not self._waits_for_better:
+                logger.warning("no node is left that could take a trial: waiting for one that the autoscaler starts")
+            self._waits_for_better = True
+            return
         if there <= self._full.keys():
             number = self._full[next(iter(names))]
             self.error = OSError(number, f"{os.strerror(number)} on {', '.join(names.values())}")
@@ -403,6 +453,7 @@ class Session:
         """Whether all running trials are to end now. The baseline always runs to its end."""
         self.stop_asked = self.stop_asked or self.mirror.lost is not None
         self._pass_time()
+        self._note_storage()
         self._look_at_nodes()
         if self.stop_asked or self.failure is not None or self.error is not None:
             return True

@@ -172,7 +172,7 @@ def _time_once(
         config=config,
         step_seconds=step_seconds,
         image_seconds=image_seconds,
-        epoch_seconds=judging_seconds + 2 * saving,  # written once, and copied once by Ray
+        epoch_seconds=judging_seconds + 2 * saving,  # written once, and copied to where checkpoints lie
         memory_bytes=memory[0],
         micro_batch=config.micro_batch,
     )

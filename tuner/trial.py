@@ -143,22 +143,19 @@ class TrialTask:
     def _train_together(
         self, config: RunConfig, keeper: _Keeper, devices: Sequence[torch.device], report: Report
     ) -> None:
-        """The same with a team; the keeper takes over what the first of it has kept, if it is whole."""
+        """The same with a team; the keeper takes over what the first of it has kept, epoch by epoch: that one may be in
+        the middle of the next when another fails."""
         room = keeper.directory.parent / "team"
         room.mkdir()
-        reached: Path | None = None
 
         def heard(said: tuple[dict[str, Any], Path]) -> None:
-            nonlocal reached
-            keeper.progress, reached = said
-            report(keeper.progress, reached)
+            progress, reached = said
+            keeper.take_over(progress, reached)
+            report(keeper.progress, keeper.directory)
 
         try:
             parallel.run(_train_in_team, devices, (self, keeper.config, config, keeper.sealed(), room), heard)
         finally:
-            if reached and checkpoint.is_whole(reached):
-                shutil.rmtree(keeper.directory)
-                reached.rename(keeper.directory)
             shutil.rmtree(room)
 
     def judgements(self, config: RunConfig) -> list[Judgement]:
@@ -291,6 +288,15 @@ class _Keeper:
     def sealed(self) -> Path | None:
         """The checkpoint so far, which another keeper may begin with."""
         return self.directory if checkpoint.is_whole(self.directory) else None
+
+    def take_over(self, progress: dict[str, Any], folder: Path) -> None:
+        """Goes on from another keeper's progress and its sealed folder, of which it keeps a copy."""
+        aside = self.directory.with_name("taken-over")
+        shutil.rmtree(aside, ignore_errors=True)  # of a copy that was cut short
+        shutil.copytree(folder, aside)
+        shutil.rmtree(self.directory)
+        aside.rename(self.directory)
+        self.progress = progress
 
     def training_state(self, device: torch.device) -> dict[str, Any] | None:
         """What training goes on from; None at its start."""

@@ -9,7 +9,6 @@
 #SBATCH --gpus-per-task=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=08:00:00
-#SBATCH --signal=B:TERM@300
 # --exclusive: at its end `ray symmetric-run` stops every Ray of yours on its nodes.
 set -euo pipefail
 
@@ -20,7 +19,9 @@ export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | cut -d ' ' -f 1):6379
 
-# A job that ran out of time goes on with `tuner resume` in the place of `tuner search`.
+# --runs lies in the home directory, which all nodes share, so that any of them goes on from a checkpoint; where they share
+# none, add --storage s3://BUCKET/runs. A job that runs out of time is killed, and what its trials did after their last
+# checkpoint is done again: submit it with `tuner resume "$HOME/runs/crack_segmentation"` in the place of `tuner search …`.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
   ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" --num-cpus="$SLURM_CPUS_PER_TASK" --disable-usage-stats -- \
   tuner search crack_segmentation --data "$HOME/data/cracks" --runs "$HOME/runs" --address auto

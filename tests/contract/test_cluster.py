@@ -123,6 +123,31 @@ def test_all_nodes_are_set_up_alike(file: Path) -> None:
     assert config["file_mounts"] == first["file_mounts"]
 
 
+@pytest.mark.parametrize("file", LAUNCHED, ids=name)
+@pytest.mark.parametrize("has_pip", [True, False])
+def test_packages_are_installed_where_python_lacks_them_once_the_lists_are_free(
+    file: Path, has_pip: bool, tmp_path: Path
+) -> None:
+    """With an apt-get whose lists are locked at first, and a python3 without ensurepip or with it."""
+    commands = read(file)["initialization_commands"]
+    log = tmp_path / "log"
+    scripts = {
+        "python3": f"exit {0 if has_pip else 1}",
+        "sudo": f'echo "$@" >> {log}; test "$(grep -c update {log})" != 1',
+        "sleep": "",
+    }
+    for program, text in scripts.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / program).chmod(0o755)
+    for command in commands:
+        path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        subprocess.run(["bash", "--noprofile", "--norc", "-c", command], env=path, check=True, cwd=tmp_path)
+    asked = log.read_text().splitlines() if log.exists() else []
+    update = "apt-get update"
+    assert asked[:2] == ([] if has_pip else [update, update])
+    assert [line.rsplit(" ", 3)[1:] for line in asked[2:]] == ([] if has_pip else [["install", "-y", "python3-venv"]])
+
+
 def mount(home: Path, wheel: Path) -> None:
     """Copies what a file mounts as Ray does: `~` is the node's home. The token is one of this test's own."""
     token = home.parent / "token"
@@ -187,6 +212,8 @@ def test_the_slurm_script_is_one_that_bash_and_ray_read() -> None:
     assert curate_and_validate_ray_start_args(start) == ["--num-cpus=$SLURM_CPUS_PER_TASK", "--disable-usage-stats"]
     options = _parser().parse_args([*command[1:]])
     assert (command[0], options.verb, options.address) == ("tuner", "search", "auto")
+    assert options.storage or options.runs.startswith("$HOME/")  # what all nodes share
+    assert "--signal" not in text  # which reaches no search: srun and `ray symmetric-run` stand between
 
 
 def test_the_ray_job_for_kubernetes_has_the_parts_of_one() -> None:
@@ -195,6 +222,7 @@ def test_the_ray_job_for_kubernetes_has_the_parts_of_one() -> None:
     spec = job["spec"]
     options = _parser().parse_args(shlex.split(spec["entrypoint"])[1:])
     assert (options.verb, options.address) == ("search", "auto")
+    assert options.storage.startswith("s3://")  # the pods go with the search
     assert spec["shutdownAfterJobFinishes"] is True
     cluster = spec["rayClusterSpec"]
     assert cluster["enableInTreeAutoscaling"] is True

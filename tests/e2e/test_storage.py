@@ -126,7 +126,7 @@ def test_a_driver_that_is_killed_goes_on_from_the_storage_on_another_machine(pla
 
     where = str(place / "another machine")
     heard = end(start(place, killed, "resume", there.address, "--runs", where, _2="wait"), killed)
-    assert "worked on s3://bucket/runs-killed/small last; looking 25 s whether it lives" in heard
+    assert "worked on s3://bucket/runs-killed/small last; looking 50 s whether it lives" in heard
     assert records(place / "another machine/small") == records(never / "runs/small")
     assert trained(killed) == trained(never) == EVERY_EPOCH_ONCE
     assert there.read("records.jsonl") == (place / "another machine/small/records.jsonl").read_bytes()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -214,3 +216,74 @@ def test_previews_from_elsewhere_lie_where_those_of_here_would(trials: Trials) -
     assert folder.name == "checkpoint_000003"
     assert reached(trials) is None
     assert sorted(path.name for path in folder.glob("previews/*")) == ["0.png", "1.png"]
+
+
+def test_the_furthest_stays_whichever_was_written_last(trials: Trials, tmp_path: Path) -> None:
+    """A machine that was cut off comes back, and writes where it had been."""
+    write(trials, tmp_path / "source", 6, f"attempt-1/{TRIAL}.2")
+    write(trials, tmp_path / "source", 3)
+    checkpoints.prune(trials, TRIAL, CONFIG)
+    assert (names(trials), reached(trials)) == (["checkpoint_000006"], 6)
+    checkpoints.prune(trials, TRIAL, replace(CONFIG, learning_rate=0.5))  # of which there is none
+    assert reached(trials) == 6
+
+
+def test_of_an_earlier_version_the_furthest_stays(tmp_path: Path) -> None:
+    trials = Trials(tmp_path / "trials")
+    sealed(trials.local / f"attempt-1/{TRIAL}/checkpoint_000001", 7)
+    sealed(trials.local / f"attempt-2/{TRIAL}/checkpoint_000000", 5)
+    checkpoints.prune(trials, TRIAL, CONFIG)
+    found = checkpoints.newest(trials, TRIAL, CONFIG)
+    assert found is not None
+    assert found.progress == {"epochs": 7}
+    weights = checkpoints.fetch(found.address, tmp_path / "scratch", "best/1")
+    assert (weights / "model.safetensors").read_bytes() == b"weights"
+    write(trials, tmp_path / "source", 9, f"attempt-3/{TRIAL}")  # it goes on, and says whose training it is
+    checkpoints.prune(trials, TRIAL, CONFIG)
+    assert (names(trials), reached(trials)) == (["checkpoint_000009"], 9)
+
+
+def test_what_a_worker_that_died_left_half_written_goes_with_the_rest(trials: Trials, tmp_path: Path) -> None:
+    write(trials, tmp_path / "source", 1)
+    (trials.place / f"attempt-1/{TRIAL}/.checkpoint_000002.part").write("training.pt", b"a part")
+    checkpoints.prune(trials, TRIAL, CONFIG)
+    assert names(trials) == ["checkpoint_000001"]
+
+
+def test_a_checkpoint_that_goes_while_it_is_looked_at_is_none(tmp_path: Path, monkeypatch) -> None:
+    trials = Trials(tmp_path / "trials")
+    write(trials, tmp_path / "source", 1)
+    write(trials, tmp_path / "source", 2, f"attempt-2/{TRIAL}")
+    is_whole = checkpoint.is_whole
+
+    def looked_at(folder: Path, within: str = "") -> bool:
+        found = is_whole(folder, within)
+        if folder.name == "checkpoint_000002":
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(checkpoint, "is_whole", looked_at)
+    assert reached(trials) == 1
+    monkeypatch.setattr(checkpoints, "_folders", lambda *_: [tmp_path / "gone"])
+    checkpoints.prune(trials, TRIAL, None)
+    assert checkpoints.previews(trials, TRIAL) == {}
+
+
+def test_what_is_fetched_stays_when_its_origin_goes(trials: Trials, tmp_path: Path) -> None:
+    write(trials, tmp_path / "source", 1)
+    found = checkpoints.newest(trials, TRIAL, CONFIG)
+    assert found is not None
+    folder = checkpoints.fetch(found.address, tmp_path / "scratch")
+    checkpoints.prune(trials, TRIAL, None)
+    assert checkpoint.is_whole(folder)
+
+
+@pytest.mark.parametrize("name", ["../escaped", "{}/escaped"])
+def test_a_manifest_cannot_name_what_lies_outside(trials: Trials, tmp_path: Path, name: str) -> None:
+    place = trials.place / f"attempt-1/{TRIAL}/checkpoint_000001"
+    name = name.format(tmp_path)
+    (trials.place / f"attempt-1/{TRIAL}").write("escaped", b"12345")
+    place.write("manifest.json", json.dumps({name: [5, 0]}).encode())
+    with pytest.raises(Torn, match="which lies outside of it"):
+        checkpoints.fetch(place.address, tmp_path / "scratch" / "checkpoint")
+    assert not (tmp_path / "scratch/escaped").exists()

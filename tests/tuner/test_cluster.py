@@ -8,9 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import NodeDiedError, WorkerCrashedError
 
 from tuner import cluster
 from tuner.cluster import Resources
+from tuner.records import SearchFailed
 
 GIB = 2**30
 
@@ -123,6 +125,21 @@ def test_trials_share_gpus_as_memory_cores_and_number_allow(monkeypatch) -> None
     assert shared(9) == Resources(1, 0.25)
     assert shared(9, cpu_trials=2) == Resources(1, 0.5, None, 2)
     assert cluster.fit_at_once(Resources(1, 0.3))[0] == 3
+    has_nodes(monkeypatch, *[{"CPU": 3}] * 4)
+    assert cluster.fit_at_once(Resources(2, 0)) == (4, "2 CPU a trial, 12 there")  # a core of each is left over
+    has_nodes(monkeypatch, {"CPU": 1, "GPU": 4}, {"CPU": 8, "GPU": 1})
+    assert cluster.fit_at_once(Resources(1, 1))[0] == 2
+
+
+@pytest.mark.usefixtures("no_autoscaler")
+def test_gpus_of_several_kinds_are_named_where_one_was_measured(monkeypatch, caplog) -> None:
+    alike = [{"CPU": 16, "GPU": 2, "accelerator_type:H100": 1}] * 2
+    has_nodes(monkeypatch, *alike)
+    cluster.sharing_gpus(9 * GIB, 80 * GIB, None, None, None, 0)
+    assert caplog.text == ""
+    has_nodes(monkeypatch, *alike, {"CPU": 4, "GPU": 1, "accelerator_type:T4": 1})
+    cluster.sharing_gpus(9 * GIB, 80 * GIB, None, None, None, 0)
+    assert "GPUs of several kinds, H100, T4, and a trial's share is measured on one of 80 GiB" in caplog.text
 
 
 @pytest.mark.usefixtures("no_autoscaler")
@@ -133,11 +150,53 @@ def test_nodes_to_come_count(monkeypatch) -> None:
     has_nodes(monkeypatch, {cluster._HEAD: 1.0}, {"CPU": 8, "GPU": 2})
     assert cluster.default_resources(None, None, None) == Resources(4, 1)
     assert cluster.fit_at_once(Resources(4, 1)) == (4, "1 GPU a trial, 4 there")
-    assert cluster.fit_at_once(Resources(16, 0)) == (3, "16 CPU a trial, 48 there")
+    assert cluster.fit_at_once(Resources(16, 0)) == (2, "16 CPU a trial, 48 there")
     has_nodes(monkeypatch, {cluster._HEAD: 1.0, "CPU": 2})
     assert cluster.fit_at_once(Resources(4, 1))[0] == 4
     with pytest.raises(ValueError, match="it asks for 17 CPU, found at most 16; lower --cpus-per-trial"):
         cluster.default_resources(17, 0, None)
+
+
+@pytest.mark.usefixtures("no_autoscaler")
+def test_a_better_node_may_come_until_some_were_no_better(monkeypatch) -> None:
+    has_nodes(monkeypatch, {cluster._HEAD: 1.0}, {"CPU": 8, "GPU": 2})
+    assert not cluster.better_may_come(Resources(1, 1), ["no CUDA"])
+    monkeypatch.setattr(cluster, "_startable", lambda address: ([({"CPU": 8, "GPU": 2}, 4)], 4))
+    assert cluster.better_may_come(Resources(1, 1), ["no CUDA"])
+    assert cluster.better_may_come(Resources(1, 1), ["no CUDA", "full"])
+    assert not cluster.better_may_come(Resources(9, 1), ["no CUDA"])
+    assert not cluster.better_may_come(Resources(1, 1), ["no CUDA", "no CUDA"])
+    assert not cluster.better_may_come(Resources(1, 1), ["no CUDA", "full", "broken"])
+
+
+class Calls:
+    """Stands in for what Ray makes of calls: each ends as is told; some nodes are gone by then."""
+
+    def __init__(self, monkeypatch, *ends: tuple[object, set[str]]) -> None:
+        self.ends, self.alive = iter(ends), {"a", "b"}
+        task = SimpleNamespace(remote=lambda *_: "running")
+        remote = SimpleNamespace(options=lambda **_: task)
+        monkeypatch.setattr(cluster.ray, "remote", lambda **_: lambda _: remote)
+        monkeypatch.setattr(cluster.ray, "wait", lambda *_, **__: (["running"], []))
+        monkeypatch.setattr(cluster.ray, "get", self.get)
+        monkeypatch.setattr(cluster, "nodes_alive", lambda: set(self.alive))
+        monkeypatch.setattr(cluster, "nodes_that_stay", lambda: set(self.alive))
+
+    def get(self, _: str) -> object:
+        end, self.alive = next(self.ends)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+def test_lost_nodes_do_not_end_a_function_and_dying_processes_do(monkeypatch) -> None:
+    gone, died = NodeDiedError("gone"), WorkerCrashedError()
+    preempted = [(died, {f"{n}"}) for n in range(5)]
+    Calls(monkeypatch, *[(gone, {"a", "b"})] * 5, *preempted, ("done", {"4"}))
+    assert cluster.run_on_worker(run_out_of_luck, Resources()) == "done"
+    Calls(monkeypatch, *[(died, {"a", "b"})] * 3)
+    with pytest.raises(SearchFailed, match="the process of run_out_of_luck died 3 times, memory may have run out"):
+        cluster.run_on_worker(run_out_of_luck, Resources())
 
 
 def test_a_trial_without_a_gpu_costs_nothing_beside_those_that_have_one() -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 from s3fs import S3FileSystem
 
@@ -82,6 +83,30 @@ def test_the_copy_follows_what_lies_there_and_fetches_only_that(
     assert fetched == [found.train[0].image]
 
 
+def put(key: str, data: bytes = b"") -> None:
+    boto3.client("s3").put_object(Bucket="bucket", Key=key, Body=data)
+
+
+def test_folders_that_a_console_made_are_none_of_the_files(there: S3FileSystem, data: Path, tmp_path: Path) -> None:
+    for marker in ("folder/set/", "folder/set/images/", "folder/set/nothing/"):
+        put(marker)
+    assert files_in(runs.create(small_space(), ADDRESS, tmp_path).data_folder) == files_in(data)
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "images/../../outside.png", "images//twice.png", "./here.png"])
+def test_a_key_that_is_no_path_within_is_refused(there: S3FileSystem, name: str, tmp_path: Path) -> None:
+    put(f"folder/set/{name}", b"x")
+    with pytest.raises(ValueError, match="must be paths within it, found") as error:
+        runs.create(small_space(), ADDRESS, tmp_path)
+    assert repr(name) in str(error.value)
+
+
+def test_the_address_of_a_file_is_refused(there: S3FileSystem, data: Path, tmp_path: Path) -> None:
+    name = next(iter((data / "images").iterdir())).name
+    with pytest.raises(ValueError, match=rf"must be a folder, found the file {ADDRESS}/images/{name}; name the folder"):
+        runs.create(small_space(), f"{ADDRESS}/images/{name}", tmp_path)
+
+
 def test_a_node_keeps_no_copy_of_what_it_reads(there: S3FileSystem, data: Path, tmp_path: Path) -> None:
     """Of masks neither, which are read again for each dilation."""
     run = runs.create(small_space(), ADDRESS, tmp_path)
@@ -94,12 +119,38 @@ def test_a_node_keeps_no_copy_of_what_it_reads(there: S3FileSystem, data: Path, 
     assert {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()} == {".npy", ".lock", ".use", ""}
 
 
+def test_a_file_that_cannot_be_read_is_asked_for_again(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "image.png"
+    path.symlink_to(path)  # too many levels of links
+    waits = []
+
+    def mend(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            path.unlink()
+            path.write_bytes(b"image")
+
+    monkeypatch.setattr(datasets.time, "sleep", mend)
+    source = datasets.Source.of(str(tmp_path), 64, 128)
+    assert source.read(path) == b"image"
+    assert waits == [1, 2, 4]
+    with pytest.raises(FileNotFoundError):
+        source.read(tmp_path / "none")
+    path.unlink()
+    path.symlink_to(path)
+    monkeypatch.setattr(datasets, "_PATIENCE_S", 0.0)
+    with pytest.raises(datasets.DataFailed, match=r"the data cannot be read: .*image\.png"):
+        source.read(path)
+    assert len(waits) == 3
+
+
 def test_what_cannot_be_read_is_said(there: S3FileSystem, data: Path, tmp_path: Path, monkeypatch) -> None:
     run = runs.create(small_space(), ADDRESS, tmp_path)
     path = run.splits().train[0].image
     there.rm_file(f"{ADDRESS}/{path.relative_to(run.data_folder)}")
     with pytest.raises(FileNotFoundError, match=rf"{ADDRESS}/images/{path.name}: is missing"):
         run.source.read(path)
+    assert not run.source.is_out_of_reach()
     with pytest.raises(ValueError, match="found nothing at s3://bucket/nowhere"):
         runs.create(small_space(), "s3://bucket/nowhere", tmp_path, "nowhere")
     with pytest.raises(ValueError, match=r"s3://no-bucket-at-all/x: .*; mend --data, or the credentials"):
@@ -112,8 +163,19 @@ def test_what_cannot_be_read_is_said(there: S3FileSystem, data: Path, tmp_path: 
     [
         ("", "found nothing; is a variable of the shell unset"),
         ("nobody://knows/this", "an address that fsspec reads, found nobody://knows/this"),
-        ("ftp://me:secret@host/data", r"no password or key, .* found one in ftp://\.\.\.; leave it"),
-        ("s3://bucket/data?secret_key=abc", r"no password or key, .* found one in s3://\.\.\.; leave it"),
+        ("ftp://me:secret@host/data", r"no password or key, .* found one before the @ in ftp://\.\.\.; leave it"),
+        ("s3://KEY:abc/secret@bucket/data", r"no password or key, .* found one before the @ in s3://\.\.\.; leave it"),
+        (
+            "s3://bucket/data?access_key=abc",
+            r"no password or key, .* found one as access_key= in s3://\.\.\.; leave it",
+        ),
+        ("https://host/data?sig=abc", r"no password or key, .* found one as sig= in https://\.\.\.; leave it"),
+        ("https://host/d?X-Amz-Credential=abc", r"found one as X-Amz-Credential= in https://\.\.\.; leave it"),
+        ("simplecache::s3://KEY:abc@bucket/data", r"found one before the @ in simplecache::s3://\.\.\.; leave it"),
+        (
+            "s3://bucket/data?secret_key=abc",
+            r"no password or key, .* found one as secret_key= in s3://\.\.\.; leave it",
+        ),
     ],
 )
 def test_addresses_that_cannot_work_are_refused(address: str, found: str, tmp_path: Path) -> None:

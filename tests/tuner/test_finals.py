@@ -1,13 +1,21 @@
 """What the evaluation keeps of the test images. That it opens them once is in tests/e2e/test_main_job.py."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from model.centre_lines import CentreLines
+from model.config import RunConfig
 from model.evaluate import Scores
+from model.splits import Splits
 from model.thresholds import Thresholds
 from tests.tables import count
-from tuner.finals import SHOWN_EXAMPLES, _image_sizes, example_rows
+from tuner import finals
+from tuner.checkpoints import Torn, Trials
+from tuner.cluster import Resources
+from tuner.finals import SHOWN_EXAMPLES, Finalist, _image_sizes, example_rows
+from tuner.records import SearchFailed
 from tuner.report import failures as report_failures
 from tuner.report.inputs import Split
 from tuner.report.tables import Judged
@@ -93,3 +101,16 @@ def test_the_sizes_of_images_are_median_smallest_and_largest_of_each_side() -> N
         "height": 400, "width": 640, "smallest_height": 300, "smallest_width": 200, "largest_height": 500,
         "largest_width": 900,
     }  # fmt: skip
+
+
+def test_a_torn_checkpoint_is_no_wrong_request(tmp_path: Path, monkeypatch) -> None:
+    def torn(*_: object) -> None:
+        raise Torn("the checkpoint is not whole any more")
+
+    config = RunConfig(input_height=64, input_width=128)
+    winner = Finalist("a", "there", config, Thresholds("grid", 1, 0.0, None), 1, 0.5, None)
+    monkeypatch.setattr(finals, "_finalist", lambda trials, record: winner)
+    monkeypatch.setattr(finals, "run_on_worker", torn)
+    with pytest.raises(SearchFailed, match="the checkpoint is not whole any more"):
+        finals.evaluate(tmp_path, Trials(tmp_path), Splits([], [], []), "dice", Resources(1, 0, 1))
+    assert not (tmp_path / "evaluation/selection.json").exists()

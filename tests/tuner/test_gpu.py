@@ -57,7 +57,7 @@ def test_trials_side_by_side_promise_no_more_than_there_is(count: int, total: in
 
 def test_a_share_without_room_for_a_tensor_is_refused() -> None:
     assert gpu.tensor_share(1.0, 8 * GIB) == 1.0
-    with pytest.raises(ValueError, match=r"must hold CUDA itself, about 600 MiB, and tensors, found 0.05 of 8,192 MiB"):
+    with pytest.raises(NodeUnfit, match=r"must hold CUDA itself, about 600 MiB, and tensors, found 0.05 of 8,192 MiB"):
         gpu.tensor_share(0.05, 8 * GIB)
 
 

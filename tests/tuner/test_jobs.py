@@ -8,14 +8,19 @@ import socket
 import subprocess
 import threading
 import zipfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from aiohttp import ClientConnectionError, ServerDisconnectedError
+from ray.dashboard.modules.job.pydantic_models import JobType
+from ray.job_submission import JobDetails, JobStatus
 from rich.console import Console
 
 from tuner import jobs
+from tuner.records import SearchFailed
 
 CHOSEN = {"name": None, "runs": "runs", "trials": 3, "no_report": True, "tensorboard": False, "warm_start": None,
           "study": None, "storage": None, "address": "http://127.0.0.1:1", "wandb": "online"}  # fmt: skip
@@ -67,8 +72,8 @@ def test_a_folder_that_is_too_large_is_refused_with_what_is_in_it(tmp_path: Path
 
 def test_the_command_there_is_the_same_but_for_its_folders() -> None:
     words = jobs._options(CHOSEN | {"warm_start": "/mnt/runs/other", "name": "it's"})
-    assert words == ["--name", "it's", "--runs", "~/runs", "--trials", "3", "--no-report", "--warm-start",
-                     "/mnt/runs/other", "--address", "auto", "--wandb", "online"]  # fmt: skip
+    assert words == ["--name=it's", "--runs=~/runs", "--trials=3", "--no-report", "--warm-start=/mnt/runs/other",
+                     "--address=auto", "--wandb=online"]  # fmt: skip
     line = " ".join(map(jobs._quoted, words))
     said = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == [word.replace("~", os.environ["HOME"]) for word in words]
@@ -84,7 +89,9 @@ def test_the_command_there_is_the_same_but_for_its_folders() -> None:
         ),
         ("synthetic", {"storage": "runs"}, "--storage must be where all nodes of the cluster find it"),
         ("synthetic", {"study": "sqlite:///study.db"}, "--study must have an absolute path on the cluster's head"),
+        ("synthetic", {"runs": "~somebody/runs"}, "must be absolute, or lie in the home directory there, found ~some"),
         ("synthetic", {}, "found none at http://127.0.0.1:1 "),
+        ("synthetic", {"runs": "~"}, "found none at http://127.0.0.1:1 "),
         ("s3://bucket/cracks", {"study": "sqlite:////mnt/study.db"}, "found none at http://127.0.0.1:1 "),
     ],
 )
@@ -94,6 +101,106 @@ def test_what_lies_on_the_laptop_alone_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         jobs.search("demo", data, CHOSEN | chosen, Console(stderr=True))
+
+
+SECRETS = {
+    "data": "s3://KEY:hush/hush@bucket/cracks",
+    "study": "postgresql://me:hush@host/study",
+    "storage": "s3://bucket/runs?access_key=hush",
+}
+
+
+@pytest.mark.parametrize("option", SECRETS)
+def test_a_secret_is_refused_before_anybody_is_asked(option: str, monkeypatch, tmp_path) -> None:
+    """A job's command can be read by all who see the cluster."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "_client", lambda address: pytest.fail("asked"))
+    given = {"data": "synthetic"} | {option: SECRETS[option]}
+    data = given.pop("data")
+    with pytest.raises(ValueError, match=r"must hold no (secret|password)") as caught:
+        jobs.search("demo", data, CHOSEN | given, Console(stderr=True))
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("run", "data"), [(SECRETS["storage"], None), (SECRETS["data"], None), ("runs/demo", SECRETS["data"])]
+)
+def test_a_run_is_gone_on_with_without_secrets(run: str, data: str | None, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "_client", lambda address: pytest.fail("asked"))
+    with pytest.raises(ValueError, match=r"must hold no (secret|password)") as caught:
+        jobs.resume(run, data, "http://127.0.0.1:1", "runs", Console(stderr=True))
+    assert "hush" not in str(caught.value)
+
+
+class Cluster:
+    """Takes a job that is over at once, and keeps what was submitted."""
+
+    def submit_job(self, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+        self.entrypoint = entrypoint
+        with zipfile.ZipFile(runtime_env["working_dir"]) as archive:
+            self.files = set(archive.namelist())
+        return "job"
+
+    def get_job_info(self, job: str) -> JobDetails:
+        return JobDetails(type=JobType.SUBMISSION, entrypoint="", status=JobStatus.SUCCEEDED)
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "done\n"
+
+
+def test_a_run_goes_on_with_the_code_of_here_and_on_the_cluster_that_it_is_sent_to(monkeypatch, tmp_path) -> None:
+    fill(tmp_path, "mine.py")
+    monkeypatch.chdir(tmp_path)
+    cluster = Cluster()
+    monkeypatch.setattr(jobs, "_client", lambda address: cluster)
+    told = Console(stderr=True)
+    assert jobs.resume("s3://b/runs/one", "/data", "http://127.0.0.1:1", "runs", told) == 0
+    assert cluster.files == {"mine.py"}
+    assert cluster.entrypoint == ('tuner resume --runs="$HOME"/runs --data=/data --address=auto -- s3://b/runs/one')
+    assert jobs.finals("runs/one", None, True, "http://127.0.0.1:1", told) == 0
+    assert cluster.entrypoint == 'tuner finals --open-test --address=auto -- "$HOME"/runs/one'
+
+
+class Cut(Cluster):
+    """Its connections are cut, but for one of several."""
+
+    asked = 0
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "first line\n"
+        raise ServerDisconnectedError
+
+    def get_job_info(self, job: str) -> JobDetails:
+        self.asked += 1
+        if self.asked < 3:
+            raise ConnectionError
+        return super().get_job_info(job)
+
+
+class Gone(Cut):
+    """A cluster that takes a job and is never seen again."""
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        raise ServerDisconnectedError
+        yield
+
+    def get_job_info(self, job: str) -> JobDetails:
+        raise ClientConnectionError
+
+
+@pytest.mark.parametrize("cluster", [Cut(), Gone()])
+def test_a_job_is_followed_over_connections_that_are_cut(cluster: Cut, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "_client", lambda address: cluster)
+    monkeypatch.setattr(jobs, "_SECONDS_BETWEEN_TRIES", 0.01)
+    monkeypatch.setattr(jobs, "_SECONDS_CUT_OFF", 0.1)
+    if isinstance(cluster, Gone):
+        with pytest.raises(SearchFailed, match=r"job job goes on if .*follow the job: .*ray job logs --follow job "):
+            jobs.resume("runs/one", None, "http://127.0.0.1:1", "runs", Console(stderr=True))
+    else:
+        assert jobs.resume("runs/one", None, "http://127.0.0.1:1", "runs", Console(stderr=True)) == 0
+        assert capsys.readouterr().out == "first line\n"
 
 
 class Answers(http.server.BaseHTTPRequestHandler):

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from model import synthetic
@@ -19,6 +20,7 @@ from tuner import mirror
 from tuner import run as runs
 from tuner.mirror import mirrored
 from tuner.options import Options
+from tuner.pipeline import run_search
 from tuner.remote import Folder, StorageFailed
 from tuner.run import NameTaken, Run
 
@@ -254,10 +256,10 @@ def test_one_that_lives_is_left_alone_and_one_that_died_is_followed(run: Run, mo
     monkeypatch.setattr(mirror.time, "sleep", slept.append)
     with run.locked(), mirrored(run):
         assert owner(run)["session"] != "another"
-    assert slept == [25, 25]
+    assert slept == [50, 50]
     owned_by(run, "another", released=True)
     work_on(run)
-    assert slept == [25, 25]
+    assert slept == [50, 50]
 
 
 def test_a_folder_that_is_not_the_newest_is_refused(run: Run, tmp_path: Path) -> None:
@@ -300,11 +302,11 @@ def test_one_whose_owner_died_is_looked_at_twice(run: Run, tmp_path: Path, waits
     work_on(run)
     owned_by(run, "another", count=3)
     mirror.bring(f"{run.options.storage}/small", tmp_path / "elsewhere")
-    assert waits == [25]
+    assert waits == [50]
     brought = runs.load(tmp_path / "elsewhere/small")
     with brought.locked(), mirrored(brought):
         assert owner(brought)["session"] != "another"
-    assert waits == [25]
+    assert waits == [50]
 
 
 def test_a_mount_that_lies_elsewhere_is_found_there(data: Path, tmp_path: Path) -> None:
@@ -349,3 +351,121 @@ def test_a_second_ctrl_c_waits_for_nothing(run: Run, monkeypatch) -> None:
 def test_a_verb_for_a_folder_here_says_how_to_bring_one() -> None:
     with pytest.raises(ValueError, match=r"found s3://bucket/small; `tuner resume s3://bucket/small` brings it"):
         runs.load("s3://bucket/small")
+
+
+def test_checkpoints_go_only_when_the_journal_that_needs_them_no_more_is_there(run: Run, monkeypatch) -> None:
+    order: list[str] = []
+    put, remove = Folder.put, Folder.remove
+
+    def note_put(self: Folder, source: Path, name: str) -> None:
+        order.append(name)
+        put(self, source, name)
+
+    def note_removal(self: Folder, names: list[str]) -> None:
+        order.extend(f"-{name}" for name in names)
+        remove(self, names)
+
+    (run.directory / "selection.json").write_bytes(b"{}")
+    with run.locked(), mirrored(run) as found:
+        assert found.flush(30)
+        monkeypatch.setattr(Folder, "put", note_put)
+        monkeypatch.setattr(Folder, "remove", note_removal)
+        (run.directory / "study.journal").write_bytes(b"{}\n")
+        (run.directory / "records.jsonl").write_bytes(b"{}\n")
+        (run.directory / "selection.json").unlink()
+        found.later(lambda: order.append("prune"))
+        assert found.flush(30)
+    assert order == ["study.journal", "-selection.json", "records.jsonl", "prune"]
+
+
+def test_what_cannot_be_done_at_a_storage_is_said_and_stops_no_mirror(run: Run, caplog) -> None:
+    def fail() -> None:
+        raise FileNotFoundError("gone by now")
+
+    with run.locked(), mirrored(run) as found:
+        found.later(fail)
+        (run.directory / "records.jsonl").write_bytes(b"{}\n")
+        assert found.flush(30)
+    assert there(run)["records.jsonl"] == b"{}\n"
+    assert "FileNotFoundError: gone by now" in caplog.text
+
+
+def test_what_somebody_else_put_there_stays(run: Run) -> None:
+    work_on(run)
+    (Folder(str(run.options.storage)) / run.name).write("notes.txt", b"mine")
+    (run.directory / "splits.json").unlink()
+    work_on(run)
+    assert there(run)["notes.txt"] == b"mine"
+    assert "splits.json" not in there(run)
+
+
+def test_a_folder_that_does_not_know_of_an_opening_is_refused(run: Run) -> None:
+    work_on(run)
+    folder = Folder(str(run.options.storage)) / run.name
+    folder.write("evaluation/openings.jsonl", b'{"time": "now"}\n')
+    owned_by(run, "another", released=True)
+    with pytest.raises(ValueError, match="must know of each opening of the test split"):
+        work_on(run)
+    assert owner(run)["session"] == "another"
+    (run.directory / "evaluation").mkdir()
+    (run.directory / "evaluation/openings.jsonl").write_bytes(b'{"time": "now"}\n')
+    work_on(run)
+
+
+def test_one_that_came_back_to_life_since_it_was_looked_at_is_looked_at_again(run: Run, tmp_path, waits) -> None:
+    work_on(run)
+    owned_by(run, "another", count=3)
+    brought = runs.load(mirror.bring(f"{run.options.storage}/small", tmp_path / "elsewhere"))
+    owned_by(run, "another", count=4)
+    work_on(brought)
+    assert waits == [50, 50]
+
+
+@pytest.mark.parametrize(("storage", "runs_at"), [("runs", "runs"), ("runs/small", "runs"), (".", "small")])
+def test_no_run_is_mirrored_on_to_itself(data: Path, tmp_path: Path, storage: str, runs_at: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    storage = str(tmp_path / "link" / storage)
+    made = runs.create(small_space(), data, tmp_path / runs_at, options=Options(storage=storage))
+    with pytest.raises(ValueError, match="must lie apart from its own folder"):
+        work_on(made)
+    assert not list(tmp_path.rglob("owner.json"))
+
+
+def test_a_search_on_to_itself_is_refused_before_it_begins(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must lie apart from its own folder"):
+        run_search(small_space(), data, runs=tmp_path / "runs", storage=str(tmp_path / "runs"))
+    assert not (tmp_path / "runs/small").exists()
+
+
+def test_a_name_at_a_storage_does_not_lead_out_of_the_folder(wire: s3.Wire, run: Run, tmp_path: Path) -> None:
+    address = f"s3://bucket/escape-{tmp_path.name}"
+    info = json.dumps(run.info | {"options": run.info["options"] | {"storage": address}})
+    client = boto3.client("s3")
+    for name, body in {"run.json": info, "wandb/../../../escaped": "x"}.items():
+        client.put_object(Bucket="bucket", Key=f"{address[12:]}/small/{name}", Body=body.encode())
+    with pytest.raises(StorageFailed, match="which would lie outside of"):
+        mirror.bring(f"{address}/small", tmp_path / "a" / "b")
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_relative_path_is_brought_from_and_kept_absolute(data: Path, tmp_path: Path, monkeypatch) -> None:
+    run = runs.create(small_space(), data, tmp_path / "runs", options=Options(storage=str(tmp_path / "mount")))
+    run.note(sessions=[SESSION])
+    work_on(run)
+    monkeypatch.chdir(tmp_path)
+    brought = runs.load(mirror.bring("mount/small", tmp_path / "elsewhere"))
+    assert brought.options.storage == str(tmp_path / "mount")
+    with pytest.raises(ValueError, match="whose path is not absolute"):
+        mirror.bring("file://mount/small", tmp_path / "again")
+
+
+def test_what_was_written_for_a_run_that_is_not_begun_goes_unless_it_is_anothers(run: Run, storage: str) -> None:
+    run.note(sessions=[])
+    folder = Folder(storage) / run.name
+    with run.locked(), mirrored(run):
+        (folder / "trials").write(".mark", b"x")
+    mirror.check_free(storage, "small")
+    with run.locked(), mirrored(run):
+        (folder / "trials").write(".mark", b"x")
+        owned_by(run, "another")
+    assert set(folder.files()) == {"owner.json", "trials/.mark"}

@@ -30,7 +30,7 @@ from tuner.plan import plan
         ({"wandb": None}, "wandb must be off, offline or online, found None"),
         (
             {"address": "ray://head:10001"},
-            "address must be host:port of a Ray cluster, or auto, found 'ray://head:10001'",
+            "address must be host:port of a Ray cluster, auto, or local, found 'ray://head:10001'",
         ),
         ({"no_report": "yes"}, "no_report must be True or False, found 'yes'"),
         ({"tensorboard": 1}, "tensorboard must be True or False, found 1"),

@@ -264,3 +264,19 @@ def test_importance_is_written_when_a_search_fails_and_not_at_a_second_ctrl_c(
     with pytest.raises(type(error)):
         search(data, tmp_path, {"trials": 3})
     assert (tmp_path / "small" / importance.FILE).exists() == written
+
+
+def test_a_run_goes_on_at_another_address_and_asks_no_cluster_when_nothing_is_left(data, tmp_path, monkeypatch) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr(pipeline, "connected", lambda address: nullcontext(asked.append(address)))
+    run = search(data, tmp_path, {"trials": 2}, address="gone:6379")
+    pipeline.go_on(runs.load(run.directory))
+    assert asked == ["gone:6379"]  # for the search alone
+    run.note(state="stopped")
+    pipeline.go_on(pipeline.at(runs.load(run.directory), "local"))
+    run.note(state="stopped")
+    pipeline.go_on(pipeline.at(runs.load(run.directory), None))
+    run.note(state="stopped")
+    pipeline.go_on(pipeline.at(runs.load(run.directory), "here:6379"))
+    assert asked == ["gone:6379", None, None, "here:6379"]
+    assert runs.load(run.directory).options.address == "here:6379"

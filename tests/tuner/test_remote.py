@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -159,3 +160,17 @@ def test_a_server_that_never_answers_is_an_error(wire: s3.Wire, monkeypatch) -> 
             remote.checked("s3://bucket/x")
         assert time.monotonic() - began < 20
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_disk_that_is_full_is_told_as_such_and_no_outage(tmp_path: Path, monkeypatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    (tmp_path / "one").write_bytes(b"1")
+    monkeypatch.setattr(remote, "copy_durably", full)
+    with pytest.raises(OSError, match="Disk quota exceeded") as caught:
+        Folder(str(tmp_path / "there")).put(tmp_path / "one", "one")
+    assert not isinstance(caught.value, StorageFailed)
+    monkeypatch.setattr(remote, "write_atomically", lambda path, data: full(path, path))
+    with pytest.raises(ValueError, match="Disk quota exceeded; make room there"):
+        remote.checked(str(tmp_path / "there"))

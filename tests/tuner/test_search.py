@@ -19,6 +19,7 @@ import torch
 from model import checkpoint
 from model.config import RunConfig
 from model.files import write_json
+from model.sample import Sample
 from tests.tuner.conftest import small_space
 from tuner import checkpoints, cluster, records, search, tracking
 from tuner.checkpoints import Trials
@@ -37,6 +38,8 @@ class ScriptedTask:
     folder: Path
     behaviour: dict[str, str] = field(default_factory=dict)
     """delta_cls_loss as text -> crash, die, die once, die at the end, diverge, wait or wait at once"""
+    train: list[Sample] = field(default_factory=list)
+    validation: list[Sample] = field(default_factory=list)
 
     def run(self, config: RunConfig, _device: torch.device, resume: Path | None, report: Any) -> None:
         does = self.behaviour.get(f"{config.delta_cls_loss:g}", "")

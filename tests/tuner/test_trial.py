@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from model import checkpoint, layouts, splits, synthetic, train
+from model import checkpoint, layouts, parallel, splits, synthetic, train
 from model.config import Judgement, RunConfig
 from model.data import open_cache
 from model.evaluate import score
+from model.files import write_json
 from model.thresholds import Thresholds
 from tuner.space import CONSTRAINED_METRICS, METRICS
-from tuner.trial import TrialTask, _Keeper, is_best
+from tuner.trial import TrialTask, _Keeper, is_best, nothing_yet
 
 CPU = torch.device("cpu")
 CONFIG = RunConfig(
@@ -343,6 +344,36 @@ class Cramped(TrialTask):
 
             train._StepLosses.__call__ = cramped
         return cache
+
+
+def test_a_team_that_fails_while_it_keeps_an_epoch_goes_on_from_the_one_before(
+    task, tmp_path: Path, monkeypatch
+) -> None:
+    """The first of it rewrites its folder when another one runs out of memory."""
+    began_with: list[list[int]] = []
+
+    def team(_function: Any, _devices: Any, arguments: Any, heard: Any) -> None:
+        *_, resume, room = arguments
+        progress = checkpoint.load_progress(resume) if resume else nothing_yet()
+        began_with.append([progress["epochs"], checkpoint.is_whole(resume) if resume else 0])
+        folder = room / "checkpoint"
+        folder.mkdir()
+        for epoch in range(progress["epochs"] + 1, CONFIG.epochs + 1):
+            progress |= {"epochs": epoch, "status": "completed" if epoch == CONFIG.epochs else "running"}
+            (folder / "training.pt").write_text(str(epoch))
+            write_json(folder / "progress.json", progress)
+            checkpoint.seal(folder)
+            heard((dict(progress), folder))
+            (folder / "training.pt").write_text(str(epoch + 1))
+            if len(began_with) == 1 and epoch == 2:
+                raise OUT_OF_MEMORY[0]
+
+    monkeypatch.setattr(parallel, "run", team)
+    reports = Reports(tmp_path)
+    task.run_together(replace(CONFIG, batch_size=4), [CPU, CPU], None, reports)
+    assert began_with == [[0, 0], [2, True]]
+    assert [p["epochs"] for p in reports.progress] == [1, 2, 3]
+    assert all(checkpoint.is_whole(tmp_path / str(n)) for n in (1, 2, 3))
 
 
 @pytest.mark.slow
