@@ -131,6 +131,13 @@ def on_host(made: Hosts, folder: Path, place: str) -> Host:
     return next(host for host in made.hosts if host.name == name)
 
 
+def let_go_elsewhere(folder: Path, place: str, lost: Host) -> None:
+    """Lets an epoch go on when it has begun again on another host than the one on which it was lost."""
+    while (folder / place).read_text() in ("", lost.name):
+        time.sleep(0.02)
+    (folder / f"{place} go").write_text("go")
+
+
 @needs_hosts
 @pytest.mark.slow
 @pytest.mark.timeout(300)
@@ -144,19 +151,18 @@ def test_a_trial_that_loses_its_host_again_and_again_goes_on_from_its_last_epoch
             made.add(name)
 
         def lose() -> None:
-            on_host(made, tmp_path, "1 2").kill()
-            (tmp_path / "1 2 go").write_text("go")
+            killed = on_host(made, tmp_path, "1 2")
+            killed.kill()
+            let_go_elsewhere(tmp_path, "1 2", killed)
             cut = on_host(made, tmp_path, "1 3")
             cut.cut_off()
-            while (tmp_path / "1 3").read_text() in ("", cut.name):
-                time.sleep(0.02)
-            (tmp_path / "1 3 go").write_text("go")  # to the one that is cut off too: it trains its epoch to the end
+            let_go_elsewhere(tmp_path, "1 3", cut)  # and the one that is cut off: it trains its epoch to the end
             killed = on_host(made, tmp_path, "1 4")
             cut.join_again()
             killed.kill()
-            (tmp_path / "1 4 go").write_text("go")
             wait_for(tmp_path / "2 2")
-            (tmp_path / "2 2 go").write_text("go")
+            (tmp_path / "2 2 go").write_text("go")  # its host is the last one
+            let_go_elsewhere(tmp_path, "1 4", killed)
 
         with meanwhile(lose):
             assert run(space, HostTask(tmp_path, waits), concurrent=2) == "finished"
@@ -185,11 +191,12 @@ def test_a_host_with_notice_ends_what_it_can_and_takes_nothing_new(tmp_path: Pat
             for place, seconds in (("1 2", 600), ("2 2", 1), ("3 2", 1)):
                 host = on_host(made, tmp_path, place)
                 host.drain(seconds)
+                while host.node_id not in cluster.draining():  # Ray says so a little later
+                    time.sleep(0.02)
                 noticed.append(host.name)
                 if place == "3 2":
                     host.cut_off()
-                    while (tmp_path / place).read_text() in ("", host.name):
-                        time.sleep(0.02)
+                    let_go_elsewhere(tmp_path, place, host)
                 (tmp_path / f"{place} go").write_text("go")
 
         with meanwhile(give_notice):
@@ -292,6 +299,8 @@ def test_a_function_on_a_worker_outlives_its_host_and_avoids_unfit_ones(tmp_path
             wait_for(tmp_path / "calls")
             made.add("second")
             first.kill()
+            while (tmp_path / "calls").read_text().count("called") < 2:
+                time.sleep(0.02)
             (tmp_path / "call go").write_text("go")
 
         with meanwhile(kill):
