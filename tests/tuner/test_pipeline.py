@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,7 @@ def gpus(monkeypatch) -> list[dict[str, float]]:
     """Nodes with GPUs, on which trials of 9 GiB are measured."""
     nodes = [{"CPU": 16.0, "GPU": 1.0}]
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="nowhere"))
     monkeypatch.setattr(pipeline, "default_resources", cluster.default_resources)
     monkeypatch.setattr(plan, "measure", lambda *_: MEASURED)
     return nodes
