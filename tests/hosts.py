@@ -127,13 +127,7 @@ class Hosts:
             subprocess.run(["nsenter", "-t", str(inside), "-n", "ip", *command], check=True)
         process.stdin.write(b"\n")
         process.stdin.close()
-        said = b""
-        for line in process.stdout:
-            said += line
-            if b"Ray runtime started" in line:
-                break
-        else:
-            raise RuntimeError(f"host {name} did not join: {said.decode()}")
+        _wait_for_ray(process, f"host {name}")
         host.node_id = next(node["NodeID"] for node in ray.nodes() if node["NodeManagerAddress"] == address)
         return host
 
@@ -163,14 +157,7 @@ def cluster(cpus: int = 0, environment: Mapping[str, str] | None = None) -> Iter
              "--object-store-memory=200000000", "--disable-usage-stats"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **own}, start_new_session=True,
         )  # fmt: skip
-        assert head.stdout is not None
-        said = b""
-        for line in head.stdout:
-            said += line
-            if b"Ray runtime started" in line:
-                break
-        else:
-            raise RuntimeError(f"the head did not start: {said.decode()}")
+        _wait_for_ray(head, "the head")
         with connected(f"{network}.1:{port}"):
             made = Hosts(f"{network}.1:{port}", bridge, network, own)
             yield made
@@ -185,6 +172,16 @@ def cluster(cpus: int = 0, environment: Mapping[str, str] | None = None) -> Iter
             subprocess.run(
                 ["ip", "link", "del", f"{bridge}h{host.address.rpartition('.')[2]}"], capture_output=True, check=False
             )
+
+
+def _wait_for_ray(process: subprocess.Popen[bytes], who: str) -> None:
+    assert process.stdout is not None
+    said = b""
+    for line in process.stdout:
+        said += line
+        if b"Ray runtime started" in line:
+            return
+    raise RuntimeError(f"Ray did not start on {who}: {said.decode()}")
 
 
 def _own_bridge() -> int:

@@ -12,17 +12,16 @@ import logging
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from model import checkpoint
 from model.config import DEFAULTS, JUDGING_FIELDS, RunConfig
 from model.files import FULL_DISK, write_atomically, write_json
-from tuner.remote import Folder, StorageFailed, copy_durably, is_below
+from tuner.remote import Folder, StorageFailed, copy_durably, is_below, patiently
 from tuner.trial import previews as read_previews
 
 logger = logging.getLogger(__name__)
@@ -35,10 +34,6 @@ _KEPT_ON_THE_WAY = 2
 
 _PATIENCE_S = 1800.0
 """so long a worker waits for a storage that it cannot do without"""
-
-_LONGEST_WAIT_S = 60.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -229,19 +224,6 @@ def discard(address: str) -> None:
 def patiently_newest(trials: Trials, trial: str, config: RunConfig) -> Found | None:
     """As `newest`, for a worker."""
     return patiently(lambda: newest(trials, trial, config), _PATIENCE_S)
-
-
-def patiently(function: Callable[[], T], seconds: float) -> T:
-    """Calls again after waits that grow, as long as the storage fails and there is time. Then StorageFailed."""
-    deadline, wait = time.monotonic() + seconds, 1.0
-    while True:
-        try:
-            return function()
-        except StorageFailed:
-            if time.monotonic() + wait > deadline:
-                raise
-        time.sleep(wait)
-        wait = min(2 * wait, _LONGEST_WAIT_S)
 
 
 @contextmanager

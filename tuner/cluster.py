@@ -46,9 +46,9 @@ _UNFIT_IN_A_ROW = 3
 _SECONDS_BETWEEN_LOOKS_AT_NODES = 10.0
 """while a function waits for a node, or runs"""
 
-
 _NODE_DIED = re.compile("Raylet is terminated|has been marked dead")
 """what Ray prints on standard output of each node that dies, with the end of its log"""
+
 _GPU_KIND = "accelerator_type:"
 """how the resource is named that says of which kind a node's GPUs are"""
 

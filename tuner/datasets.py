@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -24,14 +23,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from model import synthetic
 from model.files import locked, write_json
 from tuner.options import secret_in
+from tuner.remote import patiently
 
 SYNTHETIC = "synthetic"
 
 _FILES_AT_ONCE = 32
 
 _PATIENCE_S = 180.0
-_LONGEST_WAIT_S = 30.0
-"""so long a file is asked for again that cannot be read, and at most so long between two tries"""
+"""so long a file is asked for again that cannot be read"""
 
 
 class DataFailed(OSError):
@@ -83,18 +82,12 @@ class Source:
     def read(self, path: Path) -> bytes:
         """The bytes of a sample's file, from where the data set lies. Tried again for some minutes where that fails,
         then DataFailed; FileNotFoundError at once."""
-        end, wait = time.monotonic() + _PATIENCE_S, 1.0
-        while True:
-            try:
-                return self.read_once(path)
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                is_refused = any(isinstance(one, PermissionError) for one in (error, error.__cause__))
-                if is_refused or "Credentials" in str(error) or time.monotonic() + wait > end:
-                    raise DataFailed(f"the data cannot be read: {error}") from error
-            time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT_S)
+        try:
+            return patiently(lambda: self.read_once(path), _PATIENCE_S, _may_pass)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise DataFailed(f"the data cannot be read: {error}") from error
 
     def is_out_of_reach(self) -> bool:
         """Whether nothing can be read of the data set from here at all."""
@@ -118,6 +111,12 @@ class Source:
         with _told_as_os_error(f"{self.name}/{path.relative_to(self.folder).as_posix()}"):
             data: bytes = files.cat_file(name)
         return data
+
+
+def _may_pass(error: OSError) -> bool:
+    """Whether a file may be read later: nothing says that it is not there, or that we may not."""
+    is_refused = any(isinstance(one, PermissionError) for one in (error, error.__cause__))
+    return not (is_refused or isinstance(error, FileNotFoundError) or "Credentials" in str(error))
 
 
 def is_address(name: str) -> bool:

@@ -6,7 +6,6 @@ trial that comes to it, which also makes it ready.
 
 from __future__ import annotations
 
-import errno
 import logging
 import platform
 import secrets
@@ -25,12 +24,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from model.files import FULL_DISK
 from model.inspection import digest
 from model.sample import Sample
 from tuner import cluster, remote
 from tuner.cluster import Resources
 from tuner.datasets import SYNTHETIC, DataFailed, Source
-from tuner.records import NodeUnfit as NodeUnfit  # from here too
+from tuner.records import NodeUnfit
 
 logger = logging.getLogger(__name__)
 
@@ -369,7 +369,7 @@ def _build_here(needs: Needs, *splits: list[Sample]) -> Iterator[tuple[int, int]
         raise
     except OSError as error:
         way_out = "mend it, or leave the node out"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL_DISK:
             way_out = "make room there, or set SEGDEC_TUNER_CACHE to a folder on a larger disk"
         raise NodeUnfit(f"cannot decode the images into {cache_root()} ({error}); {way_out}") from error
     except ValueError as error:

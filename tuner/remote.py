@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ _BYTES_A_SECOND = 2**18
 _SECONDS_FOR_A_LISTING = 600
 _SECONDS_FOR_A_TOKEN = 20.0
 """so long a storage may take to write and read a few bytes, before it counts as out of reach"""
+
+_LONGEST_WAIT_S = 60.0
+"""between two tries of what is done patiently"""
 
 _FEEBLE = ("memory", "http", "https", "data", "github", "git", "zip", "tar", "ftp")
 """fsspec's, and nothing that several machines could write to"""
@@ -332,6 +336,23 @@ def _replace(source: Path, target: Path) -> None:
         with suppress(OSError):
             building.unlink()
         raise
+
+
+def patiently(
+    function: Callable[[], T],
+    seconds: float,
+    may_pass: Callable[[OSError], bool] = lambda error: isinstance(error, StorageFailed),
+) -> T:
+    """Calls again after waits that grow, as long as what it raises may pass and there is time; then raises that."""
+    deadline, wait = time.monotonic() + seconds, 1.0
+    while True:
+        try:
+            return function()
+        except OSError as error:
+            if not may_pass(error) or time.monotonic() + wait > deadline:
+                raise
+        time.sleep(wait)
+        wait = min(2 * wait, _LONGEST_WAIT_S)
 
 
 def copy_durably(source: Path, target: Path) -> None:

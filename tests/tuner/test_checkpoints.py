@@ -16,7 +16,7 @@ from model import checkpoint
 from model.config import RunConfig
 from model.files import write_json
 from tests import s3
-from tuner import checkpoints
+from tuner import checkpoints, remote
 from tuner.checkpoints import Torn, Trials, Writer
 from tuner.remote import Folder, StorageFailed
 
@@ -165,7 +165,7 @@ def test_an_outage_costs_a_checkpoint_and_the_last_one_arrives(wire: s3.Wire, tm
         if len(waits) == 3:
             wire.mend()
 
-    monkeypatch.setattr(checkpoints.time, "sleep", pass_time)
+    monkeypatch.setattr(remote.time, "sleep", pass_time)
     writer.write(sealed(tmp_path / "source", 3), 3, last=True)
     assert waits == [1, 2, 4]
     assert names(trials) == ["checkpoint_000001", "checkpoint_000003"]

@@ -14,7 +14,7 @@ from model import synthetic
 from model.data import open_cache
 from tests import s3
 from tests.tuner.conftest import small_space
-from tuner import datasets
+from tuner import datasets, remote
 from tuner import run as runs
 
 ADDRESS = "s3://bucket/folder/set"
@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_read_is_asked_for_again(tmp_path: Path, monkeypat
             path.unlink()
             path.write_bytes(b"image")
 
-    monkeypatch.setattr(datasets.time, "sleep", mend)
+    monkeypatch.setattr(remote.time, "sleep", mend)
     source = datasets.Source.of(str(tmp_path), 64, 128)
     assert source.read(path) == b"image"
     assert waits == [1, 2, 4]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner import gpu, shares
-from tuner.nodes import NodeUnfit
+from tuner.records import NodeUnfit
 
 GIB = 2**30
 

@@ -31,8 +31,7 @@ from tests.hosts import Host, Hosts
 from tests.tuner.test_search import ends, optuna_trials, scripted_space
 from tuner import cluster, search
 from tuner.cluster import Resources
-from tuner.nodes import NodeUnfit
-from tuner.records import SearchFailed
+from tuner.records import NodeUnfit, SearchFailed
 from tuner.sampler import SearchStudy
 from tuner.space import Space
 from tuner.tracking import Trackers

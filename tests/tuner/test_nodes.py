@@ -22,6 +22,7 @@ from tests.tuner.conftest import small_space
 from tuner import nodes, pipeline
 from tuner import run as runs
 from tuner.cluster import Resources
+from tuner.records import NodeUnfit
 
 pytestmark = [
     pytest.mark.slow,
@@ -164,7 +165,7 @@ def test_a_late_node_builds_its_own_cache(data: Path, tmp_path: Path, own_cache:
         assert (again, count) == (None, 2)
         late.kill()
         made.add("small", own_disks={own_cache: "100k"})
-        with pytest.raises(nodes.NodeUnfit, match=r"No space left on device.*SEGDEC_TUNER_CACHE"):
+        with pytest.raises(NodeUnfit, match=r"No space left on device.*SEGDEC_TUNER_CACHE"):
             ray.get(on_worker.remote(needs))
 
 
