@@ -69,9 +69,10 @@ def search(space: str, data: str, chosen: Mapping[str, Any], console: Console) -
     _check_data(data)
     _check_study(chosen["study"])
     if chosen["storage"] is None:
+        there = _on_head(str(chosen["runs"])).rstrip("/")
         console.print(
-            f"no --storage: results will lie in ~/{chosen['runs']} on the cluster's head, and go with it; before, for "
-            f"example `ray rsync-down cluster.yaml '~/{chosen['runs']}/' {chosen['runs']}/` brings them here",
+            f"no --storage: results will lie in {there} on the cluster's head, and go with it; before, for example "
+            f"`ray rsync-down cluster.yaml '{there}/' runs/` brings them here",
             style="yellow", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     elif "://" not in chosen["storage"]:

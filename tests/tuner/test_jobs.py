@@ -103,6 +103,14 @@ def test_what_lies_on_the_laptop_alone_is_refused(
         jobs.search("demo", data, CHOSEN | chosen, Console(stderr=True))
 
 
+@pytest.mark.parametrize(("runs", "where"), [("runs", "~/runs"), ("/mnt/runs/", "/mnt/runs"), ("~", "~")])
+def test_without_a_storage_it_says_where_results_will_lie(runs: str, where: str, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="found none at"):
+        jobs.search("demo", "synthetic", CHOSEN | {"runs": runs}, Console(stderr=True))
+    assert f"results will lie in {where} on the cluster's head" in capsys.readouterr().err
+
+
 SECRETS = {
     "data": "s3://KEY:hush/hush@bucket/cracks",
     "study": "postgresql://me:hush@host/study",
