@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def cluster(cpus: int = 0, environment: Mapping[str, str] | None = None) -> Iter
         head = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}",
              f"--node-ip-address={network}.1", f"--num-cpus={cpus}", "--include-dashboard=false",
-             "--object-store-memory=200000000", "--disable-usage-stats"],
+             "--object-store-memory=200000000", "--disable-usage-stats", *own_ports()],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **own}, start_new_session=True,
         )  # fmt: skip
         _wait_for_ray(head, "the head")
@@ -172,6 +172,19 @@ def cluster(cpus: int = 0, environment: Mapping[str, str] | None = None) -> Iter
             subprocess.run(
                 ["ip", "link", "del", f"{bridge}h{host.address.rpartition('.')[2]}"], capture_output=True, check=False
             )
+
+
+def own_ports() -> list[str]:
+    """Options for a head beside others on this machine: Ray gives some of a head's processes a fixed port, and the head
+    ends with any of them that finds it taken."""
+    names = ("ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port",
+             "runtime-env-agent-port")  # fmt: skip
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in names]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        own = [f"--{name}={probe.getsockname()[1]}" for name, probe in zip(names, probes, strict=True)]
+    return [*own, "--min-worker-port=0", "--max-worker-port=0"]  # 0: the system chooses
 
 
 def _wait_for_ray(process: subprocess.Popen[bytes], who: str) -> None:

@@ -22,6 +22,7 @@ import ray
 import yaml
 
 from tests.conftest import heeds_ctrl_c
+from tests.hosts import own_ports
 from tests.tuner.conftest import small_space
 from tuner.space import Space
 
@@ -68,7 +69,7 @@ def head(*options: str, autoscaling: Callable[[str], Path] | None = None, **envi
     address = f"127.0.0.1:{free_port()}"
     start = [sys.executable, RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1",
              f"--port={address.rpartition(':')[2]}", "--disable-usage-stats", "--object-store-memory=100000000",
-             f"--temp-dir={folder}", f"--dashboard-agent-listen-port={free_port()}", *options]  # fmt: skip
+             f"--temp-dir={folder}", *own_ports(), *options]  # fmt: skip
     if autoscaling:
         start.append(f"--autoscaling-config={autoscaling(address)}")
     with (folder / "head.txt").open("w") as said:
@@ -80,6 +81,9 @@ def head(*options: str, autoscaling: Callable[[str], Path] | None = None, **envi
             assert process.poll() is None, (folder / "head.txt").read_text()
             time.sleep(0.1)
         yield address
+    except BaseException:
+        print((folder / "head.txt").read_text())  # pytest shows it
+        raise
     finally:
         end(process)
         shutil.rmtree(folder, ignore_errors=True)
@@ -98,6 +102,7 @@ def autoscaled(address: str, cpus: int = 1, idle_minutes: float = 0.1) -> dict[s
     config["head_node_type"] = "ray.head.default"
     kinds["gpu_worker"]["resources"] |= {"CPU": cpus}
     config["idle_timeout_minutes"] = idle_minutes
+    config["file_mounts"] = {}  # `make wheel` need not have run here
     defaults = {"cluster_synced_files": [], "file_mounts_sync_continuously": False, "rsync_exclude": [],
                 "rsync_filter": [], "worker_setup_commands": [], "docker": {}, "upscaling_speed": 1.0}  # fmt: skip
     return defaults | config

@@ -38,6 +38,8 @@ REPORT = "runs/small/report"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
+ROOT = Path(__file__).parents[2]
+
 SPACE = """
 name: small
 data: {height: 64, width: 128, validation_share: 0.25, test_share: 0.25}
@@ -418,10 +420,22 @@ def test_a_budget_that_cannot_hold_the_baseline_is_refused_before_the_search(pla
     assert not list(place.glob("runs/*"))
 
 
-def test_a_search_that_fails_says_why(place: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_said_before_the_first_trial(place: Path) -> None:
     (place / "cache").write_text("a file where the folder should be")
     code, out, err = call(place, "search", "small.yaml", "--data", "set", "--wandb", "off", "--concurrent", "1")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, ""), err
+    assert "tuner search: cannot decode the images into " in err
+    assert "Traceback" not in err
+
+
+def test_a_search_that_fails_says_why(place: Path) -> None:
+    (place / "behaviour.json").write_text('{"0.01": "crash"}')
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.scripted", ".", "search", "small.yaml", "--data", "set", "--wandb", "off"],
+        cwd=place, env=environment(place) | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    err = done.stderr
+    assert (done.returncode, done.stdout) == (1, ""), err
     assert "tuner search: 3 trials in a row failed for the same reason: " in err
     assert "Traceback" not in err
     assert json.loads(call_here(place, "status", "runs/small", "--json")[1])["failed"] == 3
