@@ -28,6 +28,7 @@ from tuner.options import (
     PORT,
     POSITIVE,
     SEED,
+    SEVERAL,
     STUDY_VARIABLE,
     WAIT,
     Rule,
@@ -126,7 +127,7 @@ def resume(options: argparse.Namespace) -> int:
 
 def _ended(run: Any) -> int:
     """Says how to go on, or where the report is."""
-    if run.info["state"] == "stopped":
+    if "stopped" in (run.info["state"], (run.info.get("repeats") or {}).get("state")):
         print(f"stopped; nothing is lost. Go on with: tuner resume {run.directory}")
         return 130
     print(run.directory if run.options.no_report else run.directory / "report" / "index.html")
@@ -156,18 +157,28 @@ def finals(options: argparse.Namespace) -> int:
     from tuner.cluster import connected
     from tuner.finals import check_test_is_sealed
     from tuner.mirror import mirrored
-    from tuner.pipeline import at, evaluate, full_disk_explained
+    from tuner.pipeline import at, evaluate, full_disk_explained, repeat
     from tuner.records import OPEN_TEST
     from tuner.run import load_search
 
     if DASHBOARD.holds(options.address):
         from tuner import jobs
 
-        return jobs.finals(options.run, options.data, options.open_test, options.address, options.console)
+        return jobs.finals(
+            options.run, options.data, options.seeds, options.open_test, options.address, options.console
+        )
     run = load_search(options.run, options.data)
     check_test_is_sealed(run.directory, options.open_test)
     run = at(run, options.address)
-    with run.locked(), full_disk_explained(run), mirrored(run, options.console), connected(run.options.address):
+    with (
+        run.locked(),
+        full_disk_explained(run),
+        mirrored(run, options.console) as mirror,
+        connected(run.options.address),
+    ):
+        # Configurations and their networks stay those that were chosen, whatever thresholds are chosen on.
+        if not options.open_test and not repeat(run, mirror, options.console, options.seeds):
+            return _ended(run)
         evaluate(run, options.open_test)
     print(run.directory / "evaluation" / (OPEN_TEST if options.open_test else ""))
     return 0
@@ -480,9 +491,14 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("run", metavar="RUN", help="the folder of a run")
     made.add_argument("--port", metavar="P", type=_port, default=8080, help="on 127.0.0.1; 0 takes any that is free")
 
-    made = verb(finals, "finals", "evaluate winner and baseline on validation and, once, on test",
-                "tuner finals runs/demo")  # fmt: skip
+    made = verb(finals, "finals", "repeat the best, choose, and evaluate winner and baseline, once on test",
+                "tuner finals runs/demo --seeds 3")  # fmt: skip
     made.add_argument("run", metavar="RUN", help="the folder of a run")
+    made.add_argument(
+        "--seeds", metavar="K", type=_several,
+        help="train configurations that may be the best again, at most K times each with the search's own; as the "
+        "space's `repeats` says, or not at all, if not given",
+    )  # fmt: skip
     made.add_argument("--address", metavar="ADDR", type=_address, help=_OTHER_ADDRESS)
     made.add_argument(
         "--data", metavar="PATH", help="folder or address where the same data lie now, if they have moved"
@@ -617,6 +633,7 @@ _count = _value(COUNT, int)
 _positive = _value(POSITIVE, float)
 _gpus = _value(GPUS, float)
 _no_or_count = _value(NO_OR_COUNT, int)
+_several = _value(SEVERAL, int)
 _mm_per_px = _value(MM_PER_PX, float)
 _wait = _value(WAIT, float)
 _seed = _value(SEED, int)

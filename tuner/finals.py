@@ -32,6 +32,7 @@ from tuner import checkpoints, records
 from tuner.checkpoints import Torn, Trials
 from tuner.cluster import Resources, run_on_worker
 from tuner.records import OPEN_TEST, SearchFailed
+from tuner.selection import Contender, Selection
 from tuner.trial import take_device
 
 logger = logging.getLogger(__name__)
@@ -79,10 +80,14 @@ def evaluate(
     resources: Resources,
     open_test: bool = False,
     read: Read = Path.read_bytes,
+    selected: Selection | None = None,
 ) -> None:
     """Writes evaluation/ and best/. ValueError if that was done before.
 
-    Where no trial meets the constraints, the one that is least beyond them stands in, and all that is written says so.
+    Where configurations were trained with several seeds, `selected` says which one has won. It is delivered as that of
+    its networks which is best on validation; all that are left of it and of the baseline are judged on test. Without,
+    the best single training has won. Where no trial meets the constraints, the one that is least beyond them stands in,
+    and all that is written says so.
 
     With `open_test` the thresholds, too, are chosen on test, as the public scripts do, and say so wherever they go;
     that lies apart, in evaluation/open-test/, and leaves the rest as it is. Configuration and epoch stay those of
@@ -91,24 +96,30 @@ def evaluate(
     check_test_is_sealed(run_directory, open_test)
     found = records.read(run_directory)
     nearest = records.nearest(found)
-    winner = _finalist(trials, nearest or records.best(found))
+    chosen = selected.contenders[selected.winner] if selected else None
+    of_winner = _networks(trials, chosen) if chosen else []
+    winner = of_winner[0] if of_winner else _finalist(trials, nearest or records.best(found))
     if winner is None:
         raise SearchFailed("no trial has completed, so there is no best one; see the reasons in records.jsonl")
     if nearest:
         logger.warning("%s; it is evaluated all the same", records.none_feasible(nearest))
     baseline = _finalist(trials, records.baseline(found))
+    if baseline and chosen and chosen.trial == baseline.trial:
+        baseline = winner  # one configuration, and the same network stands for it
     finalists = {"winner": winner} | ({"baseline": baseline} if baseline and baseline.trial != winner.trial else {})
 
     evaluation = run_directory / "evaluation"
     target = evaluation / OPEN_TEST if open_test else evaluation
     target.mkdir(parents=True, exist_ok=True)
     (target / "selection.json").unlink(missing_ok=True)  # written last: without it, nothing here counts
-    names = [finalist.trial for finalist in finalists.values()]
-    _note_opening(evaluation, names, fingerprint_of_test(splits), open_test)
+    others = _others(trials, selected, of_winner, baseline)
+    names = [finalist.trial for finalist in (*finalists.values(), *others)]
+    _note_opening(evaluation, list(dict.fromkeys(names)), fingerprint_of_test(splits), open_test)
     try:
-        files, applied, sizes = run_on_worker(
-            _evaluate_on_worker, resources, finalists, splits.validation, splits.test, resources, open_test, read
-        )
+        files, applied, sizes, by_seed = run_on_worker(
+            _evaluate_on_worker, resources, finalists, others, splits.validation, splits.test, metric, resources,
+            open_test, read,
+        )  # fmt: skip
     except Torn as error:  # not what somebody has asked for
         raise SearchFailed(str(error)) from error
     for name, arrays in files.items():
@@ -125,6 +136,8 @@ def evaluate(
             "metric": metric,
             "mode": "max",
             "trials": {finalist.trial: finalist.describe() for finalist in finalists.values()},
+            **({"configuration": chosen.trial, "prefer": selected.prefer} if selected and chosen else {}),
+            **({"seeds": by_seed} if others else {}),
         },
     )
 
@@ -175,6 +188,32 @@ def _finalist(trials: Trials, record: dict[str, Any] | None) -> Finalist | None:
     )
 
 
+def _networks(trials: Trials, contender: Contender) -> list[Finalist]:
+    """The networks of a configuration that are left, the best on validation first. SearchFailed if none is."""
+    found, why = [], None
+    for training in sorted(contender.trainings, key=lambda training: -training["value"]):
+        try:
+            finalist = _finalist(trials, training)
+        except SearchFailed as gone:
+            why = why or gone
+            continue
+        assert finalist is not None
+        found.append(finalist)
+    if not found and why:
+        raise why
+    return found
+
+
+def _others(
+    trials: Trials, selected: Selection | None, of_winner: list[Finalist], baseline: Finalist | None
+) -> list[Finalist]:
+    """All networks of winner and baseline, where one of them has several: how far seeds spread on test."""
+    place = selected.index(baseline.trial) if selected and baseline else None
+    of_baseline = _networks(trials, selected.contenders[place]) if selected and place is not None else []
+    found = {finalist.trial: finalist for finalist in (*of_winner, *of_baseline)}
+    return [*found.values()] if max(len(of_winner), len(of_baseline)) > 1 else []
+
+
 def _note_opening(evaluation: Path, trials: list[str], fingerprint: str, open_test: bool) -> None:
     path = evaluation / "openings.jsonl"
     before = path.read_text() if path.exists() else ""
@@ -188,14 +227,16 @@ def _note_opening(evaluation: Path, trials: list[str], fingerprint: str, open_te
 
 def _evaluate_on_worker(
     finalists: dict[str, Finalist],
+    others: list[Finalist],
     validation: list[Sample],
     test: list[Sample],
+    metric: str,
     resources: Resources,
     choose_on_test: bool,
     read: Read,
-) -> tuple[dict[str, dict[str, Array]], dict[str, Thresholds], Array]:
-    """Arrays by the name of their file, the thresholds that were applied by role, and the (N, 2) sizes of the files of
-    validation. Nothing is written here, for a worker may have another disk."""
+) -> tuple[dict[str, dict[str, Array]], dict[str, Thresholds], Array, list[dict[str, Any]]]:
+    """Arrays by the name of their file, the thresholds that were applied by role, the (N, 2) sizes of the files of
+    validation, and what each of the `others` comes to. Nothing is written here, for a worker may have another disk."""
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     files: dict[str, dict[str, Array]] = {}
     applied = {}
@@ -220,7 +261,23 @@ def _evaluate_on_worker(
             if (role, split) == ("winner", "test"):
                 files["examples.npz"] = _example_arrays(network, cache, config, device, thresholds, scores)
         applied[role] = thresholds
-    return files, applied, sizes
+    by_seed = [_on_test(other, test, metric, choose_on_test, device, read) for other in others]
+    return files, applied, sizes, by_seed
+
+
+def _on_test(
+    finalist: Finalist, test: list[Sample], metric: str, choose_on_test: bool, device: torch.device, read: Read
+) -> dict[str, Any]:
+    """The objective of one network on validation, as its record says, and on test."""
+    with tempfile.TemporaryDirectory(prefix="segdec-finals-") as scratch:
+        network, _, _ = checkpoint.load_model(finalist.model(Path(scratch)), device)
+    config = finalist.config
+    judgement = config.judgement()
+    cache = open_cache(test, config.input_height, config.input_width, read=read)
+    scores = score(network, cache, config, device, (judgement.threshold_factor,))
+    thresholds = scores.choose(judgement, chosen_on="test") if choose_on_test else finalist.thresholds
+    figures = scores.figures([thresholds])[0]
+    return {"trial": finalist.trial, "seed": config.seed, "validation": finalist.value, "test": figures[metric]}
 
 
 def _split_arrays(cache: Cache, scores: Scores, thresholds: Thresholds) -> dict[str, Array]:

@@ -92,13 +92,13 @@ def resume(run: str, data: str | None, address: str, runs: str, console: Console
     return _on_run("resume", run, {"runs": runs, "data": data}, address, console)
 
 
-def finals(run: str, data: str | None, open_test: bool, address: str, console: Console) -> int:
+def finals(run: str, data: str | None, seeds: int | None, open_test: bool, address: str, console: Console) -> int:
     """The same for `tuner finals` of a run in a folder on the head."""
     if "://" in run:
         raise ValueError(
             "finals need the run's folder on the cluster's head, found an address; `tuner resume` brings it"
         )
-    return _on_run("finals", run, {"data": data, "open_test": open_test}, address, console)
+    return _on_run("finals", run, {"data": data, "seeds": seeds, "open_test": open_test}, address, console)
 
 
 def _on_run(verb: str, run: str, chosen: Mapping[str, Any], address: str, console: Console) -> int:

@@ -35,6 +35,7 @@ GPUS = Rule(
     lambda v: is_number(v) and v >= 0 and (v <= 1 or v == int(v)),
     "leave it out to have it chosen by what a trial needs",
 )
+SEVERAL = Rule("a whole number of at least 2", lambda v: type(v) is int and v >= 2)
 NO_OR_COUNT = Rule("a whole number of at least 0", lambda v: type(v) is int and v >= 0)
 MM_PER_PX = Rule(
     "a number of mm from 0.000001 to 1000, a metre",

@@ -19,11 +19,12 @@ from tuner.cluster import Resources, connected, default_resources, run_on_worker
 from tuner.mirror import Mirror, mirrored
 from tuner.options import Options
 from tuner.records import SearchFailed
+from tuner.repeats import RepeatStudy
 from tuner.run import Run, create
 from tuner.run import load as load_run
 from tuner.sampler import SearchStudy
 from tuner.search import run_trials
-from tuner.space import Space
+from tuner.space import Space, fields_of
 from tuner.space_file import load as load_space
 from tuner.trial import TrialTask, batch_problem
 
@@ -86,6 +87,8 @@ def go_on(run: Run, console: Console | None = None) -> Run:
                 importance.write(run.directory, run.space)
             if state == "finished" and not run.options.no_report:
                 if not (run.directory / "evaluation" / "selection.json").exists():
+                    if not repeat(run, mirror, console):
+                        return run
                     evaluate(run)
                     mirror.changed()
                 report.write(run.directory)
@@ -132,21 +135,75 @@ def full_disk_explained(run: Run) -> Iterator[None]:
         raise SearchFailed(f"the disk is full ({error}); make room, then {again}") from error
 
 
-def evaluate(run: Run, open_test: bool = False) -> None:
-    """Evaluates winner and baseline; needs a cluster and the lock. ValueError while trials are left to run: the winner
-    of a part of a search would be frozen with its look at the test split; or if a file is not what it was."""
+def repeat(run: Run, mirror: Mirror, console: Console | None = None, seeds: int | None = None) -> bool:
+    """Trains the best configurations of a search again, where the space or `seeds`, trainings of each at most, ask for
+    it; goes on with what was begun. Needs a cluster and the lock. Whether nothing is left of it: else it was stopped.
+
+    ValueError while trials of the search are left to run.
+    """
+    _check_finished(run)
+    asked = run.repeats(seeds)
+    if asked is None:
+        return True
+    study = RepeatStudy(run.space, run.info["id"], run.study, asked, run.records)
+    if study.selection() is None or study.is_over():
+        return True
+    found = run.splits()
+    run.verify(found.train + found.validation, console)
+    resources, needs = _resources(run), _needs(run)
+    nodes.check(needs, found.train + found.validation, resources)
+    nodes.prepare(needs, [found.train, found.validation], resources, console)
+    task = TrialTask.of(run.space, found.train, found.validation, run.source.read)
+    if console is not None:
+        console.print(
+            f"repeats of the best configurations: at most {study.trainings} trainings, {asked.seeds} of one at most"
+        )
+    trackers = tracking.build(
+        run.options.wandb, run.options.tensorboard, console is not None, console, run.options.wandb_wait
+    )
+    trackers.search_started(replace(watched(run), trials_asked=None, hours=None))
+    run.note(repeats=fields_of(asked) | {"state": "running"})
+    mirror.changed()
+    state = "failed"
+    try:
+        with storage.explained(run.study):
+            state = run_trials(study, task, run.directory, study.space.budget, resources, trackers, mirror, needs)
+    except KeyboardInterrupt:  # a second Ctrl-C
+        state = "stopped"
+        raise
+    finally:
+        trackers.search_ended(state)
+        with suppress(OSError):
+            run.note(repeats=fields_of(asked) | {"state": state})
+    if mirror.lost:
+        raise SearchFailed(mirror.lost)
+    return state == "finished"
+
+
+def _check_finished(run: Run) -> None:
+    """ValueError while trials are left to run: the winner of a part of a search would be frozen with its look at the
+    test split."""
     if (state := run.info["state"]) != "finished":
         state = "stopped" if state == "running" else state  # it was killed, for we hold the lock
         raise ValueError(
             f"finals need a search that is finished, found one that is {state}; run `tuner resume {run.directory}`"
         )
+
+
+def evaluate(run: Run, open_test: bool = False) -> None:
+    """Evaluates winner and baseline; needs a cluster and the lock. ValueError while trials are left to run, or if a
+    file is not what it was."""
+    _check_finished(run)
     resources = _resources(run)
     found = run.splits()
     run.verify(found.validation + found.test)  # before the opening of the test split is logged
     nodes.check(_needs(run), found.validation + found.test, resources)
     trials = mirror.trials_of(run)
     metric = run.space.objective.metric
-    finals.evaluate(run.directory, trials, found, metric, resources, open_test, run.source.read)
+    selected = run.selection()
+    if selected is not None and not selected.is_repeated:
+        selected = None
+    finals.evaluate(run.directory, trials, found, metric, resources, open_test, run.source.read, selected)
 
 
 def _search(run: Run, console: Console | None, mirror: Mirror) -> str:

@@ -65,10 +65,10 @@ class Proposal:
 
 
 class RecordsFile:
-    """records.jsonl, written whole each time, from lines that are made once."""
+    """records.jsonl, or one like it, written whole each time, from lines that are made once."""
 
-    def __init__(self, run_directory: Path) -> None:
-        self._path = run_directory / FILE
+    def __init__(self, run_directory: Path, name: str = FILE) -> None:
+        self._path = run_directory / name
         self._lines: dict[tuple[str, float | None], str] = {}
         self._written: list[tuple[str, float | None]] | None = None
 

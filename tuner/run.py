@@ -26,10 +26,19 @@ from model import layouts, splits, splits_file
 from model.files import write_json
 from model.sample import Sample
 from model.splits import Splits
-from tuner import datasets, records, space_file
+from tuner import datasets, records, selection, space_file
 from tuner.datasets import SYNTHETIC, Source
 from tuner.options import Options, study_url
-from tuner.space import CONSTRAINED_DECISION_METRICS, DECISION_METRICS, NAME_RULE, Space, fingerprint_of, is_name
+from tuner.selection import Selection
+from tuner.space import (
+    CONSTRAINED_DECISION_METRICS,
+    DECISION_METRICS,
+    NAME_RULE,
+    Repeats,
+    Space,
+    fingerprint_of,
+    is_name,
+)
 
 SEARCH, TRIALS = "search", "trials"
 """What a run is: a search, or a collection of trials that are in none (tuner/collection.py)."""
@@ -77,6 +86,24 @@ class Run:
     def best(self) -> dict[str, Any] | None:
         """The record of the best completed trial that meets the constraints."""
         return records.best(self.records)
+
+    def repeats(self, seeds: int | None = None) -> Repeats | None:
+        """What repeats the run is to have: those that were begun, else those of its space; with at most `seeds`
+        trainings of one configuration, if that is given. None if nobody asks for any."""
+        begun = self.info.get("repeats")
+        asked = self.space.repeats
+        if begun:
+            asked = Repeats(**{name: value for name, value in begun.items() if name != "state"})
+        if seeds is not None:
+            asked = replace(asked or Repeats(), seeds=seeds)
+        return asked
+
+    def selection(self) -> Selection | None:
+        """Which configuration is best, by all its trainings; None where no trial has completed that may win."""
+        prefer = (self.repeats() or Repeats()).prefer
+        cost = self.space.cost.metric if self.space.cost else "device_seconds"
+        repeated = selection.read(self.directory)
+        return selection.select(self.records, repeated, self.space.constraints, prefer, cost)
 
     @property
     def study(self) -> Path | str:

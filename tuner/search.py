@@ -36,9 +36,9 @@ from tuner.mirror import Mirror
 from tuner.nodes import Needs
 from tuner.records import NodeUnfit
 from tuner.remote import StorageFailed, Unusable
-from tuner.sampler import SearchStudy
 from tuner.session import LEAVES, OVER, UNFIT, UNREACHED, Session
 from tuner.space import Budget
+from tuner.study import TrialStudy
 from tuner.tracking import Trackers
 from tuner.trial import TrialTask, failure, nothing_yet, previews, run_on, take_device
 from tuner.use import Meter
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_trials(
-    study: SearchStudy,
+    study: TrialStudy,
     task: TrialTask,
     run_directory: Path,
     budget: Budget,

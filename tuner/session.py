@@ -20,8 +20,8 @@ from tuner.datasets import Source
 from tuner.mirror import Mirror
 from tuner.records import Proposal, SearchFailed, Status
 from tuner.remote import StorageFailed
-from tuner.sampler import SearchStudy
 from tuner.space import Budget
+from tuner.study import TrialStudy
 from tuner.tracking import Trackers
 from tuner.trial import nothing_yet
 
@@ -63,7 +63,7 @@ class Session:
 
     def __init__(
         self,
-        study: SearchStudy,
+        study: TrialStudy,
         trials: Trials,
         budget: Budget,
         resources: Resources,
@@ -107,12 +107,12 @@ class Session:
         """when a trial began its epoch"""
         self._deaths: defaultdict[str, list[set[str]]] = defaultdict(list)
         """where a trial's workers have died: one node, or those that it may have been sent to"""
-        self._file = records.RecordsFile(trials.local.parent)
+        self._file = records.RecordsFile(trials.local.parent, study.records_file)
         self._storage_failed = -math.inf
         """when the storage was last seen to be out of reach from here, by the monotonic clock"""
         self._next_look = 0.0
         """when the storage may be asked again for a checkpoint, by the monotonic clock"""
-        self._baseline_has_ended = False
+        self._baseline_has_ended = not study.needs_baseline
         self._replays = {record["trial"] for record in study.records() if record["replayed_from"]}
         self._pruned: set[str] = set()
         self._last_failures: list[str] = []
@@ -407,7 +407,7 @@ class Session:
             self._last_failures.clear()
             self.trackers.trial_held(record)
             return
-        for trial in records.cannot_win(found) - self._pruned:
+        for trial in self.study.cannot_win() - self._pruned:
             self._prune(trial)
             self._pruned.add(trial)
         self.trackers.trial_ended(record)

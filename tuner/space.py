@@ -194,6 +194,24 @@ class Budget:
     price_per_device_hour: float | None = None
 
 
+PREFERRED = ("best", "cheapest")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeats:
+    """Trainings of the search's best configurations with further seeds, after the search (tuner/race.py)."""
+
+    trainings: int | None = None
+    """how many there may be; None is half as many as networks were trained to the end"""
+    seeds: int = 5
+    """trainings of one configuration at most, the search's own among them"""
+    hours: float | None = None
+    """how long they may take"""
+    prefer: str = "best"
+    """best: the configuration with the best mean over seeds. cheapest: of those that cannot be told from it, the one
+    that costs least, by the second objective if there is one, else by the time of its training"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
     """A search space. `search` is ordered: a parameter stands after those that its `when` names."""
@@ -213,6 +231,8 @@ class Space:
     """the second objective, one of COSTS"""
     constraints: tuple[Constraint, ...] = ()
     """at most one a figure"""
+    repeats: Repeats | None = None
+    """None: the winner is the best of single trainings"""
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -303,6 +323,9 @@ class Space:
             "sampler": self.sampler,
             "scheduler": fields_of(self.scheduler) if self.scheduler.name != "none" else "none",
             "budget": {key: value for key, value in fields_of(self.budget).items() if value is not None},
+            **(
+                {"repeats": {k: v for k, v in fields_of(self.repeats).items() if v is not None}} if self.repeats else {}
+            ),
             "start_from": [dict(point) for point in self.start_from],
             "seed": self.seed,
         }

@@ -23,6 +23,7 @@ from tuner.space import (
     LONGEST_NAME,
     METRICS,
     NAME_RULE,
+    PREFERRED,
     SAMPLERS,
     SCHEDULERS,
     SHARED_WITH_BASELINE,
@@ -34,6 +35,7 @@ from tuner.space import (
     IntParam,
     Objective,
     Param,
+    Repeats,
     Scheduler,
     Space,
     SpaceError,
@@ -48,8 +50,8 @@ _ELSEWHERE = {"seed": "seed, at the top level", "input_height": "data.height", "
 TUNABLE = tuple(name for name in RULES if name not in _ELSEWHERE)
 
 _TOP_KEYS = (
-    "name", "data", "train", "search", "objective", "constraints", "sampler", "scheduler", "budget", "start_from",
-    "seed",
+    "name", "data", "train", "search", "objective", "constraints", "sampler", "scheduler", "budget", "repeats",
+    "start_from", "seed",
 )  # fmt: skip
 _REQUIRED_KEYS = ("name", "data", "search", "budget")
 _LARGEST_GRID = 100_000
@@ -137,9 +139,11 @@ class _Reader:
         )
         scheduler = self.scheduler(document.get("scheduler", "none"), train.get("epochs", DEFAULTS["epochs"]))
         budget = self.budget(document.get("budget", {}))
+        repeats = self.repeats(document["repeats"]) if "repeats" in document else None
         space = Space(
             name=name, data=data, train=train, search=search, objective=objective, sampler=sampler,
             scheduler=scheduler, budget=budget, start_from=(), seed=seed, cost=cost, constraints=constraints,
+            repeats=repeats,
         )  # fmt: skip
         self.sampler_fits(space)
         self.cost_fits(space)
@@ -427,6 +431,19 @@ class _Reader:
             self.problem("budget", "money and price_per_device_hour go together", list(value), "add the other one")
         return Budget(trials=trials, **limits)
 
+    def repeats(self, value: Any) -> Repeats | None:
+        if not self.mapping("repeats", value, ("trainings", "seeds", "hours", "prefer")):
+            return None
+        rule = "must be a whole number of at least"
+        trainings = self.value(value, "trainings", int, f"{rule} 1", None, lambda v: v >= 1, "repeats.")
+        seeds = self.value(
+            value, "seeds", int, f"{rule} 2, the search's own among them", 5, lambda v: v >= 2, "repeats."
+        )
+        hours = self.value(value, "hours", float, "must be a number above 0", None, lambda v: v > 0, "repeats.")
+        rule = f"must be one of {', '.join(PREFERRED)}"
+        prefer = self.value(value, "prefer", str, rule, "best", PREFERRED.__contains__, "repeats.")
+        return Repeats(trainings=trainings, seeds=seeds, hours=hours, prefer=prefer)
+
     def sampler_fits(self, space: Space) -> None:
         """What a sampler cannot draw is refused here, not drawn at random in silence."""
         kinds = {name: type(param) for name, param in space.search.items()}
@@ -626,6 +643,10 @@ def schema() -> dict[str, Any]:
         "sampler": {"enum": list(SAMPLERS)},
         "scheduler": {"anyOf": [{"enum": list(SCHEDULERS)}, mapping(scheduler, ("name",))]},
         "budget": mapping({"trials": {"type": "integer", "minimum": 1}, **dict.fromkeys(_BUDGET_KEYS[1:], positive)}),
+        "repeats": mapping(
+            {"trainings": {"type": "integer", "minimum": 1}, "seeds": {"type": "integer", "minimum": 2}}
+            | {"hours": positive, "prefer": {"enum": list(PREFERRED)}}
+        ),
         "start_from": {"type": "array", "items": {"type": "object"}},
         "seed": {"type": "integer", "minimum": 0, "maximum": RULES["seed"].high},
     }  # fmt: skip

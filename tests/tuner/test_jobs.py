@@ -166,7 +166,7 @@ def test_a_run_goes_on_with_the_code_of_here_and_on_the_cluster_that_it_is_sent_
     assert jobs.resume("s3://b/runs/one", "/data", "http://127.0.0.1:1", "runs", told) == 0
     assert cluster.files == {"mine.py"}
     assert cluster.entrypoint == ('tuner resume --runs="$HOME"/runs --data=/data --address=auto -- s3://b/runs/one')
-    assert jobs.finals("runs/one", None, True, "http://127.0.0.1:1", told) == 0
+    assert jobs.finals("runs/one", None, None, True, "http://127.0.0.1:1", told) == 0
     assert cluster.entrypoint == 'tuner finals --open-test --address=auto -- "$HOME"/runs/one'
 
 

@@ -11,7 +11,8 @@ import pytest
 from optuna.trial import TrialState
 
 from tests.tuner.conftest import ended, small_space
-from tuner import sampler, storage
+from tuner import storage
+from tuner import study as studies
 from tuner.options import STUDY_VARIABLE
 from tuner.records import SearchFailed
 from tuner.sampler import SearchStudy, count_running, study_name
@@ -149,7 +150,7 @@ def large(proposal, epochs: int = 400) -> dict:
 
 @pytest.mark.parametrize("has_long_text", [True, False])
 def test_large_records_come_back_as_they_were(url: str, monkeypatch, has_long_text: bool) -> None:
-    monkeypatch.setattr(sampler, "holds_long_text", lambda _: has_long_text)
+    monkeypatch.setattr(studies, "holds_long_text", lambda _: has_long_text)
     space = small_space(train={"width": 0.1, "epochs": 3, "optimizer": "adam"})  # its baseline is no trial
     study = SearchStudy(space, "abc123", url)
     wanted = []
