@@ -16,6 +16,14 @@ from tuner.space import FloatParam, IntParam, Param, Space
 _STARTUP_TRIALS = 5
 """drawn at random before a model is fitted"""
 
+SEEN_BY_MODELS = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+"""trials that a sampler counts among them, at most"""
+
+
+def learns(space: Space, seen: int) -> bool:
+    """Whether a proposal may follow from what is known, after so many trials; else it is drawn at random, or evenly."""
+    return space.sampler in ("tpe", "gp", "cmaes") and seen >= _STARTUP_TRIALS
+
 
 def suggest(trial: optuna.trial.Trial, name: str, param: Param) -> Any:
     """A value of a parameter; bounds are inclusive on both sides."""

@@ -61,21 +61,22 @@ class Standing:
 
 
 class Belief:
-    """What trainings say of the means of A configurations. `values`: of each its trainings', at least one, finite; in
-    the order in which they were trained."""
+    """What trainings say of the means of A configurations. `values`: of each its trainings', at least one, finite.
+    `worse`: how many further configurations are known only to lie below the median of these."""
 
-    def __init__(self, values: Sequence[Sequence[float]]) -> None:
+    def __init__(self, values: Sequence[Sequence[float]], worse: int = 0) -> None:
         assert values
         assert all(len(own) and np.isfinite(own).all() for own in values)
         self.count_A: Ints = np.array([len(own) for own in values])
         self.measured_A: Floats = np.array([np.mean(own) for own in values])
         within = sum(float(((np.asarray(own) - np.mean(own)) ** 2).sum()) for own in values)
         singles = self.count_A == 1
-        floor = np.median([own[0] for own in values]) if len(values) >= _CENSORED_FROM else -math.inf
+        is_cut = worse or len(values) >= _CENSORED_FROM
+        floor = np.median([own[0] for own in values]) if is_cut else -math.inf
         self._counted_A: Bools = ~singles | (self.measured_A >= floor)
         mu, tau, sigma = self._grid(within, float(floor))
         self._mu_H, self._tau_H, self._sigma_H = mu, tau, sigma
-        log_H = self._log_prior(tau, sigma) + self._log_likelihood(within, float(floor))
+        log_H = self._log_prior(tau, sigma) + self._log_likelihood(within, float(floor), worse)
         weight = np.exp(log_H - log_H.max())
         self._weight_H: Floats = weight / weight.sum()
 
@@ -101,7 +102,7 @@ class Belief:
         found: Floats = np.log(tau_H) - 0.5 * (np.log(sigma_H / _SIGMA) / math.log(_SIGMA_FACTOR)) ** 2
         return found
 
-    def _log_likelihood(self, within: float, floor: float) -> Floats:
+    def _log_likelihood(self, within: float, floor: float, worse: int) -> Floats:
         mu, tau2, sigma2 = self._mu_H, self._tau_H**2, self._sigma_H**2
         freedom = int(self.count_A.sum()) - len(self.count_A)
         total = -0.5 * (freedom * np.log(sigma2) + within / sigma2)
@@ -110,7 +111,7 @@ class Belief:
             spread2 = tau2 + sigma2 / count
             squares = ((own - own.mean()) ** 2).sum() + len(own) * (own.mean() - mu) ** 2
             total -= 0.5 * (len(own) * np.log(spread2) + squares / spread2)
-        if below := int((~self._counted_A).sum()):
+        if below := int((~self._counted_A).sum()) + worse:
             total += below * log_ndtr((floor - mu) / np.sqrt(tau2 + sigma2))
         found: Floats = total
         return found
@@ -187,23 +188,34 @@ class Belief:
         """What is known of one configuration."""
         # How many are better, in each draw.
         ranks_D = 1 + (self.draws > self.draws[:, [one]]).sum(axis=1)
-        low, high = _interval(ranks_D)
+        low, high = interval(ranks_D)
         return Standing(
             int(self.count_A[one]),
             float(self.measured_A[one]),
             float(self.means[one]),
-            _interval(self.draws[:, one]),
+            interval(self.draws[:, one]),
             float(self.best[one]),
             (int(low), int(high)),
         )
 
+    def best_of(self, count: int) -> Floats:
+        """(D,) what the best of `count` new configurations is worth: drawn like these, chosen by single trainings."""
+        rng = np.random.default_rng(1)
+        points = rng.choice(len(self._weight_H), size=_DRAWS, p=self._weight_H)
+        mu, tau, sigma = (found[points, None] for found in (self._mu_H, self._tau_H, self._sigma_H))
+        means = mu + tau * rng.standard_normal((_DRAWS, count))
+        lucky = (means + sigma * rng.standard_normal((_DRAWS, count))).argmax(axis=1)
+        found: Floats = means[np.arange(_DRAWS), lucky]
+        return found
+
     def difference(self, one: int, other: int) -> tuple[float, tuple[float, float]]:
         """By how much the first mean is larger than the second, with its 95 % interval."""
-        interval = _interval(self.draws[:, one] - self.draws[:, other])
-        return float(self.means[one] - self.means[other]), interval
+        found = interval(self.draws[:, one] - self.draws[:, other])
+        return float(self.means[one] - self.means[other]), found
 
 
-def _interval(draws_D: Array) -> tuple[float, float]:
+def interval(draws_D: Array) -> tuple[float, float]:
+    """Of 95 % of draws."""
     tail = (1 - _LEVEL) / 2
     low, high = np.quantile(draws_D, [tail, 1 - tail])
     return float(low), float(high)

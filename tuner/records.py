@@ -50,6 +50,9 @@ class Proposal:
     params: dict[str, Any]
     config: RunConfig
     is_baseline: bool
+    drawn: str = "given"
+    """where its parameters are from: given (the baseline, a point to start from), random, or model, what the sampler
+    has learnt"""
 
     def identity(self) -> dict[str, Any]:
         """What a record of it says before anything has been trained."""
@@ -60,6 +63,7 @@ class Proposal:
             "seed": self.config.seed,
             "params": self.params,
             "config": self.config.to_dict(),
+            "drawn": self.drawn,
             "replayed_from": None,
         }
 

@@ -71,10 +71,10 @@ class SearchStudy(TrialStudy):
     def _queue_first_trials(self) -> None:
         baseline = self.space.baseline_params()
         if baseline is not None:
-            self._study.enqueue_trial(baseline, skip_if_exists=True)
+            self._study.enqueue_trial(baseline, {"drawn": "given"}, skip_if_exists=True)
         for point in self.space.start_from:
             if dict(point) != baseline:
-                self._study.enqueue_trial(dict(point), skip_if_exists=True)
+                self._study.enqueue_trial(dict(point), {"drawn": "given"}, skip_if_exists=True)
         self._study.set_user_attr("baseline_in_space", baseline is not None)
         self._study.set_user_attr("queued", True)
 
@@ -158,8 +158,12 @@ class SearchStudy(TrialStudy):
             if is_grid and not self._queue_next_of_grid():
                 return None
             # A model that insists on what is known already is not asked for ever.
-            self._study.sampler = self._samplers[known >= MAX_REPLAYS_IN_A_ROW // 2]
+            learns = known < MAX_REPLAYS_IN_A_ROW // 2
+            self._study.sampler = self._samplers[not learns]
+            before = self._study.get_trials(deepcopy=False, states=draw.SEEN_BY_MODELS)
             trial = self._study.ask()
+            if "drawn" not in trial.user_attrs and not (learns and draw.learns(self.space, len(before))):
+                trial.set_user_attr("drawn", "random")
             params = self._suggest(trial)
             proposal = self._proposal(trial.number, params)
             if self._is_being_trained(proposal):
@@ -280,7 +284,8 @@ class SearchStudy(TrialStudy):
         seed = self.space.seed  # one seed for all trials: they differ by their configuration alone
         config = self.space.config(params, seed)
         is_baseline = number == 0 and self._attr("baseline_in_space")
-        return Proposal(self.trial_id(number), number, params, config, is_baseline)
+        drawn = self._storage.get_trial_user_attrs(self._storage_id(number)).get("drawn", "model")
+        return Proposal(self.trial_id(number), number, params, config, is_baseline, drawn)
 
     def _trained_twin(self, proposal: Proposal) -> dict[str, Any] | None:
         """The record of a trial that trained the same network to its end, or to where it diverged, and was judged in

@@ -15,11 +15,15 @@ from typing import Any
 
 from model.config import DEFAULTS, JUDGING_FIELDS
 from tuner import records
-from tuner.race import Belief, Standing
+from tuner.race import Belief, Standing, interval
 from tuner.space import Constraint
 
 FILE = "repeats.jsonl"
 """the records of repeats, with the key `repeats`: the trial of the search whose configuration it is"""
+
+_FEWEST_AT_RANDOM = 4
+_MOST_AT_RANDOM = 2000
+"""draws that are simulated: more change nothing that could be seen"""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,49 @@ def select(
     if not left:
         return None
     return Selection(left, tuple(contender for contender in contenders if contender.is_out), prefer, cost)
+
+
+@dataclass(frozen=True)
+class RandomSearch:
+    """What random search would have come to at the cost of a search and its repeats, and by how much the winner is
+    better; each with its 95 % interval."""
+
+    trainings: int
+    """that the cost pays for, of full length"""
+    told_by: int
+    """configurations drawn at random that were trained to the end, of the search itself"""
+    worse: int
+    """and those that a scheduler stopped"""
+    value: float
+    value_interval: tuple[float, float]
+    gain: float
+    gain_interval: tuple[float, float]
+
+
+def against_random(
+    selected: Selection, winner: int, found: Sequence[dict[str, Any]], repeats: Sequence[dict[str, Any]]
+) -> RandomSearch | None:
+    """Read off the trials that the search drew at random itself; None where those are too few to tell.
+
+    Their values follow the model of tuner/race.py; the best of as many draws as the cost pays for is simulated from it,
+    chosen by its single training as random search would (compare Dodge et al., "Show your work", EMNLP 2019, who need
+    more draws than they predict).
+    """
+    trained = records.charged(found)
+    full = [record["device_seconds"] for record in trained if record["status"] == records.Status.COMPLETED]
+    at_random = [record for record in trained if record.get("drawn") == "random"]
+    completed = [r for r in at_random if r["status"] == records.Status.COMPLETED and records.is_feasible(r)]
+    worse = sum(record["status"] == records.Status.STOPPED_EARLY for record in at_random)
+    if len(completed) < _FEWEST_AT_RANDOM or not sum(full):
+        return None
+    spent = sum(record["device_seconds"] for record in (*trained, *repeats))
+    count = max(1, round(spent / (sum(full) / len(full))))
+    belief = Belief([[record["value"]] for record in completed], worse)
+    best_D = belief.best_of(min(count, _MOST_AT_RANDOM))
+    gain_D = selected.belief.draws[:, winner] - best_D
+    return RandomSearch(
+        count, len(completed), worse, float(best_D.mean()), interval(best_D), float(gain_D.mean()), interval(gain_D)
+    )
 
 
 def _contender(

@@ -6,6 +6,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from model.arrays import Array
 from model.centre_lines import CentreLines
 from model.counts import PixelCounts
 from tuner import records
+from tuner.selection import Selection, select
+from tuner.space import Constraint
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -90,6 +93,8 @@ class Run:
     openings: list[Json]
     importance: Json | None
     """importance.json; None where no search has written it"""
+    repeats: list[Json]
+    """repeats.jsonl: trainings of the search's best configurations with further seeds"""
 
     @property
     def data(self) -> Json:
@@ -118,6 +123,14 @@ class Run:
     @property
     def constraints(self) -> list[Json]:
         return self.space.get("constraints") or []
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        """What all trainings say of the configurations; None where none has completed that may win."""
+        asked = self.facts.get("repeats") or self.space.get("repeats") or {}
+        cost = self.objectives[1]["metric"] if len(self.objectives) > 1 else "device_seconds"
+        bounds = [Constraint(**one) for one in self.constraints]
+        return select(self.records, self.repeats, bounds, asked.get("prefer", "best"), cost)
 
     @property
     def best_record(self) -> Json | None:
@@ -151,6 +164,10 @@ class EvaluatedRun(Run):
     """the winner itself where the search found nothing better; None where no baseline was judged"""
     examples: Examples
     architecture: dict[str, list[Json]]
+    configuration: str
+    """the search's trial whose configuration has won; of single trainings the winner itself"""
+    seeds: list[Json]
+    """trial, seed and objective on validation and test of the networks of winner and baseline, where one has several"""
 
     @property
     def chosen(self) -> Candidate:
@@ -188,6 +205,7 @@ def read(directory: Path, evaluation: str = "evaluation") -> Run:
         records=list(_json_lines(directory / "records.jsonl")),
         openings=list(_json_lines(directory / "evaluation" / "openings.jsonl")),
         importance=_importance(directory),
+        repeats=list(_json_lines(directory / "repeats.jsonl")),
     )
     folder = directory / evaluation
     if not (folder / "selection.json").is_file():
@@ -204,10 +222,13 @@ def read(directory: Path, evaluation: str = "evaluation") -> Run:
         search.records,
         search.openings,
         search.importance,
+        search.repeats,
         winner=judged["winner"],
         baseline=judged["winner"] if baseline == winner else judged.get("baseline"),
         examples=_parsed(folder / "examples.npz", _examples, way_out),
         architecture=_parsed(folder / "architecture.json", _architecture, way_out),
+        configuration=str(selection.get("configuration", winner)),
+        seeds=selection.get("seeds", []),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from model.config import REFERENCES, RULES
-from tuner.report import architecture, head, winner_page, words
+from tuner.report import architecture, head, trust, winner_page, words
 from tuner.report.gallery import (
     Gallery,
     Page,
@@ -57,6 +57,7 @@ def _evaluated(run: EvaluatedRun, results: Results, metrics: Json, gallery: Gall
         winner_page.curves(run, gallery),
         winner_page.thresholds(run, results, metrics),
         winner_page.images(run, results, gallery),
+        *trust.trust(run, results, gallery),
         search(run, metrics, gallery),
         provenance(run),
     ]
@@ -69,6 +70,7 @@ def _unevaluated(run: Run, metrics: Json, gallery: Gallery) -> list[Section]:
     """What is known before the test split was opened: all but the winner's answers."""
     chosen = run.chosen
     of_best = [] if chosen is None else [_parameters(run, chosen), winner_page.curves(run, gallery)]
+    of_best += trust.trust(run, None, gallery)
     return [head.unevaluated(run, metrics), _data(run), *of_best, search(run, metrics, gallery), provenance(run)]
 
 
