@@ -1,6 +1,6 @@
 """What repeating the top of a search is worth, on simulated searches whose truth is known.
 
-    python -m bench.selection [--trainings 40] [--repetitions 1000] [--processes 2]
+    python -m bench.selection [--trainings 40] [--repetitions 1000] [--shared 0] [--processes 2]
 
 A search sees configurations whose means over seeds are normal with a spread, in trainings that add normal noise; the
 settings are those seen on CRACK500. Three ways to choose, with the code that runs after a real search (tuner/race.py):
@@ -43,12 +43,12 @@ class Choice(NamedTuple):
     repeats: int
 
 
-def chosen(truth_A: Floats, single_A: Floats, repeats: int, train: Callable[[int], float], best: float) -> Choice:
+def chosen(truth_A: Floats, single_A: Floats, repeats: int, train: Callable[[int, int], float], best: float) -> Choice:
     """Repeats the top of a search of which `single_A` are the values, then chooses."""
-    values = [[float(value)] for value in single_A]
+    values = [{0: float(value)} for value in single_A]
     belief, used = Belief(values), 0
     while used < repeats and (one := belief.next(MOST)) is not None:
-        values[one].append(train(one))
+        values[one][len(values[one])] = train(one, len(values[one]))
         belief, used = Belief(values), used + 1
     winner = belief.winner()
     standing = belief.standing(winner)
@@ -57,15 +57,16 @@ def chosen(truth_A: Floats, single_A: Floats, repeats: int, train: Callable[[int
     return Choice(best - truth, standing.mean - truth, float(low <= truth <= high), used)
 
 
-def simulate(spread: float, noise: float, trainings: int, seed: int) -> Floats:
-    """(3, 4): for each way of choosing, what it came to. The ways share the search and what the noise does."""
+def simulate(spread: float, noise: float, shared: float, trainings: int, seed: int) -> Floats:
+    """(3, 4): for each way of choosing, what it came to. The ways share the search."""
     rng = np.random.default_rng(seed)
     truth_A = rng.normal(0.75, spread, trainings)
-    single_A = truth_A + rng.normal(0, noise, trainings)
+    of_seed = rng.normal(0, shared * noise, MOST)
+    single_A = truth_A + of_seed[0] + rng.normal(0, noise, trainings)
     best, lucky = float(truth_A.max()), int(single_A.argmax())
 
-    def train(one: int) -> float:
-        return float(truth_A[one] + rng.normal(0, noise))
+    def train(one: int, number: int) -> float:
+        return float(truth_A[one] + of_seed[number] + rng.normal(0, noise))
 
     repeats = round(REPEATED * trainings)
     fewer = trainings - repeats
@@ -83,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainings", type=int, default=40, help="of the search with single trainings")
     parser.add_argument("--repetitions", type=int, default=1000)
+    parser.add_argument("--shared", type=float, default=0.0, help="what a seed does to all alike, in units of noise")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     print(
@@ -92,7 +94,7 @@ def main() -> None:
     regrets = []
     with get_context("spawn").Pool(options.processes) as pool:
         for spread, noise in SETTINGS:
-            jobs = [(spread, noise, options.trainings, seed) for seed in range(options.repetitions)]
+            jobs = [(spread, noise, options.shared, options.trainings, seed) for seed in range(options.repetitions)]
             found_RWC = np.stack(pool.starmap(simulate, jobs, chunksize=20))
             print(_row(f"{spread}, {noise}", found_RWC), flush=True)
             regrets.append(found_RWC[:, :, 0].mean(axis=0))

@@ -79,7 +79,6 @@ class RepeatStudy(TrialStudy):
         return proposal
 
     def is_over(self) -> bool:
-        """Whether nothing is left to train, but for what runs."""
         return not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)) and self._next() is None
 
     def records(self) -> list[dict[str, Any]]:

@@ -53,6 +53,11 @@ class Contender:
         return [training["value"] for training in self.trainings]
 
     @property
+    def by_seed(self) -> dict[int, float]:
+        """The same by the seed of the training."""
+        return {training["seed"]: training["value"] for training in self.trainings}
+
+    @property
     def is_out(self) -> bool:
         """Whether it cannot win: with another seed it diverges, or in the mean it violates a constraint."""
         return bool(self.diverged or self.beyond)
@@ -78,7 +83,7 @@ class Selection:
     @cached_property
     def belief(self) -> Belief:
         """Of the contenders' means over seeds."""
-        return Belief([contender.values for contender in self.contenders])
+        return Belief([contender.by_seed for contender in self.contenders], self.contenders[0].record["seed"])
 
     @cached_property
     def winner(self) -> int:
@@ -187,7 +192,7 @@ def against_random(
         return None
     spent = sum(record["device_seconds"] for record in (*trained, *repeats))
     count = max(1, round(spent / (sum(full) / len(full))))
-    belief = Belief([[record["value"]] for record in completed], worse)
+    belief = Belief([{0: record["value"]} for record in completed], worse=worse)
     best_D = belief.best_of(min(count, _MOST_AT_RANDOM))
     gain_D = selected.belief.draws[:, winner] - best_D
     return RandomSearch(

@@ -230,7 +230,7 @@ class Session:
 
     def nothing_left(self) -> bool:
         """Whether there is nothing for a worker to do."""
-        return self.is_over() or not (self._has_room() or self.study.has_held())
+        return self.is_over() or self.study.is_over() or not (self._has_room() or self.study.has_held())
 
     # What happens
 

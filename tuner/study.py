@@ -85,6 +85,10 @@ class TrialStudy:
         """The next trial for a worker, one that was interrupted before a `new` one; None when there is none now."""
         raise NotImplementedError
 
+    def is_over(self) -> bool:
+        """Whether nothing will be asked for any more, as far as is known before anything runs."""
+        return False
+
     def _proposal(self, number: int, params: dict[str, Any]) -> Proposal:
         raise NotImplementedError
 
