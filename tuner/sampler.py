@@ -35,7 +35,7 @@ from optuna.trial import TrialState
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
 from tuner import draw, records, schedulers
 from tuner.records import Proposal
-from tuner.space import Space
+from tuner.space import MASK_COSTS, Space
 from tuner.storage import holds_long_text, open_storage, open_to_read
 
 MAX_REPLAYS_IN_A_ROW = 20
@@ -512,7 +512,7 @@ class SearchStudy:
 
     def _masks(self, params: Mapping[str, Any]) -> int | str | None:
         """How many positives keep their masks, as configured; None where that is no cost."""
-        if self.space.cost is None or self.space.cost.metric != "num_segmented":
+        if self.space.cost is None or self.space.cost.metric not in MASK_COSTS:
             return None
         fixed = self.space.train.get("num_segmented", DEFAULTS["num_segmented"])  # where a condition does not hold
         found: int | str = params.get("num_segmented", fixed)
