@@ -24,7 +24,8 @@ from model.evaluate import score
 from model.splits import Splits
 
 FIGURES = ("dice_positive_mean", "dice_mean", "decision_ap")
-COLUMNS = ("masks", "seed", "best_epoch", *(f"{split}_{name}" for split in ("validation", "test") for name in FIGURES), "seconds")  # fmt: skip
+OF_SPLITS = tuple(f"{split}_{name}" for split in ("validation", "test") for name in FIGURES)
+COLUMNS = ("masks", "seed", "best_epoch", *OF_SPLITS, "seconds")
 
 
 def train_one(found: Splits, masks: int, seed: int, epochs: int, side: int) -> dict[str, float]:

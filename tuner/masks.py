@@ -2,19 +2,19 @@
 masks allows, the annotation curve, and what the next masks would bring.
 
 The curve is value = a - b * (n + n0)^-c for n masks: the inverse power law of Hestness et al. (2017, arXiv 1712.00409)
-and Mukherjee et al. (2003), with the offset of Kolachina et al. (2012), which is among the best four-parameter curves in
-Viering and Loog, The Shape of Learning Curves, TPAMI 2023. It never falls and is at most 1.
+and Mukherjee et al. (2003), with an offset: POW4 in Viering and Loog, The Shape of Learning Curves, TPAMI 2023, one of
+those that fitted best. It never falls and is at most 1.
 
 Which trials tell it: a bad configuration is no evidence on masks, so of each number of masks only the best third of the
-trainings counts, as its mean. (The best alone would grow with the number of trials; the mean of a third lies below it by
-about the same everywhere, which a difference along the curve does not see.) Numbers with fewer than three trainings are
-put together with their neighbours.
+trainings counts, as its mean. (The best alone would grow with the number of trials; the mean of a third lies below it
+by about the same everywhere, which a difference along the curve does not see.) Numbers with fewer than three trainings
+are put together with their neighbours.
 
 Its uncertainty is Bayesian, on a grid over the shape (c, n0) and over the luck that all trainings with one number of
-masks share (all have one seed, so the same images keep their masks): the prior is even in log c, half-Cauchy in the luck,
-flat in the value at the most masks and in the difference to the fewest, which on each point of the grid are normal and
-drawn. The luck within a number of masks comes from bootstrap draws of its trainings. Everything is seeded. It is the
-luck of other trainings and other masks; the validation images stay the same.
+masks share (all have one seed, so the same images keep their masks): the prior is even in log c, half-Cauchy in the
+luck, flat in the value at the most masks and in the difference to the fewest, which on each point of the grid are
+normal and drawn. The luck within a number of masks comes from bootstrap draws of its trainings. Everything is seeded.
+It is the luck of other trainings and other masks; the validation images stay the same.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ _KEPT = 4000
 _BOOTSTRAPS = 400
 _BAND = 41
 """places at which a drawn curve is given"""
+
+
+Number = float | Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +117,10 @@ class Curve:
         return self.top_D + self.gain_D * _rise(masks, *ends, self.exponent_D, self.offset_D)
 
 
-def _rise(masks: float, fewest: float, most: float, exponent: Floats, offset: Floats) -> Floats:
+def _rise(masks: Number, fewest: Number, most: Number, exponent: Number, offset: Number) -> Floats:
     """The shape: -1 at the fewest masks, 0 at the most, and further up beyond."""
 
-    def left(n: float) -> Floats:
+    def left(n: Number) -> Floats:
         return np.asarray((n + offset) ** -exponent)
 
     return (left(most) - left(masks)) / (left(fewest) - left(most))
@@ -160,11 +163,11 @@ def fit(found: Sequence[Training], seed: int = 0) -> Curve | None:
     """The annotation curve; None with fewer than three points, through which no curve can be told."""
     rng = np.random.default_rng(seed)
     points, variances = [], []
-    for group in _groups(found):
+    for group in _groups([one for one in found if one.masks]):  # without any, segmentation is not trained
         group = sorted(group, key=lambda one: -one.value)
         best = group[: math.ceil(len(group) / SHARE)]
-        means = np.mean([(one.masks, one.value) for one in best], axis=0).tolist()
-        points.append(Point(*means, told_by=len(best), trainings=len(group)))
+        masks, value = np.mean([(one.masks, one.value) for one in best], axis=0).tolist()
+        points.append(Point(masks, value, told_by=len(best), trainings=len(group)))
         drawn = rng.choice([one.value for one in group], (_BOOTSTRAPS, len(group)))
         variances.append(np.sort(drawn, axis=1)[:, -len(best) :].mean(axis=1).var() * len(best))
     points.sort(key=lambda point: point.masks)
@@ -203,7 +206,7 @@ def through(points: list[Point], variances_K: Floats, seed: int = 0) -> Curve:
     shapes = [(exponent, offset) for exponent in _EXPONENTS for offset in _OFFSETS * masks[0]]
     weights, certain, drawn = [], [], []
     for exponent, offset in shapes:
-        rise_K, beyond = (_rise(n, masks[0], masks[-1], exponent, offset) for n in (masks, np.inf))
+        rise_K, beyond = (_rise(n, masks[0], masks[-1], exponent, offset) for n in (masks, math.inf))
         design_K2 = np.stack([np.ones_like(rise_K), rise_K], axis=1)
         for luck, likely in zip(_LUCK, prior, strict=True):
             precision_K = 1 / (variances_K + luck**2)
@@ -235,7 +238,7 @@ def annotation(
     curve = fit(told)
     images = train["positive"] + train["negative"]
 
-    def minutes(masks: float, labels: int = images) -> float | None:
+    def minutes(masks: int, labels: int = images) -> float | None:
         return labelling.minutes(labels, masks) if labelling else None
 
     content: dict[str, Any] = {
@@ -246,7 +249,7 @@ def annotation(
         "next": None,
     }
     if curve is None:
-        count = len(_groups(told))
+        count = len(_groups([one for one in told if one.masks]))
         why = (
             f"a curve needs {FEWEST_POINTS} numbers of masks with about {SHARE} completed trainings each, and there "
             f"{'is' if count == 1 else 'are'} {count}"
@@ -268,15 +271,15 @@ def annotation(
     }  # fmt: skip
     costs = "" if spent is None else f" ({spent:,.0f} minutes)"
     return content | {
-        "sentence": f"The next {masks} masks{costs} would raise the {figure} by about {gain:.3f} (95 % interval {low:.3f} "
-        f"to {high:.3f}): {_WHERE[where]}, beyond the {start} that the curve was measured with."
+        "sentence": f"The next {masks} masks{costs} would raise the {figure} by about {gain:.3f} (95 % interval "
+        f"{low:.3f} to {high:.3f}). {_WHERE[where]}; this goes beyond the {start} that the curve was measured with."
     }
 
 
 _WHERE = {
-    "masked": "they are in the data set",
-    "labelled": "their images are in the data set, without masks",
-    "new": "of images that are not in the data set yet",
+    "masked": "They are in the data set already",
+    "labelled": "Their images are in the data set, without masks",
+    "new": "Their images are not in the data set yet and must be like those that are",
 }
 
 

@@ -642,6 +642,7 @@ def schema() -> dict[str, Any]:
     both = {"type": "array", "prefixItems": [figure, cost], "minItems": 2, "items": False}
     limit = {"type": "number", "minimum": 0, "maximum": 1, "description": "inclusive, on validation"}
     bound = mapping({"metric": {"enum": list(CONSTRAINED_METRICS)}, "min": limit, "max": limit}, ("metric",))
+    prices = tuple(Labelling.__dataclass_fields__)
     minutes = {"type": "number", "minimum": 0, "description": "minutes of a person; one of the two is above 0"}
     scheduler = {
         "name": {"enum": list(SCHEDULERS)},
@@ -660,7 +661,7 @@ def schema() -> dict[str, Any]:
         "search": mapping({name: param | {"description": RULES[name].doc} for name in TUNABLE}),
         "objective": {"anyOf": [figure, both]},
         "constraints": {"type": "array", "items": bound | {"oneOf": [{"required": ["min"]}, {"required": ["max"]}]}},
-        "labelling": mapping(dict.fromkeys(Labelling.__dataclass_fields__, minutes), tuple(Labelling.__dataclass_fields__)),
+        "labelling": mapping(dict.fromkeys(prices, minutes), prices),
         "sampler": {"enum": list(SAMPLERS)},
         "scheduler": {"anyOf": [{"enum": list(SCHEDULERS)}, mapping(scheduler, ("name",))]},
         "budget": mapping({"trials": {"type": "integer", "minimum": 1}, **dict.fromkeys(_BUDGET_KEYS[1:], positive)}),

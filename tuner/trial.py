@@ -82,8 +82,9 @@ class TrialTask:
 
         Progress: `status` (running, completed or diverged), `reason`, `epochs`, `history`, `value` (the objective at
         the best epoch), `best_epoch`, `thresholds`, `rules`, `replays`, `seconds`, `num_segmented` (positives that
-        kept their masks, where these are a cost), `labelled` (all images, where labels have a price), and `micro_batch`, set where memory ran out: smaller parts of a batch
-        add up to the same step, so the trial goes on from its last epoch.
+        kept their masks, where these are a cost), `labelled` (training images, where labels have a price), and
+        `micro_batch`, set where memory ran out: smaller parts of a batch add up to the same step, so the trial goes on
+        from its last epoch.
         """
         self._run(config, [device], resume, report)
 
