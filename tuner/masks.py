@@ -262,7 +262,7 @@ def annotation(
     masks, where, labels = _next(start, train)
     gain, low, high = curve.gain(start, start + masks)
     spent = minutes(masks, labels)
-    places = np.linspace(curve.points[0].masks, start + masks, _BAND).tolist()
+    places = np.geomspace(curve.points[0].masks, start + masks, _BAND).tolist()
     content["curve"] = [
         {"masks": n, "value": middle, "ci95": bounds} for n in places for middle, *bounds in [curve.value(n)]
     ]

@@ -30,9 +30,11 @@ def section(run: Run, found: Json | None, gallery: Gallery) -> list[Section]:
     if found is None or not found["budgets"]:
         return []
     caption = (
-        "A point is a completed training, a dark one the best of its number of masks; on the lower edge stand those "
-        "far below. A ring is the mean of the best third, which tells the curve."
+        "A point is a completed training, a large one the best of its number of masks; triangles on the lower edge, if "
+        "any, are those far below."
     )
+    if found["points"]:
+        caption += " A ring is the mean of the best third, which tells the curve."
     if found["curve"]:
         caption += (
             " The line is the fitted curve and the band its 95 % interval, for other trainings and other masks on the "
@@ -57,7 +59,7 @@ def _chart(run: Run, found: Json) -> Any:
         mine = [(one.masks, max(one.value, floor)) for one in told if (one.value < floor) == low]
         if mine:
             axes.plot(*zip(*mine, strict=True), marker, color=style.SKY, markersize=4, zorder=2,
-                      label="_far below" if low else "training")  # fmt: skip
+                      clip_on=not low, label="_far below" if low else "training")  # fmt: skip
     axes.plot([one["masks"] for one in best], [one["value"] for one in best], "o", color=style.BLUE, markersize=6,
               zorder=3, label="best of its number of masks")  # fmt: skip
     if found["curve"]:
@@ -71,6 +73,8 @@ def _chart(run: Run, found: Json) -> Any:
                   markersize=8, markerfacecolor="none", zorder=4, label="mean of the best third")  # fmt: skip
     axes.set(xlabel=words.metric("num_segmented"), ylabel=words.metric(run.objectives[0]["metric"]) + ", validation")
     axes.margins(x=0.04)
+    if any(one.value < floor for one in told):
+        axes.set_ylim(bottom=floor)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     style.legend(axes, columns=5)
     return figure
