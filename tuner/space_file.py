@@ -493,8 +493,8 @@ class _Reader:
         cost = space.cost.metric if space.cost else None
         if cost == "labelling_minutes" and not is_said:
             self.problem(
-                "labelling", "must say what a label and a mask take where labelling_minutes is an objective", "no prices",
-                "add labelling: {minutes_per_label: 0.05, minutes_per_mask: 2.0}, with your own minutes",
+                "labelling", "must say what a label and a mask take where labelling_minutes is an objective",
+                "no prices", "add labelling: {minutes_per_label: 0.05, minutes_per_mask: 2.0}, with your own minutes",
             )  # fmt: skip
         if cost == "labelling_minutes" and space.labelling and not space.labelling.minutes_per_mask:
             self.problem(

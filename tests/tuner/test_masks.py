@@ -1,5 +1,6 @@
 """What masks are worth, told from records that are made from known curves."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_more_masks_are_never_predicted_to_hurt(seed: int, values: list[float]) 
     places = np.geomspace(counts[0], 4 * counts[-1], 9)
     medians = [curve.value(n)[0] for n in places]
     assert medians == sorted(medians)
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         assert curve.gain(start, end)[1] >= 0
     assert curve.value(1e9)[2] <= 1
 
@@ -107,7 +108,7 @@ def test_a_bad_configuration_is_no_evidence() -> None:
 
 
 def test_numbers_of_masks_with_few_trainings_are_put_together() -> None:
-    found = search(0, counts=range(10, 110, 10), each=2) + [Training("last", 200, 0.6)]
+    found = [*search(0, counts=range(10, 110, 10), each=2), Training("last", 200, 0.6)]
     curve = masks.fit(found)
     assert curve is not None
     assert [point.trainings for point in curve.points] == [4, 4, 4, 4, 5]

@@ -25,7 +25,10 @@ def searched(directory: Path, cost: str | None, labelling: dict[str, float] | No
         kept = counts[number % len(counts)]
         value = float(0.75 - 0.6 * kept**-0.5 - 0.03 * rng.exponential() + 0.004 * rng.standard_normal())
         record = done | {"trial": f"abc123-{number:04d}", "number": number, "baseline": number == 0, "value": value}
-        record |= {"params": done["params"] | {"num_segmented": kept}, "config": done["config"] | {"num_segmented": kept}}
+        record |= {
+            "params": done["params"] | {"num_segmented": kept},
+            "config": done["config"] | {"num_segmented": kept},
+        }
         record |= {"num_segmented": kept, "labelled": 50, "values": [value, kept]}
         made.append(record)
     (directory / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
@@ -62,7 +65,11 @@ def test_a_search_over_masks_says_what_the_next_ones_would_bring(make_run, cost,
     assert (folder / "figures/annotation-curve.png").exists()
     best = max(records, key=lambda one: one["value"])
     assert [row["masks"] for row in found["budgets"]] == list(COUNTS)
-    assert found["budgets"][-1]["within"] == {"trial": best["trial"], "masks": best["num_segmented"], "value": best["value"]}
+    assert found["budgets"][-1]["within"] == {
+        "trial": best["trial"],
+        "masks": best["num_segmented"],
+        "value": best["value"],
+    }
     header = next(line for line in section.splitlines() if "best of them" in line)
     assert ("| minutes |" in header) == bool(labelling)
     assert section.count(best["trial"]) >= 1
