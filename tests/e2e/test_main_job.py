@@ -195,7 +195,7 @@ def test_two_objectives_end_in_a_front(place: Path) -> None:
     code, out, _ = call_here(place, "status", "runs/small", "--json")
     assert (code, json.loads(out)["front"]) == (0, front)
     code, out, _ = call_here(place, "status", "runs/small")
-    assert f"on the front {front[0]['values'][0]:.4f} for {front[0]['values'][1]} by {front[0]['trial']}: " in out
+    assert f"on the front {front[0]['values'][0]:.4f} for {front[0]['values'][1]:g} by {front[0]['trial']}: " in out
     completed = [record for record in found if record["status"] == "completed"]
     assert metrics["best"]["trial"] == max(completed, key=lambda record: record["value"])["trial"]
     assert "![" in report

@@ -218,7 +218,8 @@ def test_a_trial_knows_what_its_masks_and_its_constraints_come_to(task: TrialTas
         [last] = reports.progress
         assert last["num_segmented"] == count
         assert "labelled" not in last
-    priced = Reports(tmp_path)
+    (tmp_path / "priced").mkdir()
+    priced = Reports(tmp_path / "priced")
     replace(task, cost="labelling_minutes", labels_cost=True).run(config, CPU, None, priced)
     assert (priced.progress[0]["num_segmented"], priced.progress[0]["labelled"]) == (3, len(task.train))
     figures = last["replays"][0]["figures"]
