@@ -86,6 +86,7 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ),
         ("tuner/plan.py", ("ray", "optuna", "wandb", "torch", "tuner.search", "tuner.sampler", "tuner.pipeline")),
         ("tuner/predict.py", (*HEAVY, "torch", "tuner.run", "tuner.search", "tuner.report", "model.export")),
+        ("tuner/masks.py", (*HEAVY, "torch", "tuner.run", "tuner.report", "tuner.search", "tuner.sampler")),
         ("tuner/photos.py", (*HEAVY, "torch", "tuner.run", "tuner.predict")),
         ("model/tiles.py", ("torch", "onnxruntime")),
         ("model/crack_size.py", ("torch", "model.tiles")),
