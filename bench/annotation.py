@@ -7,7 +7,7 @@ luck but that of the test images. Epoch and thresholds come from validation; the
 and nothing is chosen on it. Each training adds a row to FILE.csv as it ends, and one whose row is there is not run
 again. One thread. Prints a Markdown table, with intervals of the means over seeds (Student's t; all numbers of masks
 share one spread), then what tuner/masks.py makes of the means: the most masks predicted from the fewer ones, and the
-next ones.
+next ones. A training that has found nothing at its end, on validation, is counted and left out of the means.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from tuner.report import style
 
 FIGURES = ("dice_positive_mean", "dice_mean", "decision_ap")
 OF_SPLITS = tuple(f"{split}_{name}" for split in ("validation", "test") for name in FIGURES)
+NOTHING = 0.05
+"""validation Dice of positives below which a training has found nothing"""
 COLUMNS = ("masks", "seed", "best_epoch", *OF_SPLITS, "seconds")
 
 
@@ -72,12 +74,17 @@ def read_rows(file: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
 
 
+def found_something(row: dict[str, float]) -> bool:
+    """Whether a training has begun to segment."""
+    return row["validation_dice_positive_mean"] >= NOTHING
+
+
 class Means:
     """Of a figure of the test split, by the number of masks."""
 
     def __init__(self, rows: list[dict[str, float]], name: str) -> None:
         self.of_seeds: dict[int, list[float]] = {}
-        for row in sorted(rows, key=lambda row: row["masks"]):
+        for row in sorted(filter(found_something, rows), key=lambda row: row["masks"]):
             self.of_seeds.setdefault(int(row["masks"]), []).append(row[f"test_{name}"])
         self.masks = list(self.of_seeds)
         counts = np.array([len(values) for values in self.of_seeds.values()])
@@ -97,12 +104,13 @@ class Means:
 def table(rows: list[dict[str, float]]) -> None:
     """Prints the measured."""
     found = [Means(rows, name) for name in FIGURES]
-    print("| masks | seeds | test Dice, positives | test Dice, all | decision AP | minutes of training |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| masks | seeds | found nothing | test Dice, positives | test Dice, all | decision AP | minutes |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for place, n in enumerate(found[0].masks):
         shown = " | ".join(f"{one.means[place]:.3f} ± {one.half[place]:.3f}" for one in found)
-        minutes = np.mean([row["seconds"] for row in rows if row["masks"] == n]) / 60
-        print(f"| {n} | {len(found[0].of_seeds[n])} | {shown} | {minutes:.1f} |")
+        mine = [row for row in rows if row["masks"] == n]
+        minutes = np.mean([row["seconds"] for row in mine]) / 60
+        print(f"| {n} | {len(mine)} | {len(mine) - len(found[0].of_seeds[n])} | {shown} | {minutes:.1f} |")
     spreads = ", ".join(f"{np.sqrt(one.variance):.3f}" for one in found)
     print(f"\nStandard deviation of one training, by seed: {spreads}.")
 
@@ -153,6 +161,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--side", type=int, default=128, help="px")
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error(f"--seeds must be at least 2, or nothing is known of luck, found {options.seeds}")
     torch.set_num_threads(1)
     found = splits.assign(layouts.read(options.data), options.data, 0.2, 0.2, seed=0)
     there = {(row["masks"], row["seed"]) for row in read_rows(options.rows)}

@@ -222,11 +222,9 @@ def through(points: list[Point], variances_K: Floats, seed: int = 0) -> Curve:
             drawn.append((possible, np.stack([top, gain, np.full(_DRAWS, exponent), np.full(_DRAWS, offset)])))
     share = np.exp(np.array(weights) - max(weights))
     weight_D = np.concatenate([one * possible for one, (possible, _) in zip(share, drawn, strict=True)])
-    curves_4D = np.concatenate([curves for _, curves in drawn], axis=1)[:, :0]
-    if weight_D.sum() > 0:
-        kept = rng.choice(len(weight_D), _KEPT, p=weight_D / weight_D.sum())
-        curves_4D = np.concatenate([curves for _, curves in drawn], axis=1)[:, kept]
-    return Curve(points, float(np.average(certain, weights=share)), *curves_4D)
+    curves_4D = np.concatenate([curves for _, curves in drawn], axis=1)
+    kept = rng.choice(len(weight_D), _KEPT, p=weight_D / weight_D.sum()) if weight_D.any() else np.zeros(0, int)
+    return Curve(points, float(np.average(certain, weights=share)), *curves_4D[:, kept])
 
 
 def annotation(
