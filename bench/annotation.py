@@ -138,7 +138,10 @@ def draw(dice: Means, file: Path) -> None:
             (dice.curve(before), style.ORANGE, f"curve through those to {before}"),
         ):
             middle, low, high = np.array([curve.value(n) for n in places]).T
-            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+            if colour == style.INK:
+                axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+            else:
+                axes.plot(places, low, ":", places, high, ":", color=colour, linewidth=1)
             axes.plot(places, middle, "-" if colour == style.INK else "--", color=colour, label=label)
         for n, values in dice.of_seeds.items():
             axes.plot([n] * len(values), values, "o", color=style.SKY, markersize=3.5,
