@@ -171,12 +171,23 @@ def _completed(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for r in records if r["status"] == Status.COMPLETED and r["value"] is not None]
 
 
-def cost(metric: str, record: dict[str, Any]) -> float | None:
-    """What a training cost, by one of `tuner.space.COSTS`, from its record; None where the record does not know how
-    many masks there were."""
-    if metric == "device_seconds":
+def cost(space: Space, record: dict[str, Any]) -> float | None:
+    """What a training cost, by the second objective of a space, from its record; None where the record does not know
+    how many masks, or labels, there were."""
+    assert space.cost is not None
+    if space.cost.metric == "device_seconds":
         seconds: float = record["device_seconds"]
         return seconds
+    masks = masks_of(record)
+    if space.cost.metric == "num_segmented":
+        return masks
+    assert space.labelling is not None
+    labelled = record.get("labelled")
+    return None if masks is None or labelled is None else space.labelling.minutes(labelled, masks)
+
+
+def masks_of(record: Mapping[str, Any]) -> int | None:
+    """With how many masks of positives a network was trained; None where the record says no more than all of them."""
     kept = record["config"]["num_segmented"]
     return record.get("num_segmented", None if kept == "all" else kept)
 
@@ -197,7 +208,7 @@ def values(space: Space, record: dict[str, Any], trained: dict[str, Any] | None)
     training it is."""
     found = [record["value"]]
     if space.cost:
-        found.append(trained and cost(space.cost.metric, trained))
+        found.append(trained and cost(space, trained))
     return None if None in found else found
 
 

@@ -60,8 +60,7 @@ class RepeatStudy(TrialStudy):
 
     def selection(self) -> Selection | None:
         """What the trainings so far say."""
-        cost = self.space.cost.metric if self.space.cost else "device_seconds"
-        return selection.select(self._searched, self.records(), self.space.constraints, self.repeats.prefer, cost)
+        return selection.select(self._searched, self.records(), self.space.constraints, self.repeats.prefer)
 
     def ask(self, new: bool = True) -> Proposal | None:
         """The next repeat: one that was interrupted, else, if `new`, of the configuration that it tells most of. None

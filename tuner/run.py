@@ -101,9 +101,7 @@ class Run:
     def selection(self) -> Selection | None:
         """Which configuration is best, by all its trainings; None where no trial has completed that may win."""
         prefer = (self.repeats() or Repeats()).prefer
-        cost = self.space.cost.metric if self.space.cost else "device_seconds"
-        repeated = selection.read(self.directory)
-        return selection.select(self.records, repeated, self.space.constraints, prefer, cost)
+        return selection.select(self.records, selection.read(self.directory), self.space.constraints, prefer)
 
     @property
     def study(self) -> Path | str:

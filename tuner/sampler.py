@@ -22,7 +22,7 @@ from model.config import DEFAULTS, Judgement, RunConfig
 from tuner import draw, records, schedulers
 from tuner.records import Proposal
 from tuner.selection import network_of
-from tuner.space import Space
+from tuner.space import MASK_COSTS, Space
 from tuner.storage import open_to_read
 from tuner.study import TrialStudy, is_there
 
@@ -390,7 +390,7 @@ class SearchStudy(TrialStudy):
 
     def _masks(self, params: Mapping[str, Any]) -> int | str | None:
         """How many positives keep their masks, as configured; None where that is no cost."""
-        if self.space.cost is None or self.space.cost.metric != "num_segmented":
+        if self.space.cost is None or self.space.cost.metric not in MASK_COSTS:
             return None
         fixed = self.space.train.get("num_segmented", DEFAULTS["num_segmented"])  # where a condition does not hold
         found: int | str = params.get("num_segmented", fixed)

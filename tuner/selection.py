@@ -62,10 +62,14 @@ class Contender:
         """Whether it cannot win: with another seed it diverges, or in the mean it violates a constraint."""
         return bool(self.diverged or self.beyond)
 
-    def cost(self, metric: str) -> float:
-        """What a training of it costs, in the mean, by one of tuner.space.COSTS."""
-        found = [records.cost(metric, training) or 0.0 for training in (self.trained, *self.trainings[1:])]
-        return sum(found) / len(found)
+    @property
+    def cost(self) -> float:
+        """What a training of it costs, in the mean: the second objective if there is one, else device-seconds."""
+        found = [
+            training["values"][1] if training.get("values") else training["device_seconds"]
+            for training in (self.trained, *self.trainings[1:])
+        ]
+        return float(sum(found) / len(found))
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,6 @@ class Selection:
     out: tuple[Contender, ...]
     """those that a repeat has put out of the race"""
     prefer: str
-    cost: str
-    """what the cheapest is the cheapest by"""
 
     @cached_property
     def belief(self) -> Belief:
@@ -91,7 +93,7 @@ class Selection:
         best = self.belief.winner()
         if self.prefer == "best":
             return best
-        return min(self.alike, key=lambda n: (self.contenders[n].cost(self.cost), -self.belief.means[n]))
+        return min(self.alike, key=lambda n: (self.contenders[n].cost, -self.belief.means[n]))
 
     @cached_property
     def alike(self) -> list[int]:
@@ -128,7 +130,6 @@ def select(
     repeats: Iterable[dict[str, Any]],
     constraints: Sequence[Constraint] = (),
     prefer: str = "best",
-    cost: str = "device_seconds",
 ) -> Selection | None:
     """Of the records of a search and of its repeats; None where no completed trial of the search meets the
     constraints, so that there is nothing to choose from."""
@@ -154,7 +155,7 @@ def select(
         contenders = []
     if not left:
         return None
-    return Selection(left, tuple(contender for contender in contenders if contender.is_out), prefer, cost)
+    return Selection(left, tuple(contender for contender in contenders if contender.is_out), prefer)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,11 @@ SEGMENTATION_METRICS = (
 )  # fmt: skip
 DECISION_METRICS = ("decision_ap", "decision_auc")
 METRICS = SEGMENTATION_METRICS + DECISION_METRICS
-COSTS = ("num_segmented", "device_seconds")
-"""What may be minimised beside a figure: how many positive training images keep their masks; what a training took."""
+COSTS = ("num_segmented", "labelling_minutes", "device_seconds")
+"""What may be minimised beside a figure: how many positive training images keep their masks; the minutes that drawing
+them and labelling the training images takes; what a training took."""
+MASK_COSTS = ("num_segmented", "labelling_minutes")
+"""those that `num_segmented` decides"""
 CONSTRAINED_DECISION_METRICS = (
     *DECISION_METRICS, "decision_accuracy", "decision_precision", "decision_recall", "decision_specificity",
     "decision_f1",
@@ -165,6 +168,20 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Labelling:
+    """What it takes to prepare a training set by hand."""
+
+    minutes_per_label: float
+    """to say of an image whether it has a defect"""
+    minutes_per_mask: float
+    """to draw the mask of a positive; a negative needs none"""
+
+    def minutes(self, images: int, masks: int) -> float:
+        """Of so many labelled images, positives and negatives, of which so many have a mask that was drawn."""
+        return images * self.minutes_per_label + masks * self.minutes_per_mask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scheduler:
     """When trials are compared and stopped (tuner/schedulers.py).
 
@@ -233,6 +250,8 @@ class Space:
     """at most one a figure"""
     repeats: Repeats | None = None
     """None: the winner is the best of single trainings"""
+    labelling: Labelling | None = None
+    """the price of labels and masks; known wherever labelling_minutes is the cost"""
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -320,6 +339,7 @@ class Space:
             "search": {name: _param_dict(param) for name, param in self.search.items()},
             "objective": objectives if self.cost else objectives[0],
             **({"constraints": bounds} if bounds else {}),
+            **({"labelling": fields_of(self.labelling)} if self.labelling else {}),
             "sampler": self.sampler,
             "scheduler": fields_of(self.scheduler) if self.scheduler.name != "none" else "none",
             "budget": {key: value for key, value in fields_of(self.budget).items() if value is not None},
@@ -339,6 +359,9 @@ def fingerprint_of(document: Mapping[str, Any]) -> str:
     """The fingerprint of a space that `Space.to_dict` described, maybe in another version with other defaults."""
     names = ("data", "train", "search", "objective", "constraints", "seed")
     described = {k: v for k, v in document.items() if k in names}
+    objective = document.get("objective")
+    if isinstance(objective, list) and objective[-1]["metric"] == "labelling_minutes":
+        described["labelling"] = document["labelling"]  # prices are a part of what is minimised
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 

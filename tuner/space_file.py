@@ -21,6 +21,7 @@ from tuner.space import (
     COSTS,
     DECISION_METRICS,
     LONGEST_NAME,
+    MASK_COSTS,
     METRICS,
     NAME_RULE,
     PREFERRED,
@@ -33,6 +34,7 @@ from tuner.space import (
     DataOptions,
     FloatParam,
     IntParam,
+    Labelling,
     Objective,
     Param,
     Repeats,
@@ -50,7 +52,8 @@ _ELSEWHERE = {"seed": "seed, at the top level", "input_height": "data.height", "
 TUNABLE = tuple(name for name in RULES if name not in _ELSEWHERE)
 
 _TOP_KEYS = (
-    "name", "data", "train", "search", "objective", "constraints", "sampler", "scheduler", "budget", "repeats",
+    "name", "data", "train", "search", "objective", "constraints", "labelling", "sampler", "scheduler", "budget",
+    "repeats",
     "start_from", "seed",
 )  # fmt: skip
 _REQUIRED_KEYS = ("name", "data", "search", "budget")
@@ -134,6 +137,7 @@ class _Reader:
         search = self.search(document.get("search", {}), train)
         objective, cost = self.objectives(document.get("objective", {}))
         constraints = self.constraints(document.get("constraints", []))
+        labelling = self.labelling(document["labelling"]) if "labelling" in document else None
         sampler = self.value(
             document, "sampler", str, f"must be one of {', '.join(SAMPLERS)}", "tpe", SAMPLERS.__contains__
         )
@@ -143,10 +147,11 @@ class _Reader:
         space = Space(
             name=name, data=data, train=train, search=search, objective=objective, sampler=sampler,
             scheduler=scheduler, budget=budget, start_from=(), seed=seed, cost=cost, constraints=constraints,
-            repeats=repeats,
+            repeats=repeats, labelling=labelling,
         )  # fmt: skip
         self.sampler_fits(space)
         self.cost_fits(space)
+        self.labelling_fits(space, is_said="labelling" in document)
         self.scheduler_fits(space)
         self.late_decision(space)
         points = self.start_from(space, document.get("start_from", []))
@@ -401,6 +406,18 @@ class _Reader:
             found.append(Constraint(metric=str(metric), **bounds))
         return tuple(found)
 
+    def labelling(self, value: Any) -> Labelling | None:
+        keys = tuple(Labelling.__dataclass_fields__)
+        if not self.mapping("labelling", value, keys, required=keys):
+            return None
+        rule = "must be a number of minutes, 0 or more"
+        prices = {key: self.value(value, key, float, rule, None, lambda v: v >= 0, "labelling.") for key in keys}
+        if None in prices.values():
+            return None
+        if not any(prices.values()):
+            self.problem("labelling", "must have a price above 0", "0 for a label and for a mask", "set one of them")
+        return Labelling(**prices)
+
     def scheduler(self, value: Any, epochs: int) -> Scheduler:
         value = {"name": value} if isinstance(value, str) else value
         if not self.mapping("scheduler", value, ("name", "min_epochs", "reduction", "keep", "compare"), ("name",)):
@@ -477,7 +494,7 @@ class _Reader:
             self.problem("sampler", rule, space.sampler, "use tpe or gp")
         if space.cost is None:
             return
-        if space.cost.metric == "num_segmented" and "num_segmented" not in space.search:
+        if space.cost.metric in MASK_COSTS and "num_segmented" not in space.search:
             self.problem(
                 "objective[1].metric", "num_segmented must be searched, or every trial costs the same",
                 "nothing of that name under search", "search num_segmented, or keep one objective",
@@ -486,6 +503,25 @@ class _Reader:
             self.problem(
                 "scheduler", "must be none where device_seconds is an objective: at a rung the quick and slightly "
                 "worse ones, which belong on the front, would be cut", space.scheduler.name, "say scheduler: none",
+            )  # fmt: skip
+
+    def labelling_fits(self, space: Space, is_said: bool) -> None:
+        """Prices and the costs that have a use for them go together."""
+        cost = space.cost.metric if space.cost else None
+        if cost == "labelling_minutes" and not is_said:
+            self.problem(
+                "labelling", "must say what a label and a mask take where labelling_minutes is an objective",
+                "no prices", "add labelling: {minutes_per_label: 0.05, minutes_per_mask: 2.0}, with your own minutes",
+            )  # fmt: skip
+        if cost == "labelling_minutes" and space.labelling and not space.labelling.minutes_per_mask:
+            self.problem(
+                "labelling.minutes_per_mask", "must be above 0 where labelling_minutes is an objective, or every trial "
+                "costs the same", 0, "set it",
+            )  # fmt: skip
+        if is_said and cost not in MASK_COSTS:
+            self.problem(
+                "labelling", f"belongs to an objective of {' or '.join(MASK_COSTS)}", cost or "one objective",
+                "add objective: [{metric: dice_mean}, {metric: labelling_minutes}], or remove it",
             )  # fmt: skip
 
     def scheduler_fits(self, space: Space) -> None:
@@ -623,6 +659,8 @@ def schema() -> dict[str, Any]:
     both = {"type": "array", "prefixItems": [figure, cost], "minItems": 2, "items": False}
     limit = {"type": "number", "minimum": 0, "maximum": 1, "description": "inclusive, on validation"}
     bound = mapping({"metric": {"enum": list(CONSTRAINED_METRICS)}, "min": limit, "max": limit}, ("metric",))
+    prices = tuple(Labelling.__dataclass_fields__)
+    minutes = {"type": "number", "minimum": 0, "description": "minutes of a person; one of the two is above 0"}
     scheduler = {
         "name": {"enum": list(SCHEDULERS)},
         "min_epochs": {"type": "integer", "minimum": 1},
@@ -640,6 +678,7 @@ def schema() -> dict[str, Any]:
         "search": mapping({name: param | {"description": RULES[name].doc} for name in TUNABLE}),
         "objective": {"anyOf": [figure, both]},
         "constraints": {"type": "array", "items": bound | {"oneOf": [{"required": ["min"]}, {"required": ["max"]}]}},
+        "labelling": mapping(dict.fromkeys(prices, minutes), prices),
         "sampler": {"enum": list(SAMPLERS)},
         "scheduler": {"anyOf": [{"enum": list(SCHEDULERS)}, mapping(scheduler, ("name",))]},
         "budget": mapping({"trials": {"type": "integer", "minimum": 1}, **dict.fromkeys(_BUDGET_KEYS[1:], positive)}),

@@ -33,7 +33,7 @@ from model.splits import counts, keep_masks
 from model.thresholds import Thresholds, sigmoid
 from tuner import gpu
 from tuner.records import NodeUnfit
-from tuner.space import DECISION_METRICS, Space
+from tuner.space import DECISION_METRICS, MASK_COSTS, Space
 
 Report = Callable[[dict[str, Any], Path | None], None]
 """Takes the progress (keys: `TrialTask.run`) and a sealed checkpoint folder, which it must copy."""
@@ -59,6 +59,8 @@ class TrialTask:
     """figures that constraints ask for: each replay carries those of its epoch"""
     read: Read = Path.read_bytes
     """how the samples' files are read"""
+    labels_cost: bool = False
+    """whether the space gives a price to a label"""
 
     @classmethod
     def of(cls, space: Space, train: list[Sample], validation: list[Sample], read: Read = Path.read_bytes) -> TrialTask:
@@ -72,6 +74,7 @@ class TrialTask:
             space.cost.metric if space.cost else None,
             tuple(bound.metric for bound in space.constraints),
             read,
+            space.labelling is not None,
         )
 
     def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
@@ -79,8 +82,9 @@ class TrialTask:
 
         Progress: `status` (running, completed or diverged), `reason`, `epochs`, `history`, `value` (the objective at
         the best epoch), `best_epoch`, `thresholds`, `rules`, `replays`, `seconds`, `num_segmented` (positives that
-        kept their masks, where that is a cost), and `micro_batch`, set where memory ran out: smaller parts of a batch
-        add up to the same step, so the trial goes on from its last epoch.
+        kept their masks, where these are a cost), `labelled` (training images, where labels have a price), and
+        `micro_batch`, set where memory ran out: smaller parts of a batch add up to the same step, so the trial goes on
+        from its last epoch.
         """
         self._run(config, [device], resume, report)
 
@@ -271,9 +275,11 @@ class _Keeper:
         self.rules = list(plain_rules(self.judgements))
         self.directory = scratch / "checkpoint"
         self.progress = nothing_yet()
-        if task.cost == "num_segmented":
+        if task.cost in MASK_COSTS:
             kept = keep_masks(task.train, config.num_segmented, config.seed)
             self.progress["num_segmented"] = counts(kept)["segmented"]
+        if task.labels_cost:
+            self.progress["labelled"] = len(task.train)
         all_judgements = dict.fromkeys([*self.judgements, *self.rules])
         self.progress["replays"] = [judgement._asdict() | _UNJUDGED for judgement in all_judgements]
         self.highest: list[dict[str, float]] = [{} for _ in all_judgements]

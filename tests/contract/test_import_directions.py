@@ -34,7 +34,14 @@ def users_of(package: str) -> set[str]:
 def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
     assert users_of("ray") == {"tuner/cluster.py", "tuner/jobs.py", "tuner/nodes.py", "tuner/search.py"}
     optuna_users = {name for name in users_of("optuna") if not name.startswith("tuner/tracking/")}
-    assert optuna_users == {"tuner/draw.py", "tuner/importance.py", "tuner/sampler.py", "tuner/storage.py"}
+    assert optuna_users == {
+        "tuner/draw.py",
+        "tuner/importance.py",
+        "tuner/repeats.py",
+        "tuner/sampler.py",
+        "tuner/storage.py",
+        "tuner/study.py",
+    }
     assert users_of("fsspec") == {"tuner/datasets.py", "tuner/remote.py"}
     assert users_of("pyarrow") == {"tuner/remote.py"}
     assert users_of("sqlalchemy") == {"tuner/storage.py"}
@@ -86,6 +93,7 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ),
         ("tuner/plan.py", ("ray", "optuna", "wandb", "torch", "tuner.search", "tuner.sampler", "tuner.pipeline")),
         ("tuner/predict.py", (*HEAVY, "torch", "tuner.run", "tuner.search", "tuner.report", "model.export")),
+        ("tuner/masks.py", (*HEAVY, "torch", "tuner.run", "tuner.report", "tuner.search", "tuner.sampler")),
         ("tuner/photos.py", (*HEAVY, "torch", "tuner.run", "tuner.predict")),
         ("model/tiles.py", ("torch", "onnxruntime")),
         ("model/crack_size.py", ("torch", "model.tiles")),

@@ -177,19 +177,25 @@ def search_for(place: Path, **goals: object) -> tuple[list[dict], dict, str, str
 
 
 def test_two_objectives_end_in_a_front(place: Path) -> None:
-    objectives = [{"metric": "dice_positive_mean"}, {"metric": "num_segmented"}]
-    found, metrics, report, _ = search_for(place, objective=objectives)
-    run = runs.load(place / "runs/small")
-    masks = {"all": run.info["data"]["train"]["segmented"], 2: 2}
+    objectives = [{"metric": "dice_positive_mean"}, {"metric": "labelling_minutes"}]
+    prices = {"minutes_per_label": 0.25, "minutes_per_mask": 2.0}
+    found, metrics, report, _ = search_for(place, objective=objectives, labelling=prices)
+    train = runs.load(place / "runs/small").info["data"]["train"]
+    images = train["positive"] + train["negative"]
+    masks = {"all": train["segmented"], 2: 2}
     for record in found:
-        assert record["values"] == [record["value"], masks[record["config"]["num_segmented"]]]
-    assert {record["values"][1] for record in found} == {2, masks["all"]}
+        kept = masks[record["config"]["num_segmented"]]
+        assert (record["num_segmented"], record["labelled"]) == (kept, images)
+        assert record["values"] == [record["value"], 0.25 * images + 2 * kept]
+    assert {record["num_segmented"] for record in found} == {2, masks["all"]}
+    assert metrics["masks"]["sentence"] in report
+    assert [row["masks"] for row in metrics["masks"]["budgets"]] == [2, masks["all"]]
     front = tuner_records.front(found, ["max", "min"])
     assert metrics["front"] == front != []
     code, out, _ = call_here(place, "status", "runs/small", "--json")
     assert (code, json.loads(out)["front"]) == (0, front)
     code, out, _ = call_here(place, "status", "runs/small")
-    assert f"on the front {front[0]['values'][0]:.4f} for {front[0]['values'][1]} by {front[0]['trial']}: " in out
+    assert f"on the front {front[0]['values'][0]:.4f} for {front[0]['values'][1]:g} by {front[0]['trial']}: " in out
     completed = [record for record in found if record["status"] == "completed"]
     assert metrics["best"]["trial"] == max(completed, key=lambda record: record["value"])["trial"]
     assert "![" in report

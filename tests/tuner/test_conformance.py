@@ -43,6 +43,10 @@ _FIGURE = {"metric": "dice_mean", "mode": "max"}
 _BOUNDS = [{"metric": "recall", "min": 0.5}, {"metric": "decision_specificity", "min": 0.25}]
 GOALS: dict[str, dict[str, Any]] = {
     "masks": {"objective": [_FIGURE, {"metric": "num_segmented", "mode": "min"}]},
+    "minutes": {
+        "objective": [_FIGURE, {"metric": "labelling_minutes", "mode": "min"}],
+        "labelling": {"minutes_per_label": 0.05, "minutes_per_mask": 2.0},
+    },
     "seconds": {"objective": [_FIGURE, {"metric": "device_seconds", "mode": "min"}]},
     "constraints": {"constraints": _BOUNDS},
     "masks and constraints": {
@@ -87,7 +91,8 @@ def judged(proposal: Proposal, value: float, epoch: int) -> dict[str, Any]:
     figures = {"recall": 1 - dilate / 20, "decision_specificity": None if dilate == 5 else 0.5}
     own = proposal.config.judgement()._asdict() | {"value": value, "epoch": epoch, "thresholds": None}
     kept = proposal.config.num_segmented
-    return {"replays": [own | {"figures": figures}], "num_segmented": ALL_MASKS if kept == "all" else kept}
+    masks = ALL_MASKS if kept == "all" else kept
+    return {"replays": [own | {"figures": figures}], "num_segmented": masks, "labelled": 100}
 
 
 def run_one(study: SearchStudy, end: str) -> tuple[int | None, str] | None:
@@ -171,7 +176,9 @@ def test_what_is_offered_works_with_other_goals(sampler: str, scheduler: str, go
         if space.cost:
             seconds = 10.0 + record["config"]["dilate"] % 7
             kept = record["config"]["num_segmented"]
-            cost = (ALL_MASKS if kept == "all" else kept) if space.cost.metric == "num_segmented" else seconds
+            masks = ALL_MASKS if kept == "all" else kept
+            costs = {"num_segmented": masks, "labelling_minutes": 5.0 + 2 * masks, "device_seconds": seconds}
+            cost = costs[space.cost.metric]
             assert record["values"] == (None if record["value"] is None else [record["value"], cost])
             if trial is not None:
                 assert trial.values == (record["values"] if status == "completed" else None)

@@ -280,6 +280,10 @@ def test_a_warm_start_is_known_to_the_sampler_and_is_nobodys_trial(where: Path |
 
 SECONDS = {"objective": [{"metric": "dice_mean"}, {"metric": "device_seconds"}]}
 MASKS = {"objective": [{"metric": "dice_mean"}, {"metric": "num_segmented"}]}
+MINUTES = {
+    "objective": [{"metric": "dice_mean"}, {"metric": "labelling_minutes"}],
+    "labelling": {"minutes_per_label": 0.05, "minutes_per_mask": 2.0},
+}
 RECALL = {"constraints": [{"metric": "recall", "min": 0.5}]}
 RULES = {
     "learning_rate": {"type": "categorical", "choices": [1.0]},
@@ -341,10 +345,29 @@ def test_masks_are_counted_as_the_worker_counted_them(journal: Path) -> None:
     assert costs == {5: [0.5, 5], 10: [0.5, 10], "all": [0.5, 31]}
 
 
-def test_a_scheduler_compares_trials_with_as_many_masks(journal: Path) -> None:
+def test_minutes_follow_from_what_the_worker_counted(journal: Path) -> None:
+    study = SearchStudy(small_space(search=COUNTED, sampler="grid", **MINUTES), "abc123", journal)
+    for _ in range(3):
+        proposal = study.ask()
+        kept = proposal.config.num_segmented
+        counted = {"num_segmented": 31 if kept == "all" else kept, "labelled": 40}
+        study.finish(proposal, ended(proposal, **counted))
+    found = study.records()
+    costs = {record["config"]["num_segmented"]: record["values"] for record in found}
+    assert costs == {5: [0.5, 12.0], 10: [0.5, 22.0], "all": [0.5, 64.0]}
+    assert records.front(found, ["max", "min"])[0]["values"] == [0.5, 12.0]
+    lacks = [{k: v for k, v in record.items() if k != "labelled"} for record in found]  # of a run without prices
+    told = SearchStudy(small_space(search=COUNTED, **MINUTES), "def456", journal.with_name("other.journal"))
+    assert told.warm_start(lacks) == (0, 3)
+
+
+@pytest.mark.parametrize("goals", ["masks", "minutes"])
+def test_a_scheduler_compares_trials_with_as_many_masks(journal: Path, goals: str) -> None:
     search = COUNTED | {"dilate": {"type": "int", "low": 1, "high": 9, "step": 2}}
     points = [{"num_segmented": kept, "dilate": dilate} for kept, dilate in ((5, 3), (10, 3), (5, 5), ("all", 3))]
-    space = small_space(search=search, start_from=points, scheduler="asha", **MASKS)
+    space = small_space(
+        search=search, start_from=points, scheduler="asha", **{"masks": MASKS, "minutes": MINUTES}[goals]
+    )
     study = SearchStudy(space, "abc123", journal)
     assert study.ask().is_baseline
     few, more, few_again, every = (study.ask() for _ in points)

@@ -51,7 +51,7 @@ def test_the_ways_of_judging_one_network_are_one_contender_by_the_best_of_them()
     assert found is not None
     assert [one.trial for one in found.contenders] == ["b", "c"]
     assert found.index("a") == found.index("b") == 0
-    assert found.contenders[0].cost("device_seconds") == 10.0
+    assert found.contenders[0].cost == 10.0
 
 
 def test_one_that_diverges_with_another_seed_is_out_and_crashes_say_nothing() -> None:

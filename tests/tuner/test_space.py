@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuner import space_file
-from tuner.space import Constraint, FloatParam, IntParam, Objective, SpaceError
+from tuner.space import COSTS, MASK_COSTS, Constraint, FloatParam, IntParam, Labelling, Objective, SpaceError
 
 GOOD = {
     "name": "good",
@@ -25,6 +25,8 @@ GOOD = {
 
 
 START = {"learning_rate": 0.1, "dilate": 3, "threshold_rule": "grid"}
+PRICES = {"minutes_per_label": 0.05, "minutes_per_mask": 2.0}
+COUNTED = {"search__num_segmented": {"type": "int", "low": 1, "high": 9}}
 
 
 def changed(**parts: object) -> dict:
@@ -78,11 +80,34 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
         (changed(objective={"metric": "dice"}), r"objective\.metric: must be one of dice_mean, .*found 'dice'; did you mean 'dice_mean'"),
         (changed(objective={"metric": "dice_mean", "mode": "min"}), r"objective\.mode: must be max"),
         (changed(objective=[{"metric": "f1"}]), r"objective: must be one objective or a list of two, a figure and a cost, found a list of 1; keep two"),
-        (changed(objective=[{"metric": "dice_mean"}, {"metric": "f1"}]), r"objective\[1\]\.metric: must be one of num_segmented, device_seconds, found 'f1'"),
+        (changed(objective=[{"metric": "dice_mean"}, {"metric": "f1"}]), r"objective\[1\]\.metric: must be one of num_segmented, labelling_minutes, device_seconds, found 'f1'"),
         (changed(objective=[{"metric": "dice"}, {"metric": "device_seconds"}]), r"objective\[0\]\.metric: must be one of dice_mean, .*did you mean 'dice_mean'"),
         (changed(objective=[{}, {"metric": "device_seconds", "mode": "max"}]), r"objective\[1\]\.mode: must be min: the second objective is a cost, found 'max'"),
         (changed(objective=[{}, {}]), r"objective\[1\]\.metric: is missing; add it"),
         (changed(objective=[{}, {"metric": "num_segmented"}]), r"objective\[1\]\.metric: num_segmented must be searched, .*; search num_segmented, or keep one objective"),
+        (changed(objective=[{}, {"metric": "labelling_minutes"}], labelling=PRICES), r"objective\[1\]\.metric: num_segmented must be searched"),
+        (
+            changed(objective=[{}, {"metric": "labelling_minutes"}], **COUNTED),
+            r"labelling: must say what a label and a mask take where labelling_minutes is an objective, found no prices; add labelling: \{minutes_per_label: 0\.05",
+        ),
+        (
+            changed(objective=[{}, {"metric": "labelling_minutes"}], labelling=PRICES | {"minutes_per_mask": 0}, **COUNTED),
+            r"labelling\.minutes_per_mask: must be above 0 where labelling_minutes is an objective, .*, found 0; set it",
+        ),
+        (
+            changed(objective=[{}, {"metric": "num_segmented"}], labelling={"minutes_per_label": 0, "minutes_per_mask": 0}, **COUNTED),
+            r"labelling: must have a price above 0, found 0 for a label and for a mask; set one of them",
+        ),
+        (
+            changed(objective=[{}, {"metric": "num_segmented"}], labelling={"minutes_per_label": -1}, **COUNTED),
+            r"labelling\.minutes_per_mask: is missing; add it\n  labelling\.minutes_per_label: must be a number of minutes, 0 or more, found -1",
+        ),
+        (changed(labelling=PRICES | {"minutes": 1}), r"labelling\.minutes: is not a known key"),
+        (changed(labelling=PRICES), r"labelling: belongs to an objective of num_segmented or labelling_minutes, found one objective; add objective"),
+        (
+            changed(objective=[{}, {"metric": "device_seconds"}], labelling=PRICES),
+            r"labelling: belongs to an objective of num_segmented or labelling_minutes, found 'device_seconds'; .*, or remove it",
+        ),
         (
             changed(objective=[{}, {"metric": "device_seconds"}], scheduler="median"),
             r"scheduler: must be none where device_seconds is an objective: .*, found 'median'; say scheduler: none",
@@ -295,6 +320,7 @@ MASKS = changed(
     objective=[{"metric": "f1"}, {"metric": "num_segmented"}],
     search__num_segmented={"type": "int", "low": 1, "high": 9},
 )
+MINUTES = changed(objective=[{"metric": "f1"}, {"metric": "labelling_minutes"}], labelling=PRICES, **COUNTED)
 BOUNDED = changed(constraints=[{"metric": "recall", "min": 0.5}, {"metric": "decision_specificity", "min": 0.9}])
 
 
@@ -304,7 +330,11 @@ def test_goals_are_read_and_survive_a_round_trip() -> None:
     assert space_file.parse(BOUNDED).constraints == (
         Constraint(metric="recall", min=0.5), Constraint(metric="decision_specificity", min=0.9),
     )  # fmt: skip
-    for document in (TWO, MASKS, BOUNDED):
+    priced = space_file.parse(MINUTES)
+    assert priced.cost == Objective(metric="labelling_minutes", mode="min")
+    assert priced.labelling == Labelling(minutes_per_label=0.05, minutes_per_mask=2.0)
+    assert priced.labelling.minutes(images=400, masks=30) == pytest.approx(80.0)
+    for document in (TWO, MASKS, BOUNDED, MINUTES, MASKS | {"labelling": PRICES}):
         space = space_file.parse(document)
         assert space_file.parse(yaml.safe_load(yaml.safe_dump(space.to_dict()))) == space
         jsonschema.validate(document, space_file.schema())
@@ -319,9 +349,14 @@ def test_goals_belong_to_the_fingerprint_and_their_absence_changes_none() -> Non
         BOUNDED,
         changed(objective={"metric": "f1"}),
         changed(constraints=BOUNDED["constraints"][:1]),
+        MASKS,
+        MINUTES,
+        MINUTES | {"labelling": PRICES | {"minutes_per_mask": 3.0}},  # other costs, another front
     ]
     assert len({space_file.parse(document).fingerprint() for document in documents}) == len(documents)
     assert space_file.parse(changed(constraints=[])).fingerprint() == space_file.parse(GOOD).fingerprint()
+    shown_beside = MASKS | {"labelling": PRICES}
+    assert space_file.parse(shown_beside).fingerprint() == space_file.parse(MASKS).fingerprint()
 
 
 def test_how_far_a_figure_lies_beyond_a_bound() -> None:
@@ -352,11 +387,13 @@ JUNK = st.sampled_from(
 @given(st.data())
 def test_whatever_stands_in_a_file_is_a_space_or_a_list_of_problems(data: st.DataObject) -> None:
     """Any one or two nodes of a good file replaced by anything."""
+    cost = data.draw(st.sampled_from(COSTS))
     document = changed(
-        start_from=[copy.deepcopy(START)],
+        start_from=[] if cost in MASK_COSTS else [copy.deepcopy(START)],
         sampler="tpe",
-        objective=[{"metric": "f1", "mode": "max"}, {"metric": "device_seconds"}],
+        objective=[{"metric": "f1", "mode": "max"}, {"metric": cost}],
         constraints=[{"metric": "recall", "min": 0.5}],
+        **(copy.deepcopy(COUNTED) | {"labelling": dict(PRICES)} if cost in MASK_COSTS else {}),
     )
     for _ in range(data.draw(st.integers(1, 2))):
         node: Any = document

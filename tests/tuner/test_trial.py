@@ -217,6 +217,11 @@ def test_a_trial_knows_what_its_masks_and_its_constraints_come_to(task: TrialTas
         replace(task, cost="num_segmented", constrained=CONSTRAINED_METRICS).run(config, CPU, None, reports)
         [last] = reports.progress
         assert last["num_segmented"] == count
+        assert "labelled" not in last
+    (tmp_path / "priced").mkdir()
+    priced = Reports(tmp_path / "priced")
+    replace(task, cost="labelling_minutes", labels_cost=True).run(config, CPU, None, priced)
+    assert (priced.progress[0]["num_segmented"], priced.progress[0]["labelled"]) == (3, len(task.train))
     figures = last["replays"][0]["figures"]
     assert set(figures) == set(CONSTRAINED_METRICS) >= set(METRICS)
     assert all(0 <= value <= 1 for value in figures.values())

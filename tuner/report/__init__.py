@@ -20,7 +20,19 @@ import matplotlib
 
 from tuner.names import quoting
 from tuner.records import OPEN_TEST
-from tuner.report import calibration, comparison, inputs, latex, page, render, rules, style, tables, trust
+from tuner.report import (
+    calibration,
+    comparison,
+    inputs,
+    latex,
+    masks_page,
+    page,
+    render,
+    rules,
+    style,
+    tables,
+    trust,
+)  # fmt: skip
 from tuner.report.gallery import Gallery, Page
 
 __all__ = ["write", "write_comparison"]
@@ -71,6 +83,7 @@ def _fill(run: inputs.Run, folder: Path) -> None:
         "rules": rules.replay(evaluated, results) if evaluated and results else [],
         "calibration": calibration.figures(results.test) if results else None,
         "selection": trust.figures(run),
+        "masks": masks_page.figures(run),
     }
     _write_json(folder / "metrics.json", metrics)
     if evaluated and results:

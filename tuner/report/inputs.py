@@ -128,9 +128,8 @@ class Run:
     def selection(self) -> Selection | None:
         """What all trainings say of the configurations; None where none has completed that may win."""
         asked = self.facts.get("repeats") or self.space.get("repeats") or {}
-        cost = self.objectives[1]["metric"] if len(self.objectives) > 1 else "device_seconds"
         bounds = [Constraint(**one) for one in self.constraints]
-        return select(self.records, self.repeats, bounds, asked.get("prefer", "best"), cost)
+        return select(self.records, self.repeats, bounds, asked.get("prefer", "best"))
 
     @property
     def best_record(self) -> Json | None:

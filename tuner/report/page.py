@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from model.config import REFERENCES, RULES
-from tuner.report import architecture, head, trust, winner_page, words
+from tuner.report import architecture, head, masks_page, trust, winner_page, words
 from tuner.report.gallery import (
     Gallery,
     Page,
@@ -59,6 +59,7 @@ def _evaluated(run: EvaluatedRun, results: Results, metrics: Json, gallery: Gall
         winner_page.images(run, results, gallery),
         *trust.trust(run, results, gallery),
         search(run, metrics, gallery),
+        *masks_page.section(run, metrics["masks"], gallery),
         provenance(run),
     ]
     if results.test.is_stamped:
@@ -71,7 +72,8 @@ def _unevaluated(run: Run, metrics: Json, gallery: Gallery) -> list[Section]:
     chosen = run.chosen
     of_best = [] if chosen is None else [_parameters(run, chosen), winner_page.curves(run, gallery)]
     of_best += trust.trust(run, None, gallery)
-    return [head.unevaluated(run, metrics), _data(run), *of_best, search(run, metrics, gallery), provenance(run)]
+    of_search = [search(run, metrics, gallery), *masks_page.section(run, metrics["masks"], gallery)]
+    return [head.unevaluated(run, metrics), _data(run), *of_best, *of_search, provenance(run)]
 
 
 def _network(run: EvaluatedRun, gallery: Gallery) -> Section:

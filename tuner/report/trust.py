@@ -183,16 +183,16 @@ def _picture(run: Run, selected: Selection) -> Any:
 
 def _standings(run: Run, selected: Selection) -> Table:
     shown, winner = _shown(run, selected), _winner(run, selected)
-    cost = words.metric(selected.cost) if selected.cost == "num_segmented" else "time"
+    by_time = len(run.objectives) < 2 or run.objectives[1]["metric"] == "device_seconds"
+    cost = "time" if by_time else words.metric(run.objectives[1]["metric"])
     rows = []
     for one in shown:
         standing, contender = selected.standing(one), selected.contenders[one]
-        paid = contender.cost(selected.cost)
         rows.append([
             _name(run, selected, one), str(standing.trainings), f"{standing.measured:.4f}", f"{standing.mean:.4f}",
             f"{standing.interval[0]:.4f} to {standing.interval[1]:.4f}", f"{standing.best:.0%}",
             f"{standing.ranks[0]} to {standing.ranks[1]}", "yes" if one in selected.alike else "",
-            words.duration(paid) if selected.cost == "device_seconds" else f"{paid:,.6g}",
+            words.duration(contender.cost) if by_time else f"{contender.cost:,.6g}",
         ])  # fmt: skip
     header = ["configuration", "trainings", "measured", "corrected", "95 % interval", "is the best", "rank",
               "may be the best", cost]  # fmt: skip

@@ -18,6 +18,7 @@ _OTHER_FIGURES = {
     "tn": "true negatives",
     "threshold": "segmentation threshold",
     "num_segmented": "images with masks",
+    "labelling_minutes": "minutes of labelling",
     "device_seconds": "device-seconds of training",
 }
 STATUS_NAMES = {

@@ -64,6 +64,7 @@ def test_keys_are_those_of_the_interface(usual) -> None:
     assert set(metrics) == {
         *("schema", "run", "best", "validation", "test", "baseline", "search", "data"),
         *("difference", "thresholds_chosen_on", "test_openings", "front", "state", "evaluated", "rules", "calibration"),
+        "masks",
     }
     assert (metrics["thresholds_chosen_on"], metrics["test_openings"]) == ("validation", 1)
     assert (metrics["schema"], metrics["run"]) == (1, "walls <b>")
