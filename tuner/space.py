@@ -184,6 +184,15 @@ class Scheduler:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CrossValidation:
+    """A trial is so many trainings, each judged on the images that it was not given (tuner/folds.py)."""
+
+    folds: int = 5
+    nested: bool = False
+    """each training leaves out two folds: one that chooses epoch and thresholds, one that only scores them"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """What a search may spend; it ends at the first limit reached. None is no limit."""
 
@@ -213,6 +222,19 @@ class Space:
     """the second objective, one of COSTS"""
     constraints: tuple[Constraint, ...] = ()
     """at most one a figure"""
+    cross_validation: CrossValidation | None = None
+
+    @property
+    def trial_length(self) -> int:
+        """How many reports a whole trial makes, in the units that schedulers compare: one an epoch, or one a fold."""
+        if self.cross_validation:
+            return self.cross_validation.folds
+        return int(self.train.get("epochs", DEFAULTS["epochs"]))
+
+    @property
+    def unit(self) -> str:
+        """What a trial reports one of."""
+        return "fold" if self.cross_validation else "epoch"
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -300,6 +322,7 @@ class Space:
             "search": {name: _param_dict(param) for name, param in self.search.items()},
             "objective": objectives if self.cost else objectives[0],
             **({"constraints": bounds} if bounds else {}),
+            **({"cross_validation": fields_of(self.cross_validation)} if self.cross_validation else {}),
             "sampler": self.sampler,
             "scheduler": fields_of(self.scheduler) if self.scheduler.name != "none" else "none",
             "budget": {key: value for key, value in fields_of(self.budget).items() if value is not None},
@@ -314,7 +337,7 @@ class Space:
 
 def fingerprint_of(document: Mapping[str, Any]) -> str:
     """The fingerprint of a space that `Space.to_dict` described, maybe in another version with other defaults."""
-    names = ("data", "train", "search", "objective", "constraints", "seed")
+    names = ("data", "train", "search", "objective", "constraints", "cross_validation", "seed")
     described = {k: v for k, v in document.items() if k in names}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
