@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -95,11 +95,11 @@ class Cache:
     whole: Cache | None = None
     """the cache of which this one is a part"""
 
-    def part(self, rows: Array, samples: list[Sample]) -> Cache:
+    def part(self, rows: Sequence[int], samples: list[Sample]) -> Cache:
         """Some rows of it as a cache of their own; `samples` are theirs, maybe trained without their masks. Nothing is
         copied, and what is made of the masks is made once for all parts."""
-        rows = np.asarray(rows, np.int64)
-        images, masks, sizes = Rows(self.images, rows), Rows(self.masks, rows), self.original_sizes[rows]
+        mine = np.asarray(rows, np.int64)
+        images, masks, sizes = Rows(self.images, mine), Rows(self.masks, mine), self.original_sizes[mine]
         return replace(self, samples=samples, images=images, masks=masks, original_sizes=sizes, whole=self)
 
     @cached_property

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from model.files import FULL_DISK
 from model.splits import Splits
-from tuner import finals, importance, mirror, nodes, plan, remote, report, storage, tracking
+from tuner import finals, folds, importance, mirror, nodes, plan, remote, report, storage, tracking
 from tuner.cluster import Resources, connected, default_resources, run_on_worker, sharing_gpus
 from tuner.mirror import Mirror, mirrored
 from tuner.options import Options
@@ -25,7 +25,7 @@ from tuner.sampler import SearchStudy
 from tuner.search import run_trials
 from tuner.space import Space
 from tuner.space_file import load as load_space
-from tuner.trial import TrialTask, batch_problem
+from tuner.trial import batch_problem
 
 _CLEARLY_TOO_LONG = 2.0
 """A search is refused where the baseline is forecast to take so many times what a limit holds (docs/decisions.md)."""
@@ -154,13 +154,13 @@ def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     space, options, info = run.space, run.options, run.info
     found = run.splits()
     run.verify(found.train + found.validation, console)
-    task = TrialTask.of(space, found.train, found.validation, run.source.read)
+    task = folds.task_of(space, found, run.source.read)
     resources = _resources(run)
     if problem := batch_problem(space.baseline_config(0).batch_size, int(resources.gpus_per_trial)):
         raise ValueError(problem)
     needs = _needs(run)
     nodes.check(needs, found.train + found.validation, resources)
-    nodes.prepare(needs, [found.train, found.validation], resources, console)
+    nodes.prepare(needs, task.decoded, resources, console)
     if not info["sessions"]:
         resources = _measured(run, found, resources, console)
     sessions = _closed(run, info["sessions"])

@@ -250,8 +250,8 @@ class SearchStudy:
             running = [rival.number for rival in rivals if rival.number is not None]
             free = [number for number in held if not self._is_being_trained(self._held[number])]
             curves = {n: curve for n, curve in self.curves(like=held[0]).items() if n not in failed}
-            epochs = self._held[held[0]].config.epochs
-            found = schedulers.promoted(self.space.scheduler, epochs, free, running, curves, no_more)
+            length = self.space.trial_length
+            found = schedulers.promoted(self.space.scheduler, length, free, running, curves, no_more)
             if found is not None:
                 return self._take_up(found) or self._promote(no_more)
         return None
@@ -273,12 +273,12 @@ class SearchStudy:
     def leaves(self, proposal: Proposal, epoch: int) -> str | None:
         """Why the scheduler takes a trial off its worker at an epoch that was reported, or None."""
         assert proposal.number is not None  # only the baseline may have none, and it is not compared
-        number, scheduler, epochs = proposal.number, self.space.scheduler, proposal.config.epochs
+        number, scheduler, length = proposal.number, self.space.scheduler, self.space.trial_length
         since = self._judged.get(number, 0)
         self._judged[number] = epoch
-        if not schedulers.compares(scheduler, epochs, number, since, epoch):
+        if not schedulers.compares(scheduler, length, number, since, epoch):
             return None
-        reason = schedulers.leaves(scheduler, epochs, number, since, self.curves(number))
+        reason = schedulers.leaves(scheduler, length, number, since, self.curves(number), self.space.unit)
         if reason is None:
             self._passes(number, epoch)
         return reason
@@ -365,6 +365,7 @@ class SearchStudy:
                 "value": replay["value"],
                 "best_epoch": replay["epoch"],
                 "thresholds": replay["thresholds"],
+                **{key: replay.get(key) for key in ("fold", "folds") if key in source},
                 "replayed_from": source["trial"],
                 "started": None,
                 "ended": None,
