@@ -1,7 +1,7 @@
 """A trial with cross-validation: a training a fold, one after another, each of them a plain trial (tuner/trial.py).
 
-Network f is trained on all folds but f, which judges it and chooses its epoch and thresholds. Where it is nested, that is
-done by the next fold, which is left out of training too, and f is only scored.
+Network f is trained on all folds but f, which judges it and chooses its epoch and thresholds. Where it is nested, that
+is done by the next fold, which is left out of training too, and f is only scored.
 
 All networks map one decoded cache. What a trial reports is a fold, as a plain one reports an epoch: its value so far is
 the mean over the folds that are done. What it hands over is one of its networks, a typical one: that of the fold whose
@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from model import checkpoint, splits
+from model import checkpoint, folds, splits
 from model.config import Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import score
 from model.files import write_json
+from model.folds import Fold
 from model.inspection import Read
 from model.sample import Sample
 from model.splits import Splits
@@ -34,48 +35,12 @@ from tuner.space import Space
 from tuner.trial import Report, Task, TrialTask, batch_problem, nothing_yet, plain_rules, weights_folder
 
 
-@dataclass(frozen=True)
-class Fold:
-    """What one training of a trial is given, as rows of the pool."""
-
-    train: list[int]
-    validation: list[int]
-    """on which epoch and thresholds are chosen"""
-    outer: list[int]
-    """which are only scored; none unless it is nested"""
-
-
 def task_of(space: Space, found: Splits, read: Read = Path.read_bytes) -> Task:
     """What a space asks of its trials. ValueError if the data cannot be dealt into so many folds."""
     if space.cross_validation is None:
         return TrialTask.of(space, found.train, found.validation, read)
-    pool = splits.pool(found)
-    return FoldsTask(TrialTask.of(space, [], [], read), pool, deal(space, pool))
-
-
-def deal(space: Space, pool: list[Sample]) -> list[Fold]:
-    """The folds of a space's trials; the same for all of them, whatever seeds they train with. ValueError as above."""
-    assert space.cross_validation is not None
-    held = splits.deal(pool, space.cross_validation.folds, space.seed)
-    found = []
-    for n, rows in enumerate(held):
-        chooses = held[(n + 1) % len(held)] if space.cross_validation.nested else rows
-        outer = rows if space.cross_validation.nested else []
-        out = {*chooses, *outer}
-        found.append(Fold([row for row in range(len(pool)) if row not in out], chooses, outer))
-    return found
-
-
-def splits_of_each(space: Space, found: Splits) -> list[Splits]:
-    """What each training of a trial has in place of the data's own train and validation: these alone where a trial is
-    one training."""
-    if space.cross_validation is None:
-        return [found]
-    pool = splits.pool(found)
-    return [
-        Splits([pool[row] for row in fold.train], [pool[row] for row in fold.validation], found.test)
-        for fold in deal(space, pool)
-    ]
+    pool = folds.pool(found)
+    return FoldsTask(TrialTask.of(space, [], [], read), pool, folds.deal(pool, space.cross_validation, space.seed))
 
 
 @dataclass(frozen=True, kw_only=True)

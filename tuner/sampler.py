@@ -365,13 +365,13 @@ class SearchStudy:
                 "value": replay["value"],
                 "best_epoch": replay["epoch"],
                 "thresholds": replay["thresholds"],
-                **{key: replay.get(key) for key in ("fold", "folds") if key in source},
                 "replayed_from": source["trial"],
                 "started": None,
                 "ended": None,
                 "seconds": 0.0,
                 "device_seconds": 0.0,
-            },
+            }
+            | ({"fold": replay.get("fold"), "folds": replay.get("folds", [])} if "folds" in source else {}),
             source,
         )
 

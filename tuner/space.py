@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.config import DEFAULTS, JUDGING_FIELDS, RunConfig
+from model.folds import CrossValidation
 
 COMPARED = ("segmentation", "objective")
 SAMPLERS = ("tpe", "gp", "cmaes", "qmc", "random", "grid")
@@ -184,15 +185,6 @@ class Scheduler:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CrossValidation:
-    """A trial is so many trainings, each judged on the images that it was not given (tuner/folds.py)."""
-
-    folds: int = 5
-    nested: bool = False
-    """each training leaves out two folds: one that chooses epoch and thresholds, one that only scores them"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """What a search may spend; it ends at the first limit reached. None is no limit."""
 
@@ -223,6 +215,7 @@ class Space:
     constraints: tuple[Constraint, ...] = ()
     """at most one a figure"""
     cross_validation: CrossValidation | None = None
+    """a trial is a training a fold (tuner/folds.py); else one training"""
 
     @property
     def trial_length(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from model.config import DEFAULTS, RULES, input_size_problem
+from model.folds import CrossValidation
 from model.layouts import LAYOUTS
 from tuner.space import (
     COMPARED,
@@ -29,7 +30,6 @@ from tuner.space import (
     Budget,
     ChoiceParam,
     Constraint,
-    CrossValidation,
     DataOptions,
     FloatParam,
     IntParam,
