@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+import model.folds
 from model.files import FULL_DISK
 from model.splits import Splits
 from tuner import finals, folds, importance, mirror, nodes, plan, remote, report, storage, tracking
@@ -142,11 +143,15 @@ def evaluate(run: Run, open_test: bool = False) -> None:
         )
     resources = _resources(run)
     found = run.splits()
-    run.verify(found.validation + found.test)  # before the opening of the test split is logged
-    nodes.check(_needs(run), found.validation + found.test, resources)
+    dealt = []
+    if run.space.cross_validation:  # any of the pool may be in the winner's fold
+        dealt = model.folds.deal(model.folds.pool(found), run.space.cross_validation, run.space.seed)
+    judged = (found.train if dealt else []) + found.validation + found.test
+    run.verify(judged)  # before the opening of the test split is logged
+    nodes.check(_needs(run), judged, resources)
     trials = mirror.trials_of(run)
     metric = run.space.objective.metric
-    finals.evaluate(run.directory, trials, found, metric, resources, open_test, run.source.read)
+    finals.evaluate(run.directory, trials, found, metric, resources, open_test, run.source.read, dealt)
 
 
 def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
