@@ -230,8 +230,8 @@ def _finished_line(record: dict[str, Any], progress: Progress, end: str) -> str:
         parts.append(f"{progress.run.metric} {value} {at}")
     if not records.is_feasible(record):
         parts.append(records.beyond(record["violations"]))
-    unit = "folds" if "folds" in record else "epochs"
-    parts.append(f"{record.get('epochs') or 0} {unit} in {duration(record.get('seconds') or 0.0)}")
+    unit = "fold" if "folds" in record else "epoch"
+    parts.append(f"{record.get('epochs') or 0} {unit}s in {duration(record.get('seconds') or 0.0)}")
     if record.get("params"):
         parts.append(parameters(record["params"]))
     if record.get("replayed_from"):
