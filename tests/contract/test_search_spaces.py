@@ -29,7 +29,14 @@ def draw_value(param: Param, rng: random.Random) -> Any:
 
 
 def test_the_shipped_ones_are_these() -> None:
-    assert list(space_file.shipped()) == ["crack_segmentation", "crackforest", "crackseg448", "demo", "results_page"]
+    assert list(space_file.shipped()) == [
+        "crack_segmentation",
+        "crackforest",
+        "crackforest_folds",
+        "crackseg448",
+        "demo",
+        "results_page",
+    ]
     assert [path.stem for path in SPACES] == list(space_file.shipped())
 
 

@@ -21,6 +21,7 @@ from tests.tuner.conftest import small_space
 from tests.tuner.test_trial import Reports
 from tuner import nested
 from tuner.folds import FoldsTask, may_be_median, task_of
+from tuner.run import checked_splits
 from tuner.space import Space
 from tuner.trial import TrialTask, weights_folder
 
@@ -229,6 +230,19 @@ def test_a_space_without_folds_has_plain_trials(found: Splits) -> None:
     plain = small_space()
     assert isinstance(task_of(plain, found), TrialTask)
     assert "cross_validation" not in plain.to_dict()
+
+
+def test_data_that_cannot_be_dealt_are_refused_before_there_is_a_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path / "cache"))
+    synthetic.write(tmp_path / "set", count=24, height=64, width=128)
+    with pytest.raises(
+        ValueError, match=r"20 folds need at least as many groups with positive images.*lower cross_val"
+    ):
+        checked_splits(space(cross_validation={"folds": 20}), tmp_path / "set")
+    masks = {"num_segmented": {"type": "int", "low": 2, "high": 8}}
+    checked_splits(space(search=masks), tmp_path / "set")
+    with pytest.raises(ValueError, match=r"num_segmented must be at most .* training images with a mask"):
+        checked_splits(space(search=masks, cross_validation={"folds": 3, "nested": True}), tmp_path / "set")
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6])
