@@ -294,7 +294,8 @@ def thresholds(run: EvaluatedRun, results: Results, metrics: Json) -> Section:
         name = words.metric(run.objectives[0]["metric"])
         replayed = [[name, words.figure(value)] for name, value in record["rules"].items()]
         strong = frozenset(k for k, row in enumerate(replayed) if row[0] == rule)
-        caption = f"Every rule on trial {record['trial']}, each at its own best epoch"
+        means = ", means over folds" if run.folds else ""
+        caption = f"Every rule on trial {record['trial']}, each at its own best epoch{means}"
         shown.append(Table(["rule", f"{name}, validation"], replayed, caption, frozenset({1}), strong))
     replays = rules.blocks(metrics["rules"], run.winner.epoch, results.test.chosen_on)
     return Section("thresholds", "Thresholds", [Tables(shown), *replays])
