@@ -12,10 +12,10 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -57,14 +57,34 @@ def cache_limit() -> int:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Some rows of a memory-mapped array, which are read when they are asked for: to index the array by all of them at
+    once would copy them into memory."""
+
+    array: Array | Rows
+    rows: Ints
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: Any) -> Array:
+        found: Array = self.array[self.rows[which]]
+        return found
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self), *self.array.shape[1:]
+
+
+@dataclass(frozen=True)
 class Cache:
     """One split, decoded and resized. The label and the kind of supervision come from the samples."""
 
     samples: list[Sample]
     directory: Path
-    images: Array
+    images: Array | Rows
     """(N, H, W, 3) uint8 RGB, memory-mapped"""
-    masks: Array
+    masks: Array | Rows
     """(N, H, W) uint8 0/1, memory-mapped: the undilated truth that every trial is scored against"""
     original_sizes: Ints
     """(N, 2) height and width of the files, px"""
@@ -72,6 +92,15 @@ class Cache:
     """an open file whose lock keeps the cache from being removed"""
     read: Read = Path.read_bytes
     """how the samples' files are read, for the masks are looked at again"""
+    whole: Cache | None = None
+    """the cache of which this one is a part"""
+
+    def part(self, rows: Sequence[int], samples: list[Sample]) -> Cache:
+        """Some rows of it as a cache of their own; `samples` are theirs, maybe trained without their masks. Nothing is
+        copied, and what is made of the masks is made once for all parts."""
+        mine = np.asarray(rows, np.int64)
+        images, masks, sizes = Rows(self.images, mine), Rows(self.masks, mine), self.original_sizes[mine]
+        return replace(self, samples=samples, images=images, masks=masks, original_sizes=sizes, whole=self)
 
     @cached_property
     def positive(self) -> Bools:
@@ -83,10 +112,12 @@ class Cache:
         """(N,) whether an image is trained with its mask (negatives: with the empty one)."""
         return np.array([sample.supervision is Supervision.PIXEL for sample in self.samples])
 
-    def targets(self, size: int) -> Array:
+    def targets(self, size: int) -> Array | Rows:
         """(N, H, W) uint8: the truth widened by a square of `size` px of the original, memory-mapped."""
         if size == 1:
             return self.masks
+        if self.whole is not None and isinstance(self.masks, Rows):
+            return replace(self.masks, array=self.whole.targets(size))
         path = self.directory / f"dilated_{size}.npy"
         with locked(self.directory / "dilate.lock"):
             if not path.exists():

@@ -17,7 +17,7 @@ from model.arrays import Array, Floats
 from model.centre_lines import CentreLines, trace
 from model.config import Judgement, RunConfig
 from model.counts import CountsBuilder, PixelCounts, tally, to_half
-from model.data import Cache, to_input
+from model.data import Cache, Rows, to_input
 from model.network import SegDecNet
 from model.thresholds import Thresholds, ThresholdSearch, decision_threshold, select_all, sigmoid
 
@@ -81,7 +81,7 @@ class Scores:
 
 
 def predict(
-    network: SegDecNet, images_NHWC: Array, config: RunConfig, device: torch.device, batch_size: int = 8
+    network: SegDecNet, images_NHWC: Array | Rows, config: RunConfig, device: torch.device, batch_size: int = 8
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(decision logits (B,), segmentation logits (B, H, W)) of one batch after another, float32 on the device.
 

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import checkpoint, failures
+from model import checkpoint, failures, folds
 from model.arrays import Array
 from model.config import Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import Scores, predict, score
 from model.files import write_atomically, write_json
+from model.folds import Fold
 from model.inspection import Read
 from model.network import SegDecNet, build, describe
-from model.sample import Sample
 from model.splits import Splits, fingerprint_of_test
 from model.thresholds import Thresholds, sigmoid
 from tuner import checkpoints, records
@@ -33,7 +34,7 @@ from tuner.checkpoints import Torn, Trials
 from tuner.cluster import Resources, run_on_worker
 from tuner.records import OPEN_TEST, SearchFailed
 from tuner.selection import Contender, Selection
-from tuner.trial import take_device
+from tuner.trial import take_device, weights_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +58,12 @@ class Finalist:
     value: float
     violations: dict[str, float] | None
     """how far beyond each constraint; None where there is none"""
+    fold: int | None = None
+    """which of its trial's folds judged this network, counted from 1; None where it has none"""
 
     def model(self, scratch: Path) -> Path:
         """The folder of its weights on this machine, copied below an empty folder."""
-        return checkpoints.fetch(self.checkpoint, scratch / self.trial, f"best/{self.epoch}")
+        return checkpoints.fetch(self.checkpoint, scratch / self.trial, weights_folder(self.epoch, self.fold))
 
     def describe(self) -> dict[str, Any]:
         """Its entry in selection.json."""
@@ -69,7 +72,9 @@ class Finalist:
             "epoch": self.epoch,
             "thresholds": self.thresholds.to_dict(),
             "value": self.value,
-        } | ({} if self.violations is None else {"violations": self.violations})
+            **({} if self.fold is None else {"fold": self.fold}),
+            **({} if self.violations is None else {"violations": self.violations}),
+        }
 
 
 def evaluate(
@@ -80,6 +85,7 @@ def evaluate(
     resources: Resources,
     open_test: bool = False,
     read: Read = Path.read_bytes,
+    dealt: Sequence[Fold] = (),
     selected: Selection | None = None,
 ) -> None:
     """Writes evaluation/ and best/. ValueError if that was done before.
@@ -88,6 +94,9 @@ def evaluate(
     its networks which is best on validation; all that are left of it and of the baseline are judged on test. Without,
     the best single training has won. Where no trial meets the constraints, the one that is least beyond them stands in,
     and all that is written says so.
+
+    `dealt` are the folds of trials that have some: then validation is the fold that chose a network's epoch and
+    thresholds, which may be another one for the baseline.
 
     With `open_test` the thresholds, too, are chosen on test, as the public scripts do, and say so wherever they go;
     that lies apart, in evaluation/open-test/, and leaves the rest as it is. Configuration and epoch stay those of
@@ -117,9 +126,8 @@ def evaluate(
     _note_opening(evaluation, list(dict.fromkeys(names)), fingerprint_of_test(splits), open_test)
     try:
         files, applied, sizes, by_seed = run_on_worker(
-            _evaluate_on_worker, resources, finalists, others, splits.validation, splits.test, metric, resources,
-            open_test, read,
-        )  # fmt: skip
+            _evaluate_on_worker, resources, finalists, others, splits, dealt, metric, resources, open_test, read
+        )
     except Torn as error:  # not what somebody has asked for
         raise SearchFailed(str(error)) from error
     for name, arrays in files.items():
@@ -171,8 +179,10 @@ def _finalist(trials: Trials, record: dict[str, Any] | None) -> Finalist | None:
     replays = found.progress["replays"]
     unknown = {"epoch": None, "thresholds": None}
     kept = next((replay for replay in replays if Judgement.of(replay) == config.judgement()), unknown)
-    is_kept = (kept["epoch"], kept["thresholds"]) == (record["best_epoch"], record["thresholds"])
-    if not (is_kept and found.holds(f"best/{record['best_epoch']}")):
+    fold = record.get("fold")
+    wanted = record["best_epoch"], record["thresholds"], fold
+    is_kept = (kept["epoch"], kept["thresholds"], kept.get("fold")) == wanted
+    if not (is_kept and found.holds(weights_folder(record["best_epoch"], fold))):
         raise SearchFailed(
             f"the checkpoint {found.address} must hold epoch {record['best_epoch']} of trial {source} with the "
             f"thresholds of its record, found epoch {kept['epoch']} with {kept['thresholds']}; one of them was changed"
@@ -185,6 +195,7 @@ def _finalist(trials: Trials, record: dict[str, Any] | None) -> Finalist | None:
         record["best_epoch"],
         record["value"],
         record.get("violations"),
+        fold,
     )
 
 
@@ -228,15 +239,16 @@ def _note_opening(evaluation: Path, trials: list[str], fingerprint: str, open_te
 def _evaluate_on_worker(
     finalists: dict[str, Finalist],
     others: list[Finalist],
-    validation: list[Sample],
-    test: list[Sample],
+    splits: Splits,
+    dealt: Sequence[Fold],
     metric: str,
     resources: Resources,
     choose_on_test: bool,
     read: Read,
 ) -> tuple[dict[str, dict[str, Array]], dict[str, Thresholds], Array, list[dict[str, Any]]]:
-    """Arrays by the name of their file, the thresholds that were applied by role, the (N, 2) sizes of the files of
-    validation, and what each of the `others` comes to. Nothing is written here, for a worker may have another disk."""
+    """Arrays by the name of their file, the thresholds that were applied by role, the (N, 2) sizes of the files of the
+    winner's validation, and what each of the `others` comes to. Nothing is written here, for a worker may have another
+    disk."""
     device = take_device(resources.gpus_per_trial, int(resources.cpus_per_trial))
     files: dict[str, dict[str, Array]] = {}
     applied = {}
@@ -245,11 +257,13 @@ def _evaluate_on_worker(
         with tempfile.TemporaryDirectory(prefix="segdec-finals-") as scratch:
             network, _, _ = checkpoint.load_model(finalist.model(Path(scratch)), device)
         config = finalist.config
+        size = config.input_height, config.input_width
         caches = {
-            split: open_cache(samples, config.input_height, config.input_width, read=read)
-            for split, samples in (("validation", validation), ("test", test))
+            "validation": _validation_cache(splits, dealt, finalist.fold, size, read),
+            "test": open_cache(splits.test, *size, read=read),
         }
-        sizes = caches["validation"].original_sizes
+        if role == "winner":
+            sizes = caches["validation"].original_sizes
         thresholds = finalist.thresholds
         if choose_on_test:
             judgement = config.judgement()
@@ -261,23 +275,33 @@ def _evaluate_on_worker(
             if (role, split) == ("winner", "test"):
                 files["examples.npz"] = _example_arrays(network, cache, config, device, thresholds, scores)
         applied[role] = thresholds
-    by_seed = [_on_test(other, test, metric, choose_on_test, device, read) for other in others]
+    by_seed = [_on_test(other, splits, metric, choose_on_test, device, read) for other in others]
     return files, applied, sizes, by_seed
 
 
 def _on_test(
-    finalist: Finalist, test: list[Sample], metric: str, choose_on_test: bool, device: torch.device, read: Read
+    finalist: Finalist, splits: Splits, metric: str, choose_on_test: bool, device: torch.device, read: Read
 ) -> dict[str, Any]:
     """The objective of one network on validation, as its record says, and on test."""
     with tempfile.TemporaryDirectory(prefix="segdec-finals-") as scratch:
         network, _, _ = checkpoint.load_model(finalist.model(Path(scratch)), device)
     config = finalist.config
     judgement = config.judgement()
-    cache = open_cache(test, config.input_height, config.input_width, read=read)
+    cache = open_cache(splits.test, config.input_height, config.input_width, read=read)
     scores = score(network, cache, config, device, (judgement.threshold_factor,))
     thresholds = scores.choose(judgement, chosen_on="test") if choose_on_test else finalist.thresholds
     figures = scores.figures([thresholds])[0]
     return {"trial": finalist.trial, "seed": config.seed, "validation": finalist.value, "test": figures[metric]}
+
+
+def _validation_cache(
+    splits: Splits, dealt: Sequence[Fold], fold: int | None, size: tuple[int, int], read: Read
+) -> Cache:
+    """Of the images that chose a network's epoch and thresholds."""
+    if fold is None:
+        return open_cache(splits.validation, *size, read=read)
+    pool, rows = folds.pool(splits), dealt[fold - 1].validation
+    return open_cache(pool, *size, read=read).part(rows, [pool[row] for row in rows])
 
 
 def _split_arrays(cache: Cache, scores: Scores, thresholds: Thresholds) -> dict[str, Array]:

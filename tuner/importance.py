@@ -89,6 +89,8 @@ def _points(space: Space, trials: Sequence[dict[str, Any]], epoch: int | None) -
             value = record["value"] if record["status"] == Status.COMPLETED else None
         else:
             rows = [row for row in record["history"] if row["epoch"] <= epoch and row["value"] is not None]
+            if space.cross_validation:  # a row is the mean over all folds before it
+                rows = rows[-1:]
             value = max(row["value"] for row in rows) if rows and rows[-1]["epoch"] == epoch else None
         if value is not None or record["status"] == Status.DIVERGED:
             points.append((record["params"], value))

@@ -12,9 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
+import model.folds
 from model.files import FULL_DISK
 from model.splits import Splits
-from tuner import finals, importance, mirror, nodes, plan, remote, report, storage, tracking
+from tuner import finals, folds, importance, mirror, nodes, plan, remote, report, storage, tracking
 from tuner.cluster import Resources, connected, default_resources, run_on_worker, sharing_gpus
 from tuner.mirror import Mirror, mirrored
 from tuner.options import Options
@@ -26,7 +27,7 @@ from tuner.sampler import SearchStudy
 from tuner.search import run_trials
 from tuner.space import Space, fields_of
 from tuner.space_file import load as load_space
-from tuner.trial import TrialTask, batch_problem
+from tuner.trial import batch_problem
 
 _CLEARLY_TOO_LONG = 2.0
 """A search is refused where the baseline is forecast to take so many times what a limit holds (docs/decisions.md)."""
@@ -152,8 +153,8 @@ def repeat(run: Run, mirror: Mirror, console: Console | None = None, seeds: int 
     run.verify(found.train + found.validation, console)
     resources, needs = _resources(run), _needs(run)
     nodes.check(needs, found.train + found.validation, resources)
-    nodes.prepare(needs, [found.train, found.validation], resources, console)
-    task = TrialTask.of(run.space, found.train, found.validation, run.source.read)
+    task = folds.task_of(run.space, found, run.source.read)
+    nodes.prepare(needs, task.decoded, resources, console)
     if console is not None:
         console.print(
             f"repeats of the best configurations: at most {study.trainings} trainings, {asked.seeds} of one at most"
@@ -196,14 +197,18 @@ def evaluate(run: Run, open_test: bool = False) -> None:
     _check_finished(run)
     resources = _resources(run)
     found = run.splits()
-    run.verify(found.validation + found.test)  # before the opening of the test split is logged
-    nodes.check(_needs(run), found.validation + found.test, resources)
+    dealt = []
+    if run.space.cross_validation:  # any of the pool may be in the winner's fold
+        dealt = model.folds.deal(model.folds.pool(found), run.space.cross_validation, run.space.seed)
+    judged = (found.train if dealt else []) + found.validation + found.test
+    run.verify(judged)  # before the opening of the test split is logged
+    nodes.check(_needs(run), judged, resources)
     trials = mirror.trials_of(run)
     metric = run.space.objective.metric
     selected = run.selection()
     if selected is not None and not selected.is_repeated:
         selected = None
-    finals.evaluate(run.directory, trials, found, metric, resources, open_test, run.source.read, selected)
+    finals.evaluate(run.directory, trials, found, metric, resources, open_test, run.source.read, dealt, selected)
 
 
 def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
@@ -211,13 +216,13 @@ def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     space, options, info = run.space, run.options, run.info
     found = run.splits()
     run.verify(found.train + found.validation, console)
-    task = TrialTask.of(space, found.train, found.validation, run.source.read)
+    task = folds.task_of(space, found, run.source.read)
     resources = _resources(run)
     if problem := batch_problem(space.baseline_config(0).batch_size, int(resources.gpus_per_trial)):
         raise ValueError(problem)
     needs = _needs(run)
     nodes.check(needs, found.train + found.validation, resources)
-    nodes.prepare(needs, [found.train, found.validation], resources, console)
+    nodes.prepare(needs, task.decoded, resources, console)
     if not info["sessions"]:
         resources = _measured(run, found, resources, console)
     sessions = _closed(run, info["sessions"])

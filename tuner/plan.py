@@ -10,9 +10,10 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from model import layouts, splits
+from model import folds, layouts, splits
 from model.config import DEFAULTS, JUDGING_FIELDS, Judgement, RunConfig
 from model.inspection import Read
 from model.splits import Splits
@@ -67,34 +68,37 @@ def plan(
     if problem := batch_problem(space.baseline_config(space.seed).batch_size, int(gpus_per_trial or 1)):
         raise ValueError(problem)
     found = run.checked_splits(space, data)
+    first = folds.splits_of_each(found, space.cross_validation, space.seed)[0]
     with machine(cpus_per_trial, gpus_per_trial, concurrent) as (here, device):
         corners = [
-            time_corner(space, found, names, config, device, gpus_per_trial or 1)
+            time_corner(space, first, names, config, device, gpus_per_trial or 1)
             for names, config in corners_of(space).items()
         ]
     if here.on_gpu and gpus_per_trial is None:
         here = _sharing(here, _trial_bytes(corners, here.on_gpu), cpus_per_trial, concurrent, trials_of(space))
-    return forecast(space, _images(found), corners, here)
+    return forecast(space, _images(space, found), corners, here)
 
 
 def baseline_seconds(space: Space, found: Splits, cpus: float, gpus: float, read: Read = Path.read_bytes) -> float:
     """How long the baseline takes in this process, which has a trial's resources, by two of its steps."""
     device = take_device(gpus, int(cpus))
-    corner = time_corner(space, found, ("baseline",), space.baseline_config(space.seed), device, gpus, read)
-    return corner.config.epochs * _epoch_seconds(corner, _images(found))
+    first = folds.splits_of_each(found, space.cross_validation, space.seed)[0]
+    corner = time_corner(space, first, ("baseline",), space.baseline_config(space.seed), device, gpus, read)
+    return _trial_seconds(corner, _images(space, found))
 
 
 def measure(space: Space, found: Splits, cpus: float, gpus: float, read: Read = Path.read_bytes) -> dict[str, Any]:
     """What a search asks of this process, which has a trial's resources with a whole GPU: how long the baseline takes,
     and how much of the GPU the largest of the space's trials."""
     device = take_device(gpus, int(cpus))
+    first = folds.splits_of_each(found, space.cross_validation, space.seed)[0]
     corners = [
-        time_corner(space, found, names, config, device, gpus, read) for names, config in corners_of(space).items()
+        time_corner(space, first, names, config, device, gpus, read) for names, config in corners_of(space).items()
     ]
     baseline = next(corner for corner in corners if "baseline" in corner.names)
     name, total = gpu_of(device)
     return {
-        "baseline_seconds": baseline.config.epochs * _epoch_seconds(baseline, _images(found)),
+        "baseline_seconds": _trial_seconds(baseline, _images(space, found)),
         "trial_bytes": _trial_bytes(corners, on_gpu=True),
         "gpu": name,
         "gpu_bytes": total,
@@ -131,8 +135,18 @@ def _trial_bytes(corners: list[Corner], on_gpu: bool) -> int:
     return int(need * _MARGIN) if on_gpu else need
 
 
-def _images(found: Splits) -> dict[str, int]:
-    """How many images an epoch and each split have."""
+def _images(space: Space, found: Splits) -> dict[str, int]:
+    """How many images an epoch and each split have. With cross-validation `trainings` says how many a trial is, and the
+    others are of one of them, on average; `outer` are those that it only scores."""
+    if space.cross_validation is None:
+        return _images_of(found)
+    each = folds.splits_of_each(found, space.cross_validation, space.seed)
+    mean = {key: round(fmean(_images_of(one)[key] for one in each)) for key in _images_of(found)}
+    outer = mean["validation"] if space.cross_validation.nested else 0
+    return mean | {"outer": outer, "trainings": len(each)}
+
+
+def _images_of(found: Splits) -> dict[str, int]:
     counts = splits.counts(found.train)
     return {
         "epoch": counts["positive"] + min(counts["negative"], counts["positive"]),
@@ -191,11 +205,11 @@ def forecast(space: Space, images: Mapping[str, int], corners: list[Corner], mac
     ValueError if the budget cannot hold the baseline.
     """
     epochs, budget = corners[0].config.epochs, space.budget
-    seconds = {corner.names: epochs * _epoch_seconds(corner, images) for corner in corners}
+    seconds = {corner.names: _trial_seconds(corner, images) for corner in corners}
     baseline = next(value for names, value in seconds.items() if "baseline" in names)
     check_budget(budget, baseline, machine.devices_per_trial)
     trials = trials_of(space)
-    share = least_epochs(space.scheduler, epochs, trials or 100) / epochs
+    share = least_epochs(space.scheduler, space.trial_length, trials or 100) / space.trial_length
     others = (min(seconds.values()) * share, max(seconds.values()))
     return {
         "space": space.name,
@@ -214,8 +228,15 @@ def forecast(space: Space, images: Mapping[str, int], corners: list[Corner], mac
         "budget": _room(budget, trials, baseline, others, machine),
         "memory": _fits(corners, machine, space),
         "finals_hours": 2 * max(c.image_seconds for c in corners) * (images["validation"] + images["test"]) / 3600,
-        "cache_bytes": sum(images[split] for split in layouts.SPLITS) * 4 * space.data.height * space.data.width,
+        "cache_bytes": sum(images.get(split, 0) for split in (*layouts.SPLITS, "outer"))
+        * (4 * space.data.height * space.data.width),
     }  # fmt: skip
+
+
+def _trial_seconds(corner: Corner, images: Mapping[str, int]) -> float:
+    """All epochs of all trainings."""
+    once = corner.config.epochs * _epoch_seconds(corner, images) + images.get("outer", 0) * corner.image_seconds
+    return images.get("trainings", 1) * once
 
 
 def _epoch_seconds(corner: Corner, images: Mapping[str, int]) -> float:
@@ -374,7 +395,8 @@ def show(found: Mapping[str, Any]) -> str:
     lines.append("")
     sections = {
         "data": f"{images['train']} training images, {images['validation']} validation, {images['test']} test; "
-        f"an epoch takes {images['epoch']} of them, {found['batch_size']} a step; {found['epochs']} epochs a trial",
+        f"an epoch takes {images['epoch']} of them, {found['batch_size']} a step; {found['epochs']} epochs a "
+        + (f"fold, {images['trainings']} folds a trial" if "trainings" in images else "trial"),
         "search": _search_text(found),
         "budget": _budget_text(found),
         "memory": _memory_text(found),

@@ -225,7 +225,8 @@ def figures(record: dict[str, Any]) -> dict[str, float | None]:
     wanted = Judgement.of(DEFAULTS | record["config"])
     replay: dict[str, Any] = next((one for one in record["replays"] if Judgement.of(one) == wanted), {})
     own = [] if record["replayed_from"] else record["history"]  # a replay has the history of the other trial
-    rows = [row for row in own if row["epoch"] == record["best_epoch"]]
+    # Of folds the last row has the means of all that are done.
+    rows = own[-1:] if "folds" in record else [row for row in own if row["epoch"] == record["best_epoch"]]
     return {**(rows[0] if rows else {}), **replay.get("figures", {})}
 
 

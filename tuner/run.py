@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from model import layouts, splits, splits_file
+from model import folds, layouts, splits, splits_file
 from model.files import write_json
 from model.sample import Sample
 from model.splits import Splits
@@ -364,8 +364,9 @@ def _check_data_fits(space: Space, found: Splits, data: str) -> None:
         )
     searched = space.search.get("num_segmented")
     counts = searched.samples() if searched else (space.train.get("num_segmented", "all"),)
-    for count in counts:
-        splits.keep_masks(found.train, count)
+    for one in folds.splits_of_each(found, space.cross_validation, space.seed):
+        for count in counts:
+            splits.keep_masks(one.train, count)
 
 
 def _data_facts(space: Space, found: Splits, folder: Path) -> dict[str, Any]:

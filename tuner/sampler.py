@@ -202,8 +202,8 @@ class SearchStudy(TrialStudy):
             running = [rival.number for rival in rivals if rival.number is not None]
             free = [number for number in held if not self._is_being_trained(self._held[number])]
             curves = {n: curve for n, curve in self.curves(like=held[0]).items() if n not in failed}
-            epochs = self._held[held[0]].config.epochs
-            found = schedulers.promoted(self.space.scheduler, epochs, free, running, curves, no_more)
+            length = self.space.trial_length
+            found = schedulers.promoted(self.space.scheduler, length, free, running, curves, no_more)
             if found is not None:
                 return self._take_up(found) or self._promote(no_more)
         return None
@@ -225,12 +225,12 @@ class SearchStudy(TrialStudy):
     def leaves(self, proposal: Proposal, epoch: int) -> str | None:
         """Why the scheduler takes a trial off its worker at an epoch that was reported, or None."""
         assert proposal.number is not None  # only the baseline may have none, and it is not compared
-        number, scheduler, epochs = proposal.number, self.space.scheduler, proposal.config.epochs
+        number, scheduler, length = proposal.number, self.space.scheduler, self.space.trial_length
         since = self._judged.get(number, 0)
         self._judged[number] = epoch
-        if not schedulers.compares(scheduler, epochs, number, since, epoch):
+        if not schedulers.compares(scheduler, length, number, since, epoch):
             return None
-        reason = schedulers.leaves(scheduler, epochs, number, since, self.curves(number))
+        reason = schedulers.leaves(scheduler, length, number, since, self.curves(number), self.space.unit)
         if reason is None:
             self._passes(number, epoch)
         return reason
@@ -323,7 +323,8 @@ class SearchStudy(TrialStudy):
                 "ended": None,
                 "seconds": 0.0,
                 "device_seconds": 0.0,
-            },
+            }
+            | ({"fold": replay.get("fold"), "folds": replay.get("folds", [])} if "folds" in source else {}),
             source,
         )
 

@@ -1,5 +1,6 @@
 """Which trials leave their workers early, and which of those go on later. Pure functions of the figures that the study
-holds, so that there is nothing to save and nothing to refill after a resume; the baseline is not among them.
+holds, so that there is nothing to save and nothing to refill after a resume; the baseline is not among them. What is
+called an epoch here is a fold where trials have some (`Space.trial_length`).
 
 A trial's curve is {epoch: figure}, higher is better; which figure that is says `Scheduler.compare`.
 
@@ -31,7 +32,9 @@ def compares(scheduler: Scheduler, epochs: int, number: int, since: int, reached
     return any(since < rung <= reached < epochs for rung in rungs(scheduler, epochs, number))
 
 
-def leaves(scheduler: Scheduler, epochs: int, number: int, since: int, curves: Curves) -> str | None:
+def leaves(
+    scheduler: Scheduler, epochs: int, number: int, since: int, curves: Curves, unit: str = "epoch"
+) -> str | None:
     """Why a trial of `epochs` leaves its worker at the epoch that it has reached, or None. Compared are the epochs
     after `since`, where it was compared last; after a resume these may be several."""
     reached = max(curves[number])
@@ -39,11 +42,11 @@ def leaves(scheduler: Scheduler, epochs: int, number: int, since: int, curves: C
         return None
     if scheduler.name == "median":
         below = _below_median(number, reached, curves)
-        return f"its best by epoch {reached} is below the median of the others' means" if below else None
+        return f"its best by {unit} {reached} is below the median of the others' means" if below else None
     own = rungs(scheduler, epochs, number)
     rung = max(rung for rung in own if since < rung <= reached)
     ranked = _ranked(scheduler, epochs, own, rung, curves)
-    return None if number in ranked[: _share(scheduler, len(ranked))] else f"not among the best at epoch {rung}"
+    return None if number in ranked[: _share(scheduler, len(ranked))] else f"not among the best at {unit} {rung}"
 
 
 def may_go_on(scheduler: Scheduler) -> bool:

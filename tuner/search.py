@@ -40,7 +40,7 @@ from tuner.session import LEAVES, OVER, UNFIT, UNREACHED, Session
 from tuner.space import Budget
 from tuner.study import TrialStudy
 from tuner.tracking import Trackers
-from tuner.trial import TrialTask, failure, nothing_yet, previews, run_on, take_device
+from tuner.trial import Task, failure, has_new_pictures, nothing_yet, previews, run_on, take_device
 from tuner.use import Meter
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 def run_trials(
     study: TrialStudy,
-    task: TrialTask,
+    task: Task,
     run_directory: Path,
     budget: Budget,
     resources: Resources,
@@ -225,7 +225,7 @@ class _Stop(Stopper):
         return True
 
 
-def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trials: Trials, needs: Needs | None) -> None:
+def _trial_on_worker(config: dict[str, Any], task: Task, cpus: float, trials: Trials, needs: Needs | None) -> None:
     """What Ray runs: one trial, whose end is always reported, however it comes. NodeUnfit where the trial is to go on
     elsewhere."""
     from model.config import RunConfig
@@ -236,7 +236,7 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trial
         pictures: dict[str, str] = {}
         if folder:
             writer.write(folder, progress["epochs"], last=progress["status"] != "running")
-            if trials.there and progress["epochs"] == progress["best_epoch"]:  # the driver would have to fetch them
+            if trials.there and has_new_pictures(progress):  # the driver would have to fetch them
                 pictures = {name: base64.b64encode(data).decode() for name, data in previews(folder).items()}
         use = meter.read() if meter else {}  # not part of the progress: records of equal searches are equal
         told = {"progress": progress, "use": use, "pictures": pictures}
@@ -250,7 +250,7 @@ def _trial_on_worker(config: dict[str, Any], task: TrialTask, cpus: float, trial
     try:
         if node in cluster.draining():  # Ray gave the trial to a process from before the notice
             raise _NodeLeaves
-        prepared = needs.make_ready(task.train, task.validation) if needs else None
+        prepared = needs.make_ready(*task.decoded) if needs else None
         is_ready = True
         device = _device(config["gpus"], int(cpus))
         with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:

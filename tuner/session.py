@@ -23,7 +23,7 @@ from tuner.remote import StorageFailed
 from tuner.space import Budget
 from tuner.study import TrialStudy
 from tuner.tracking import Trackers
-from tuner.trial import nothing_yet
+from tuner.trial import has_new_pictures, nothing_yet
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ class Session:
         self.study.report(proposal.number, row["epoch"], row["compared"])
         if pictures:
             checkpoints.keep_previews(self.trials, self.folders[key], row["epoch"], pictures)
-        elif row["epoch"] == progress["best_epoch"]:
+        elif has_new_pictures(progress):
             pictures = checkpoints.previews(self.trials, proposal.trial)
         self.trackers.epoch_ended(proposal.trial, row, use, pictures)
         used_up = self.used_up()

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from model.config import DEFAULTS
-from tuner import collection, records, tracking
+from tuner import collection, folds, records, tracking
 from tuner.options import Options
 from tuner.point import Point, parse
 from tuner.records import Proposal, Status
@@ -30,7 +30,17 @@ from tuner.space_file import load as load_space
 from tuner.tracking import RunInfo, Trackers
 from tuner.tracking.lines import LinesTracker
 from tuner.tracking.progress import number as shown
-from tuner.trial import TrialTask, batch_problem, failure, nothing_yet, previews, run_on, take_device
+from tuner.trial import (
+    Task,
+    batch_problem,
+    failure,
+    has_new_pictures,
+    nothing_yet,
+    previews,
+    run_on,
+    take_device,
+    weights_folder,
+)
 from tuner.use import Meter
 
 
@@ -51,16 +61,18 @@ class Outcome:
     @property
     def model(self) -> Path | None:
         """The folder with weights, configuration and thresholds of the best epoch."""
-        checkpoint = _checkpoint(self.folder, self.record["epochs"])
-        return checkpoint / "best" / str(self.record["best_epoch"]) if self.completed else None
+        checkpoint, record = _checkpoint(self.folder, self.record["epochs"]), self.record
+        return checkpoint / weights_folder(record["best_epoch"], record.get("fold")) if self.completed else None
 
     def __str__(self) -> str:
         record = self.record
         if not self.completed:
             return f"{record['trial']} {record['status']}: {record['reason']}"
+        at = f"at epoch {record['best_epoch']} of {record['epochs']}"
+        if "folds" in record:
+            at = f"over {record['epochs']} folds; of fold {record['fold']}, epoch {record['best_epoch']}"
         parts = [
-            f"{record['trial']} completed: {self.metric} {shown(record['value'])} at epoch {record['best_epoch']} of "
-            f"{record['epochs']}",
+            f"{record['trial']} completed: {self.metric} {shown(record['value'])} {at}",
             f"threshold {shown(record['thresholds']['segmentation_probability'])}",
         ]
         if not records.is_feasible(record):
@@ -103,7 +115,7 @@ def run_trial(
     found = run.splits()
     run.check_files(found.train + found.validation)
     _say(console, chosen)
-    task = TrialTask.of(run.space, found.train, found.validation)
+    task = folds.task_of(run.space, found)
     baseline = run.space.baseline_config(space.seed if seed is None else seed)
     config = run.space.config(chosen.params, baseline.seed)
     with _signals(_interrupt), collection.reserved(run) as (number, folder):
@@ -126,7 +138,7 @@ def run_trial(
 
 def _run(
     proposal: Proposal,
-    task: TrialTask,
+    task: Task,
     device: torch.device,
     share: tuple[float, float],
     run: Run,
@@ -158,7 +170,7 @@ def _run(
 
 
 def _train(
-    proposal: Proposal, task: TrialTask, device: torch.device, gpus: float, folder: Path, trackers: Trackers
+    proposal: Proposal, task: Task, device: torch.device, gpus: float, folder: Path, trackers: Trackers
 ) -> dict[str, Any]:
     """The progress at the end, however it came; of a trial that has completed, its checkpoint in the folder."""
     reached = nothing_yet()
@@ -169,7 +181,7 @@ def _train(
         if checkpoint is None:
             return
         row = reached["history"][-1]
-        pictures = previews(checkpoint) if row["epoch"] == reached["best_epoch"] else {}
+        pictures = previews(checkpoint) if has_new_pictures(reached) else {}
         trackers.epoch_ended(proposal.trial, row, meter.read(), pictures)
         if reached["status"] == Status.COMPLETED:
             shutil.copytree(checkpoint, _checkpoint(folder, reached["epochs"]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.config import DEFAULTS, JUDGING_FIELDS, RunConfig
+from model.folds import CrossValidation
 
 COMPARED = ("segmentation", "objective")
 SAMPLERS = ("tpe", "gp", "cmaes", "qmc", "random", "grid")
@@ -252,6 +253,20 @@ class Space:
     """None: the winner is the best of single trainings"""
     labelling: Labelling | None = None
     """the price of labels and masks; known wherever labelling_minutes is the cost"""
+    cross_validation: CrossValidation | None = None
+    """a trial is a training a fold (tuner/folds.py); else one training"""
+
+    @property
+    def trial_length(self) -> int:
+        """How many reports a whole trial makes, in the units that schedulers compare: one an epoch, or one a fold."""
+        if self.cross_validation:
+            return self.cross_validation.folds
+        return int(self.train.get("epochs", DEFAULTS["epochs"]))
+
+    @property
+    def unit(self) -> str:
+        """What a trial reports one of."""
+        return "fold" if self.cross_validation else "epoch"
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -340,6 +355,7 @@ class Space:
             "objective": objectives if self.cost else objectives[0],
             **({"constraints": bounds} if bounds else {}),
             **({"labelling": fields_of(self.labelling)} if self.labelling else {}),
+            **({"cross_validation": fields_of(self.cross_validation)} if self.cross_validation else {}),
             "sampler": self.sampler,
             "scheduler": fields_of(self.scheduler) if self.scheduler.name != "none" else "none",
             "budget": {key: value for key, value in fields_of(self.budget).items() if value is not None},
@@ -357,7 +373,7 @@ class Space:
 
 def fingerprint_of(document: Mapping[str, Any]) -> str:
     """The fingerprint of a space that `Space.to_dict` described, maybe in another version with other defaults."""
-    names = ("data", "train", "search", "objective", "constraints", "seed")
+    names = ("data", "train", "search", "objective", "constraints", "cross_validation", "seed")
     described = {k: v for k, v in document.items() if k in names}
     objective = document.get("objective")
     if isinstance(objective, list) and objective[-1]["metric"] == "labelling_minutes":

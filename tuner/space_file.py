@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from model.config import DEFAULTS, RULES, input_size_problem
+from model.folds import CrossValidation
 from model.layouts import LAYOUTS
 from tuner.space import (
     COMPARED,
@@ -52,12 +53,12 @@ _ELSEWHERE = {"seed": "seed, at the top level", "input_height": "data.height", "
 TUNABLE = tuple(name for name in RULES if name not in _ELSEWHERE)
 
 _TOP_KEYS = (
-    "name", "data", "train", "search", "objective", "constraints", "labelling", "sampler", "scheduler", "budget",
-    "repeats",
-    "start_from", "seed",
+    "name", "data", "train", "search", "objective", "constraints", "labelling", "cross_validation", "sampler",
+    "scheduler", "budget", "repeats", "start_from", "seed",
 )  # fmt: skip
 _REQUIRED_KEYS = ("name", "data", "search", "budget")
 _LARGEST_GRID = 100_000
+_MOST_FOLDS = 20
 _BUDGET_KEYS = ("trials", "hours", "device_hours", "money", "price_per_device_hour")
 
 
@@ -141,18 +142,22 @@ class _Reader:
         sampler = self.value(
             document, "sampler", str, f"must be one of {', '.join(SAMPLERS)}", "tpe", SAMPLERS.__contains__
         )
-        scheduler = self.scheduler(document.get("scheduler", "none"), train.get("epochs", DEFAULTS["epochs"]))
+        cross_validation = self.cross_validation(document)
+        length = ("train.epochs", train.get("epochs", DEFAULTS["epochs"]))
+        if cross_validation:
+            length = ("cross_validation.folds", cross_validation.folds)
+        scheduler = self.scheduler(document.get("scheduler", "none"), *length)
         budget = self.budget(document.get("budget", {}))
         repeats = self.repeats(document["repeats"]) if "repeats" in document else None
         space = Space(
             name=name, data=data, train=train, search=search, objective=objective, sampler=sampler,
             scheduler=scheduler, budget=budget, start_from=(), seed=seed, cost=cost, constraints=constraints,
-            repeats=repeats, labelling=labelling,
+            repeats=repeats, labelling=labelling, cross_validation=cross_validation,
         )  # fmt: skip
         self.sampler_fits(space)
         self.cost_fits(space)
         self.labelling_fits(space, is_said="labelling" in document)
-        self.scheduler_fits(space)
+        self.scheduler_fits(space, *length)
         self.late_decision(space)
         points = self.start_from(space, document.get("start_from", []))
         if not self.problems:  # what follows needs the single values to be right
@@ -418,14 +423,32 @@ class _Reader:
             self.problem("labelling", "must have a price above 0", "0 for a label and for a mask", "set one of them")
         return Labelling(**prices)
 
-    def scheduler(self, value: Any, epochs: int) -> Scheduler:
+    def cross_validation(self, document: dict[str, Any]) -> CrossValidation | None:
+        if "cross_validation" not in document:
+            return None
+        value, key = document["cross_validation"], "cross_validation"
+        if not self.mapping(key, value, tuple(CrossValidation.__dataclass_fields__)):
+            return None
+        nested = self.value(value, "nested", bool, "must be true or false", False, at=f"{key}.")
+        least = 3 if nested else 2
+        why = ", for a nested one trains without two of them" if nested else ""
+        rule = f"must be a whole number from {least} to {_MOST_FOLDS}{why}"
+        folds = self.value(value, "folds", int, rule, 5, lambda v: least <= v <= _MOST_FOLDS, f"{key}.")
+        if nested and document.get("constraints"):
+            self.problem(
+                f"{key}.nested", "must be false with constraints: which trials meet them is judged on all folds, so "
+                "the choice would have seen the fold that scores it", nested, "leave one of the two out",
+            )  # fmt: skip
+        return CrossValidation(folds=folds, nested=nested)
+
+    def scheduler(self, value: Any, length_of: str, length: int) -> Scheduler:
         value = {"name": value} if isinstance(value, str) else value
         if not self.mapping("scheduler", value, ("name", "min_epochs", "reduction", "keep", "compare"), ("name",)):
             return Scheduler()
         rule = f"must be one of {', '.join(SCHEDULERS)}"
         name = self.value(value, "name", str, rule, "none", SCHEDULERS.__contains__, "scheduler.")
-        rule = f"must be a whole number from 1 to train.epochs, {epochs}"
-        min_epochs = self.value(value, "min_epochs", int, rule, 1, lambda v: 1 <= v <= epochs, "scheduler.")
+        rule = f"must be a whole number from 1 to {length_of}, {length}"
+        min_epochs = self.value(value, "min_epochs", int, rule, 1, lambda v: 1 <= v <= length, "scheduler.")
         rule = "must be a whole number of at least 2"
         reduction = self.value(value, "reduction", int, rule, 3, lambda v: v >= 2, "scheduler.")
         keep = self.value(value, "keep", int, "must be a whole number of at least 1", 3, lambda v: v >= 1, "scheduler.")
@@ -524,12 +547,11 @@ class _Reader:
                 "add objective: [{metric: dice_mean}, {metric: labelling_minutes}], or remove it",
             )  # fmt: skip
 
-    def scheduler_fits(self, space: Space) -> None:
+    def scheduler_fits(self, space: Space, length_of: str, length: int) -> None:
         """A scheduler that would compare nothing is refused."""
         scheduler, trials = space.scheduler, space.budget.trials
-        epochs = space.train.get("epochs", DEFAULTS["epochs"])
-        if scheduler.name != "none" and scheduler.min_epochs >= epochs:
-            rule = f"must be less than train.epochs, {epochs}: after the last epoch nothing is left to stop"
+        if scheduler.name != "none" and scheduler.min_epochs >= length:
+            rule = f"must be less than {length_of}, {length}: after the last {space.unit} nothing is left to stop"
             self.problem("scheduler.min_epochs", rule, scheduler.min_epochs, "lower it, or say scheduler: none")
         if scheduler.name == "top_k" and (trials is None or trials <= scheduler.keep):
             rule = f"top_k must be given more trials than it keeps, {scheduler.keep}"
@@ -537,7 +559,9 @@ class _Reader:
             self.problem("scheduler", rule, found, "raise budget.trials in the space")
 
     def late_decision(self, space: Space) -> None:
-        """A rung compares nothing that has not begun to learn."""
+        """A rung compares nothing that has not begun to learn. A fold is trained to its end before it is compared."""
+        if space.cross_validation:
+            return
 
         def may_be(name: str) -> bool:
             return bool(space.train.get(name, DEFAULTS[name])) or name in space.search
@@ -679,6 +703,9 @@ def schema() -> dict[str, Any]:
         "objective": {"anyOf": [figure, both]},
         "constraints": {"type": "array", "items": bound | {"oneOf": [{"required": ["min"]}, {"required": ["max"]}]}},
         "labelling": mapping(dict.fromkeys(prices, minutes), prices),
+        "cross_validation": mapping(
+            {"folds": {"type": "integer", "minimum": 2, "maximum": _MOST_FOLDS}, "nested": {"type": "boolean"}}
+        ),
         "sampler": {"enum": list(SAMPLERS)},
         "scheduler": {"anyOf": [{"enum": list(SCHEDULERS)}, mapping(scheduler, ("name",))]},
         "budget": mapping({"trials": {"type": "integer", "minimum": 1}, **dict.fromkeys(_BUDGET_KEYS[1:], positive)}),

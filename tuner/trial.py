@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -128,8 +128,7 @@ class TrialTask:
     ) -> None:
         """From the keeper's last epoch to the end. Raises what diverging and running out of memory raise."""
         started, before = time.monotonic(), keeper.progress["seconds"]
-        cache = self._training_cache(config)
-        validation = open_cache(self.validation, config.input_height, config.input_width, read=self.read)
+        cache, validation = self.training_cache(config), self.validation_cache(config)
         training = train.start(config, device, keeper.training_state(device), team)
         factors = tuple({judgement.threshold_factor for judgement in keeper.judgements})
         for losses in train.fit(training, cache):
@@ -140,9 +139,22 @@ class TrialTask:
             keeper.progress["status"] = "completed" if done else "running"
             report(keeper.progress, keeper.checkpoint(done))
 
-    def _training_cache(self, config: RunConfig) -> Cache:
-        samples = keep_masks(self.train, config.num_segmented, config.seed)
-        return open_cache(samples, config.input_height, config.input_width, read=self.read)
+    @property
+    def decoded(self) -> list[list[Sample]]:
+        """What a node must have decoded, a cache each."""
+        return [self.train, self.validation]
+
+    def training_samples(self, config: RunConfig) -> list[Sample]:
+        """As many of them with their masks as a configuration wants."""
+        return keep_masks(self.train, config.num_segmented, config.seed)
+
+    def training_cache(self, config: RunConfig) -> Cache:
+        """What a configuration is trained on."""
+        return open_cache(self.training_samples(config), config.input_height, config.input_width, read=self.read)
+
+    def validation_cache(self, config: RunConfig) -> Cache:
+        """What it is judged on."""
+        return open_cache(self.validation, config.input_height, config.input_width, read=self.read)
 
     def _train_together(
         self, config: RunConfig, keeper: _Keeper, devices: Sequence[torch.device], report: Report
@@ -193,12 +205,28 @@ def _train_in_team(
         task._train(small, keeper, device, lambda progress, folder: say((progress, folder)), team)
     else:
         state = checkpoint.load_training(resume, device) if resume else None
-        for _ in train.fit(train.start(small, device, state, team), task._training_cache(small)):
+        for _ in train.fit(train.start(small, device, state, team), task.training_cache(small)):
             pass
 
 
+class Task(Protocol):
+    """What all trials of a search share: `TrialTask`, or `tuner.folds.FoldsTask`."""
+
+    @property
+    def decoded(self) -> list[list[Sample]]:
+        """What a node must have decoded, a cache each."""
+
+    def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
+        """A trial on one device."""
+
+    def run_together(
+        self, config: RunConfig, devices: Sequence[torch.device], resume: Path | None, report: Report
+    ) -> None:
+        """A trial on several."""
+
+
 def run_on(
-    task: TrialTask, config: RunConfig, device: torch.device, gpus: float, resume: Path | None, report: Report
+    task: Task, config: RunConfig, device: torch.device, gpus: float, resume: Path | None, report: Report
 ) -> None:
     """A trial on the device that was taken for it, or on all its GPUs."""
     if gpus < 2:
@@ -407,6 +435,16 @@ def nothing_yet() -> dict[str, Any]:
         "status": "running", "reason": None, "epochs": 0, "history": [], "value": None, "best_epoch": None,
         "thresholds": None, "rules": {}, "replays": [], "seconds": 0.0, "micro_batch": None,
     }  # fmt: skip
+
+
+def weights_folder(epoch: int, fold: int | None = None) -> str:
+    """Where in a checkpoint the weights of an epoch lie; of a fold's epoch where a trial has folds."""
+    return f"best/{epoch}" if fold is None else f"best/fold-{fold}-epoch-{epoch}"
+
+
+def has_new_pictures(progress: Mapping[str, Any]) -> bool:
+    """Whether the previews are of what was reported last: of the best epoch so far, or of each fold."""
+    return "folds" in progress or progress["epochs"] == progress["best_epoch"]
 
 
 def failure(error: Exception) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from tests.tuner.test_search import ScriptedTask
-from tuner import cli, pipeline
+from tuner import cli, folds
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     behaviour = json.loads((folder / "behaviour.json").read_text())
-    pipeline.TrialTask.of = lambda _space, train, validation, *_: ScriptedTask(folder, behaviour, train, validation)  # type: ignore[method-assign,assignment]
+    folds.TrialTask.of = lambda _space, train, validation, *_: ScriptedTask(folder, behaviour, train, validation)  # type: ignore[method-assign,assignment]
     sys.exit(cli.main(sys.argv[2:]))

@@ -37,13 +37,13 @@ budget: {trials: 6}
 
 ONE_TRIAL_CRASHES = """
 import sys
-from tuner import cli, pipeline
-class Task(pipeline.TrialTask):
+from tuner import cli, folds
+class Task(folds.TrialTask):
     def run(self, config, device, resume, report):
         if config.learning_rate == 0.75:
             raise RuntimeError("a bug")
         super().run(config, device, resume, report)
-pipeline.TrialTask = Task
+folds.TrialTask = Task
 sys.exit(cli.main())
 """
 

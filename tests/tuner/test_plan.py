@@ -264,3 +264,31 @@ def test_a_plan_checks_what_a_run_checks(data: Path, crackforest: Path) -> None:
         plans.plan(small_space(objective={"metric": "decision_ap"}), crackforest)
     with pytest.raises(ValueError, match="there is no such file"):
         plans.plan("nothing.yaml", data)
+
+
+def test_a_plan_counts_folds() -> None:
+    plain = found(**epochs(3))
+    counted = IMAGES | {"outer": 10, "trainings": 5}
+    space = small_space(
+        **epochs(3), cross_validation={"folds": 5, "nested": True}, scheduler={"name": "asha", "reduction": 2}
+    )
+    folded = plans.forecast(space, counted, [corner(space, "baseline"), corner(space, "largest")], CPU)
+    once = plain["corners"][0]["trial_hours"] + 10 * SECONDS["image_seconds"] / 3600
+    assert folded["corners"][0]["trial_hours"] == pytest.approx(5 * once)
+    assert folded["least_share_of_epochs"] == pytest.approx((1 + 1 / 2 + 2 * 1 / 4 + 1 / 8) / 5)  # rungs 1, 2, 4
+    assert folded["cache_bytes"] == (150 + 20 + 10 + 30) * 4 * 64 * 128
+    assert "3 epochs a fold, 5 folds a trial" in " ".join(plans.show(folded).split())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_plan_of_folds_times_one_of_them(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SEGDEC_TUNER_CACHE", str(tmp_path / "cache"))
+    synthetic.write(tmp_path / "set", count=32, height=64, width=128)
+    one = plans.plan(small_space(), tmp_path / "set", cpus_per_trial=1)
+    five = plans.plan(small_space(cross_validation={"folds": 5}), tmp_path / "set", cpus_per_trial=1)
+    pool = one["images"]["train"] + one["images"]["validation"]
+    assert five["images"]["trainings"] == 5
+    assert five["images"]["validation"] == pytest.approx(pool / 5, abs=1)
+    assert five["images"]["train"] + five["images"]["validation"] == pytest.approx(pool, abs=1)
+    assert five["images"]["test"] == one["images"]["test"]

@@ -41,6 +41,10 @@ class ScriptedTask:
     train: list[Sample] = field(default_factory=list)
     validation: list[Sample] = field(default_factory=list)
 
+    @property
+    def decoded(self) -> list[list[Sample]]:
+        return [self.train, self.validation]
+
     def run(self, config: RunConfig, _device: torch.device, resume: Path | None, report: Any) -> None:
         does = self.behaviour.get(f"{config.delta_cls_loss:g}", "")
         progress = checkpoint.load_progress(resume) if resume else self.fresh()

@@ -128,6 +128,14 @@ def test_a_good_space_is_read_and_survives_a_round_trip() -> None:
         ),
         (changed(sampler="bayes"), r"sampler: must be one of tpe, gp, cmaes, qmc, random, grid, found 'bayes'"),
         (changed(scheduler="hyper"), r"scheduler\.name: must be one of asha, hyperband, median, top_k, none, found 'hyper'"),
+        (changed(cross_validation=5), r"cross_validation: must be a mapping of keys to values, found 5"),
+        (changed(cross_validation={"fold": 5}), r"cross_validation\.fold: is not a known key; did you mean 'folds'\?"),
+        (changed(cross_validation={"folds": 1}), r"cross_validation\.folds: must be a whole number from 2 to 20, found 1"),
+        (changed(cross_validation={"folds": 21}), r"cross_validation\.folds: must be a whole number from 2 to 20, found 21"),
+        (changed(cross_validation={"folds": 2, "nested": True}), r"from 3 to 20, for a nested one trains without two of them, found 2"),
+        (changed(cross_validation={"nested": True}, constraints=[{"metric": "recall", "min": 0.5}]), r"cross_validation\.nested: must be false with constraints.*leave one of the two out"),
+        (changed(cross_validation={}, scheduler={"name": "asha", "min_epochs": 9}), r"min_epochs: must be a whole number from 1 to cross_validation\.folds, 5, found 9"),
+        (changed(cross_validation={}, scheduler={"name": "asha", "min_epochs": 5}), r"must be less than cross_validation\.folds, 5: after the last fold nothing is left to stop"),
         (changed(scheduler={"name": "asha", "min_epochs": 9}), r"scheduler\.min_epochs: must be a whole number from 1 to train\.epochs, 4, found 9"),
         (changed(budget={}), r"budget: needs at least one of trials, hours, device_hours, money, found \{\}"),
         (changed(budget={"trials": 0}), r"budget\.trials: must be a whole number of at least 1 \(the baseline is the first trial\), found 0"),
@@ -409,3 +417,27 @@ def test_whatever_stands_in_a_file_is_a_space_or_a_list_of_problems(data: st.Dat
     except SpaceError:
         return  # any other error would be ours
     assert space_file.parse(space.to_dict()) == space
+
+
+def test_cross_validation_is_part_of_what_is_searched() -> None:
+    plain, folds, nested = (
+        space_file.parse(changed(**parts))
+        for parts in ({}, {"cross_validation": {}}, {"cross_validation": {"nested": True}})
+    )
+    assert plain.cross_validation is None
+    assert "cross_validation" not in plain.to_dict()
+    assert folds.to_dict()["cross_validation"] == {"folds": 5, "nested": False}
+    assert len({space.fingerprint() for space in (plain, folds, nested)}) == 3
+    assert space_file.parse(nested.to_dict()) == nested
+    assert [(space.trial_length, space.unit) for space in (plain, nested)] == [(4, "epoch"), (5, "fold")]
+    jsonschema.validate(changed(cross_validation={"folds": 3, "nested": True}), space_file.schema())
+    for wrong in ({"folds": 1}, {"nested": 1}, {"k": 5}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(changed(cross_validation=wrong), space_file.schema())
+
+
+def test_folds_that_are_trained_to_their_ends_may_be_compared_by_the_objective() -> None:
+    late = {"objective": {"metric": "decision_ap"}, "scheduler": {"name": "asha", "compare": "objective"}}
+    with pytest.raises(SpaceError, match="the decision learns late"):
+        space_file.parse(changed(**late, train__dynamic_balance=True))
+    space_file.parse(changed(**late, train__dynamic_balance=True, cross_validation={}))

@@ -337,8 +337,8 @@ def test_another_error_is_not_taken_for_memory(task, tmp_path: Path, monkeypatch
 class Cramped(TrialTask):
     """A task whose data leave no room for a whole batch after the first epoch, in any of the processes."""
 
-    def _training_cache(self, config: RunConfig) -> Any:
-        cache = super()._training_cache(config)
+    def training_cache(self, config: RunConfig) -> Any:
+        cache = super().training_cache(config)
         if config.micro_batch != 1:
             losses = train._StepLosses.__call__
 

@@ -55,10 +55,12 @@ def unevaluated(run: Run, metrics: Json) -> Section:
         return Section("top", "", [Text(f"{none}, and nothing to evaluate." if ended else f"{none} yet. {why}")])
     metric, value = words.metric(run.objectives[0]["metric"]), words.figure(chosen.value, 4)
     unseen = "an evaluation on test was begun, and cut short" if run.openings else "nothing has been seen of test"
+    where = f"on validation, in epoch {words.figure(chosen.epoch)}"
+    if run.folds:
+        where = f"on validation, the mean over {run.folds} folds"
     text = (
-        f"{why} Best so far is trial {chosen.trial}: {metric} {value} on validation, in epoch "
-        f"{words.figure(chosen.epoch)}. It is the best of several on the images that chose it, so luck is in the "
-        f"figure; {unseen}."
+        f"{why} Best so far is trial {chosen.trial}: {metric} {value} {where}. It is the best of several on the images "
+        f"that chose it, so luck is in the figure; {unseen}."
     )
     if chosen.is_beyond:
         text += f" No completed trial meets the constraints; it comes nearest: {records.beyond(chosen.violations)}."

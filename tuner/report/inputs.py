@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,6 +53,8 @@ class Candidate:
     value: Any
     violations: Json | None
     """how far beyond each constraint; None where there is none"""
+    fold: int | None = None
+    """which of its trial's folds judged this network; None where it has none"""
 
     @property
     def is_beyond(self) -> bool:
@@ -64,8 +66,8 @@ class Candidate:
 class EvaluatedCandidate(Candidate):
     """With what it did to two splits."""
 
-    validation: Split
-    test: Split
+    validation: Split = field(kw_only=True)
+    test: Split = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,22 @@ class Run:
         asked = self.facts.get("repeats") or self.space.get("repeats") or {}
         bounds = [Constraint(**one) for one in self.constraints]
         return select(self.records, self.repeats, bounds, asked.get("prefer", "best"))
+
+    @property
+    def folds(self) -> int | None:
+        """How many trainings a trial is; None where it is one."""
+        cross_validation = self.space.get("cross_validation")
+        return cross_validation["folds"] if cross_validation else None
+
+    @property
+    def unit(self) -> str:
+        """What a trial reports one of."""
+        return "fold" if self.folds else "epoch"
+
+    def trial_length(self, record: Json) -> int:
+        """How many of them a whole trial reports."""
+        length: int = self.folds or record["config"]["epochs"]
+        return length
 
     @property
     def best_record(self) -> Json | None:
@@ -288,6 +306,7 @@ def _of_record(record: Json) -> Candidate:
         thresholds=record["thresholds"],
         value=record["value"],
         violations=record.get("violations"),
+        fold=record.get("fold"),
     )
 
 
@@ -305,6 +324,7 @@ def _candidate(folder: Path, role: str, selection: Json, way_out: str) -> Evalua
         thresholds=chosen["thresholds"],
         value=chosen["value"],
         violations=chosen.get("violations"),
+        fold=chosen.get("fold"),
         validation=_parsed(folder / f"{role}-validation.npz", split, way_out),
         test=_parsed(folder / f"{role}-test.npz", split, way_out),
     )

@@ -77,10 +77,14 @@ def _facts(run: EvaluatedRun) -> Table:
         ["width", f"{words.setting(config['width'])} of the published channels"],
         ["FeatureNorm", config["norm"]],
         ["weights", f"{weights:,}, single precision"],
-        ["trial", f"{run.winner.trial}, epoch {run.winner.epoch}"],
+        ["trial", ", ".join([run.winner.trial, *_fold(run), f"epoch {run.winner.epoch}"])],
         ["input while training", f"{config['input_height']} x {config['input_width']} px (height x width)"],
     ]
     return Table(["", ""], rows)
+
+
+def _fold(run: EvaluatedRun) -> list[str]:
+    return [f"network of fold {run.winner.fold} of {run.folds}"] if run.winner.fold else []
 
 
 def _use(run: EvaluatedRun, exports: Mapping[str, Json]) -> list[Block]:

@@ -114,6 +114,8 @@ def _data(run: Run) -> Section:
         if kept == "all"
         else f"The best trial trains with the masks of {kept} positive images; the others give only their label."
     )
+    if run.folds:
+        text += f" Training and validation are one pool, which is dealt into {run.folds} folds by group."
     columns = ["split", "images", "positive", "negative", "masks used", "groups"]
     caption = "Samples; images of one group never lie in two splits"
     split_table = Table(columns, rows, caption, frozenset(range(1, 6)), label="data")

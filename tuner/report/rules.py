@@ -33,7 +33,7 @@ def replay(run: EvaluatedRun, results: Results) -> list[Json]:
     known = {
         _way(one)[:3]: one["thresholds"]["segmentation_logit"]
         for one in stored
-        if one["epoch"] == run.winner.epoch and one["thresholds"]
+        if (one["epoch"], one.get("fold")) == (run.winner.epoch, run.winner.fold) and one["thresholds"]
     } | {mine[:3]: own.segmentation_logit}
     chosen_on = results.test.split if own.chosen_on == "test" else results.validation.split
     logits = _choose(ways, known, own, chosen_on)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuner import records
-from tuner.report import search_charts, search_tables, trial_charts, words
+from tuner.report import folds_page, search_charts, search_tables, trial_charts, words
 from tuner.report.gallery import Block, Gallery, Picture, Pictures, Section, Table, Tables, Text
 from tuner.report.inputs import Candidate, Json, Run
 from tuner.report.provenance import provenance as provenance
@@ -34,6 +34,7 @@ def search(run: Run, metrics: Json, gallery: Gallery) -> Section:
     blocks.append(Pictures([_progress(run, gallery)]))
     if best_first(run):
         blocks.append(_top(run))
+    blocks += folds_page.nested(run, metrics)
     blocks.append(Tables([search_tables.states(run, metrics), search_tables.cost(run, metrics)]))
     blocks += [*search_tables.reasons(run), *_learning(run, gallery), *_parameters(run, gallery)]
     if (figure := search_charts.timeline(run)) is not None:
@@ -47,8 +48,12 @@ def _learning(run: Run, gallery: Gallery) -> list[Block]:
     rungs = search_tables.rungs(run)
     figure = trial_charts.learning_curves(run, rungs, winner_record(run))
     if figure is None:
-        return [Text("No trial has reported an epoch, so there are no learning curves.")]
+        return [
+            Text(f"No trial has reported {'a fold' if run.folds else 'an epoch'}, so there are no learning curves.")
+        ]
     caption = "Learning curves of all trainings; a point is where one ended."
+    if run.folds:
+        caption = "The mean of each trial over its folds so far; a point is where one ended."
     if rungs:
         caption += (
             " At a dotted line trials are compared, and those that are not among the best wait there; each ends where "
@@ -101,7 +106,7 @@ def _importance(run: Run, gallery: Gallery) -> list[Block]:
                 f"{len(run.records):,}: how much each parameter mattered is not shown; tuner resume writes it again."
             )
         ]
-    at = "completed" if found["epoch"] is None else f"reached epoch {found['epoch']}"
+    at = "completed" if found["epoch"] is None else f"reached {run.unit} {found['epoch']}"
     if not found["parameters"]:
         return [
             Text(
@@ -171,7 +176,8 @@ def _progress(run: Run, gallery: Gallery) -> Picture:
 def _top(run: Run) -> Table:
     names = list(run.searched)
     more = ["constraints"] if run.constraints else []
-    header = ["", "trial", "status", words.metric(run.objectives[0]["metric"]), "best epoch", "time", *more, *names]
+    reached = "folds" if run.folds else "best epoch"
+    header = ["", "trial", "status", words.metric(run.objectives[0]["metric"]), reached, "time", *more, *names]
     rows: list[list[str]] = []
     strong: set[int] = set()
     best = (winner_record(run) or {}).get("trial")
@@ -181,6 +187,8 @@ def _top(run: Run) -> Table:
         trial = record["trial"] + (" (baseline)" if record["baseline"] else "")
         status = words.STATUS_NAMES[record["status"]] + (", replayed" if record["replayed_from"] else "")
         epochs = f"{words.figure(record['best_epoch'])} of {words.figure(record['epochs'])}"
+        if run.folds:
+            epochs = words.figure(record["epochs"])
         settings = [words.setting(trial_charts.setting_of(record, name)) for name in names]
         value = words.figure(objective(record), 4)
         violations = record.get("violations")

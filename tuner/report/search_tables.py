@@ -35,7 +35,7 @@ def rungs(run: Run) -> list[Json]:
         found = curve(record)
         if record["baseline"] or record["replayed_from"] or not found:
             continue
-        for rung in schedulers.rungs(scheduler, record["config"]["epochs"], record["number"]):
+        for rung in schedulers.rungs(scheduler, run.trial_length(record), record["number"]):
             if rung in found:
                 at[rung].append((found[rung], max(found) > rung))
     return [
@@ -57,7 +57,7 @@ def rung_table(run: Run, found: list[Json]) -> Table:
         for rung in found
     ]  # fmt: skip
     name = run.space["scheduler"]["name"]
-    header = ["epoch", "reached it", "went on", "best there", "median there"]
+    header = [run.unit, "reached it", "went on", "best there", "median there"]
     caption = f"Rungs of {name}: {compared_name(run)}; without the baseline. Who went on did so at once or later"
     return Table(header, rows, caption, frozenset(range(5)))
 
@@ -171,7 +171,7 @@ def cost(run: Run, metrics: Json) -> Table:
     device_seconds, completed = found["device_seconds"], found["completed"]
     trained = records.charged(run.records)
     epochs = sum(record["epochs"] or 0 for record in trained)
-    planned = sum(record["config"]["epochs"] for record in trained)
+    planned = sum(run.trial_length(record) for record in trained)
     rows = [
         ["from start to end", words.duration(found["wall_seconds"])],
         ["on devices", _device_hours(device_seconds)],
@@ -184,7 +184,7 @@ def cost(run: Run, metrics: Json) -> Table:
     own = sum(record["status"] == "completed" for record in trained)
     if own:
         rows.append(["all device time over completed trainings", _device_hours(device_seconds / own)])
-    rows.append(["epochs trained", f"{epochs:,} of {planned:,} planned" if planned else f"{epochs:,}"])
+    rows.append([f"{run.unit}s trained", f"{epochs:,} of {planned:,} planned" if planned else f"{epochs:,}"])
     price = (run.space.get("budget") or {}).get("price_per_device_hour")
     if price:
         rows.append(["money", f"{device_seconds / 3600 * price:,.2f} at {price:g} a device-hour"])

@@ -34,7 +34,7 @@ from model.intervals import (
 from model.metrics import METRICS, SWEPT, best_f1, confusion, decision_figures, without_threshold
 from model.metrics import figures as metric_figures
 from model.thresholds import Thresholds, sigmoid
-from tuner import records
+from tuner import nested, records
 from tuner.names import cell
 from tuner.report.inputs import EvaluatedCandidate, EvaluatedRun, Json, Run, Split
 
@@ -311,6 +311,7 @@ def metrics(run: Run, results: Results | None) -> Json:
         "test_openings": len(run.openings),
         "search": search_figures(run),
         "front": front(run),
+        "nested": nested.score(run.records),
         "data": {
             split: {kind: run.data[split][kind] for kind in ("positive", "negative", "segmented")} for split in splits
         }

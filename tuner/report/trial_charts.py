@@ -79,12 +79,12 @@ def learning_curves(run: Run, rungs: Sequence[Json], winner: Json | None) -> Any
             handles += axes.plot([*found], [*found.values()], linewidth=1.8, zorder=5, label=label, **look)
     for rung in rungs:
         axes.axvline(rung["epoch"], color=style.MUTED, linewidth=0.9, linestyle=":", zorder=1)
-        text = f"epoch {rung['epoch']}\n{rung['went_on']:,} of {rung['reached']:,} go on"
+        text = f"{run.unit} {rung['epoch']}\n{rung['went_on']:,} of {rung['reached']:,} go on"
         axes.annotate(text, (rung["epoch"], 0), (3, 3), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
                       fontsize=7.5, color=style.MUTED, va="bottom")  # fmt: skip
     axes.autoscale_view()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(f"{run.unit}s done" if run.folds else run.unit)
     axes.set_ylabel(compared_name(run))
     style.legend(axes, columns=6, handles=handles)
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from model import intervals
-from tuner.report import breakdown, calibration, charts, examples, failures, rules, style, tables, words
+from tuner.report import breakdown, calibration, charts, examples, failures, folds_page, rules, style, tables, words
 from tuner.report.gallery import Block, Fold, Gallery, Picture, Pictures, Section, Table, Tables, Text
 from tuner.report.inputs import EvaluatedRun, Json, Run
 from tuner.report.tables import Judged, Results
@@ -161,6 +161,8 @@ def curves(run: Run, gallery: Gallery) -> Section:
         return Section(
             "curves", "Training", [Text(f"No curves by epoch were kept for the {best_one}'s configuration.")]
         )
+    if record.get("folds"):
+        return folds_page.training(run, record, best_one)
     history, best = record["history"], record["best_epoch"]
     blocks: list[Block] = []
     if not own:
@@ -292,7 +294,8 @@ def thresholds(run: EvaluatedRun, results: Results, metrics: Json) -> Section:
         name = words.metric(run.objectives[0]["metric"])
         replayed = [[name, words.figure(value)] for name, value in record["rules"].items()]
         strong = frozenset(k for k, row in enumerate(replayed) if row[0] == rule)
-        caption = f"Every rule on trial {record['trial']}, each at its own best epoch"
+        means = ", means over folds" if run.folds else ""
+        caption = f"Every rule on trial {record['trial']}, each at its own best epoch{means}"
         shown.append(Table(["rule", f"{name}, validation"], replayed, caption, frozenset({1}), strong))
     replays = rules.blocks(metrics["rules"], run.winner.epoch, results.test.chosen_on)
     return Section("thresholds", "Thresholds", [Tables(shown), *replays])

@@ -283,7 +283,10 @@ def trial_note(record: dict[str, Any], held: bool) -> str:
     if record.get("replayed_from"):
         lines.append(f"- read off the network of `{record['replayed_from']}`")
     if record["value"] is not None:
-        lines.append(f"- best epoch {record['best_epoch']} of {record['epochs']}, value {record['value']:.4f}")
+        at = f"best epoch {record['best_epoch']} of {record['epochs']}"
+        if "folds" in record:
+            at = f"{record['epochs']} folds"
+        lines.append(f"- {at}, value {record['value']:.4f}")
     if thresholds := record["thresholds"]:
         found = {
             "pixels": thresholds.get("segmentation_probability"),

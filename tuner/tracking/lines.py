@@ -34,7 +34,10 @@ class LinesTracker(Tracker):
     ) -> None:
         seen = [("loss", figures.get("loss_total")), (self._metric, figures.get("value"))]
         shown = ", ".join(f"{name} {number(value)}" for name, value in seen)
-        self._print(f"epoch {figures['epoch']} of {self._epochs}: {shown}")
+        at = f"epoch {figures['epoch']} of {self._epochs}"
+        if "fold_value" in figures:
+            at = f"fold {figures['epoch']}, mean so far"
+        self._print(f"{at}: {shown}")
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

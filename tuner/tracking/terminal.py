@@ -78,7 +78,8 @@ class TerminalTracker(Tracker):
                 return
             running.epoch = int(figures.get("epoch") or running.epoch)
             running.value = figures.get("value")
-            if progress.better(running.value, than=running.best):
+            # With folds it is the mean so far, of which the last one counts.
+            if "fold_value" in figures or progress.better(running.value, than=running.best):
                 running.best = running.value
 
     def trial_ended(self, record: dict[str, Any]) -> None:
@@ -225,10 +226,12 @@ def _finished_line(record: dict[str, Any], progress: Progress, end: str) -> str:
     parts = [f"{record['trial']}{' (baseline)' if record.get('baseline') else ''} {end}"]
     if record.get("value") is not None:
         value = number(record.get("values") or record["value"])
-        parts.append(f"{progress.run.metric} {value} at epoch {record.get('best_epoch')}")
+        at = "over its folds" if "folds" in record else f"at epoch {record.get('best_epoch')}"
+        parts.append(f"{progress.run.metric} {value} {at}")
     if not records.is_feasible(record):
         parts.append(records.beyond(record["violations"]))
-    parts.append(f"{record.get('epochs') or 0} epochs in {duration(record.get('seconds') or 0.0)}")
+    unit = "fold" if "folds" in record else "epoch"
+    parts.append(f"{record.get('epochs') or 0} {unit}s in {duration(record.get('seconds') or 0.0)}")
     if record.get("params"):
         parts.append(parameters(record["params"]))
     if record.get("replayed_from"):

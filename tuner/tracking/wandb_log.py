@@ -152,7 +152,7 @@ class Runs:
     def _log(self, trial: str, figures: dict[str, Any], use: dict[str, float], previews: dict[str, str]) -> None:
         """A row, unless the run has it; the best so far is known from all of them."""
         best = self._best.get(trial)
-        if is_better(figures, best, self._search["objective_mode"]):
+        if "fold_value" in figures or is_better(figures, best, self._search["objective_mode"]):  # a mean so far
             best = self._best[trial] = figures
         epoch = figures["epoch"]
         if epoch <= self._logged[trial]:

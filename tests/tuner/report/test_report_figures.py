@@ -62,7 +62,7 @@ def brute_force(truths, masks, labels) -> dict:
 def test_keys_are_those_of_the_interface(usual) -> None:
     metrics = usual.metrics
     assert set(metrics) == {
-        *("schema", "run", "best", "validation", "test", "baseline", "search", "data"),
+        *("schema", "run", "best", "validation", "test", "baseline", "search", "data", "nested"),
         *("difference", "thresholds_chosen_on", "test_openings", "front", "state", "evaluated", "rules", "calibration"),
         "masks",
     }

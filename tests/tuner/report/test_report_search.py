@@ -49,7 +49,7 @@ def note(directory: Path, **values: Any) -> None:
 def written(directory: Path) -> tuple[str, set[str]]:
     """The two sections as Markdown, and their figures."""
     run, folder = inputs.read(directory), Path(mkdtemp(dir=directory))
-    metrics = {"search": tables.search_figures(run), "front": tables.front(run)}
+    metrics = {"search": tables.search_figures(run), "front": tables.front(run), "nested": None}
     with matplotlib.rc_context(style.RC):
         sections = [search_page.search(run, metrics, Gallery(folder)), provenance.provenance(run)]
     text = render.markdown(Page("", "", sections))
