@@ -155,14 +155,11 @@ def repeat(run: Run, mirror: Mirror, console: Console | None = None, seeds: int 
     nodes.check(needs, found.train + found.validation, resources)
     task = folds.task_of(run.space, found, run.source.read)
     nodes.prepare(needs, task.decoded, resources, console)
-    if console is not None:
-        console.print(
-            f"repeats of the best configurations: at most {study.trainings} trainings, {asked.seeds} of one at most"
-        )
     trackers = tracking.build(
         run.options.wandb, run.options.tensorboard, console is not None, console, run.options.wandb_wait
     )
-    trackers.search_started(replace(watched(run), trials_asked=None, hours=None))
+    seen = replace(watched(run), stage="repeats of", records_file=study.records_file)
+    trackers.search_started(replace(seen, trials_asked=study.trainings, hours=asked.hours))
     run.note(repeats=fields_of(asked) | {"state": "running"})
     mirror.changed()
     state = "failed"

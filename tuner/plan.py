@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ from tuner import run, space_file
 from tuner.options import Options
 from tuner.schedulers import rungs
 from tuner.shares import most_on_a_gpu, part_of_gpu
-from tuner.space import Budget, FloatParam, Param, Scheduler, Space
+from tuner.space import Budget, FloatParam, Param, Repeats, Scheduler, Space
 from tuner.timing import Corner, Machine, gpu_of, machine, time_corner
 from tuner.trial import batch_problem, take_device
 
@@ -223,6 +223,7 @@ def forecast(space: Space, images: Mapping[str, int], corners: list[Corner], mac
         "corners": [_describe(corner, seconds[corner.names], images, corners) for corner in corners],
         "baseline_hours": baseline / 3600,
         "trials": trials,
+        "repeats": _repeats(space.repeats, trials, seconds.values(), machine.concurrent),
         "least_share_of_epochs": share,
         "search": _search(trials, baseline, others, machine, budget) if trials else None,
         "budget": _room(budget, trials, baseline, others, machine),
@@ -317,6 +318,18 @@ def _search(trials: int, baseline: float, others: Range, machine: Machine, budge
     }
 
 
+def _repeats(
+    repeats: Repeats | None, trials: int | None, seconds: Collection[float], slots: int
+) -> dict[str, Any] | None:
+    """How long the repeats take at most, with the cheapest and with the dearest configurations. None without any."""
+    trainings = repeats and (repeats.trainings or (-(-trials // 2) if trials else None))
+    if not (repeats and trainings):
+        return None
+    rounds = -(-trainings // slots)
+    hours = [min(rounds * each / 3600, repeats.hours or math.inf) for each in (min(seconds), max(seconds))]
+    return {"trainings": trainings, "wall_hours": hours}
+
+
 def _room(budget: Budget, trials: int | None, baseline: float, others: Range, machine: Machine) -> dict[str, Any]:
     """For each limit of time or money: the fewest and the most trials that it has room for, the baseline among them."""
     found = {}
@@ -398,6 +411,7 @@ def show(found: Mapping[str, Any]) -> str:
         f"an epoch takes {images['epoch']} of them, {found['batch_size']} a step; {found['epochs']} epochs a "
         + (f"fold, {images['trainings']} folds a trial" if "trainings" in images else "trial"),
         "search": _search_text(found),
+        **({"repeats": _repeats_text(found["repeats"])} if found["repeats"] else {}),
         "budget": _budget_text(found),
         "memory": _memory_text(found),
         "besides": f"evaluating winner and baseline at the end takes about {_hours(found['finals_hours'])}; "
@@ -413,6 +427,14 @@ def _notes(corner: Mapping[str, Any]) -> str:
     if corner["micro_batch"]:
         notes.append(f"micro_batch {corner['micro_batch']}")
     return ", ".join(notes)
+
+
+def _repeats_text(repeats: Mapping[str, Any]) -> str:
+    count = repeats["trainings"]
+    return (
+        f"at most {count} further training{'s' * (count > 1)} of the best after the search: "
+        f"{_span(repeats['wall_hours'], _hours)}, less where one is separated early"
+    )
 
 
 def _search_text(found: Mapping[str, Any]) -> str:

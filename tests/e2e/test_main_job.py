@@ -241,7 +241,7 @@ def test_no_test_pixel_is_seen_before_the_finals(place: Path) -> None:
     assert (code, out) == (0, "runs/small\n"), err
     assert not (place / "runs/small/evaluation").exists()  # sealed still: nobody asked for more
 
-    code, out, err = call(place, "finals", "runs/small")
+    code, _, err = call(place, "finals", "runs/small")
     assert code == 0, err
     code, out, err = call_here(place, "report", "runs/small", "--out", "elsewhere")
     assert (code, out) == (0, "elsewhere/index.html\n"), err
@@ -448,3 +448,52 @@ def test_a_search_that_fails_says_why(place: Path) -> None:
     assert "; how it went: runs/small/report/index.html" in err
     page = (place / "runs/small/report/report.md").read_text()
     assert "No trial has completed, so there is no best configuration yet. The search failed;" in page
+
+
+def test_finals_repeat_the_best_stop_and_go_on_from_there(place: Path) -> None:
+    """A search alone, then finals with repeats that its space does not ask for, killed in the middle."""
+    code, _, err = call(
+        place, "search", "small.yaml", "--data", "set", "--wandb", "off", "--no-report", "--concurrent", "2"
+    )
+    assert code == 0, err
+    run = place / "runs" / "small"
+    searched = (run / "records.jsonl").read_text()
+    process = start(place, "finals", "runs/small", "--seeds", "3")
+    wait_until(lambda: bool([*run.glob("trials/attempt-2/*-r0000/checkpoint_*")]), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run / "evaluation").exists()  # nothing of test was opened
+    code, _, err = call(place, "finals", "runs/small")
+    assert code == 0, err
+    assert json.loads((run / "run.json").read_text())["repeats"] == {
+        "trainings": None, "seeds": 3, "hours": None, "prefer": "best", "state": "finished",
+    }  # fmt: skip
+    assert (run / "records.jsonl").read_text() == searched
+    repeats = [json.loads(line) for line in (run / "repeats.jsonl").read_text().splitlines()]
+    assert repeats
+    assert {repeat["status"] for repeat in repeats} == {"completed"}
+    by_trial = {record["trial"]: record for record in map(json.loads, searched.splitlines())}
+    for repeat in repeats:
+        assert repeat["config"] == by_trial[repeat["repeats"]]["config"] | {"seed": repeat["seed"]}
+
+    selection = json.loads((run / "evaluation" / "selection.json").read_text())
+    known = {repeat["trial"]: repeat for repeat in repeats} | by_trial
+    winner = known[selection["winner"]]
+    assert winner.get("repeats", winner["trial"]) == selection["configuration"]
+    of_winner = [one for one in known.values() if one.get("repeats", one["trial"]) == selection["configuration"]]
+    assert winner["value"] == max(one["value"] for one in of_winner)
+    judged = {one["trial"]: one for one in selection["seeds"]}
+    assert judged[winner["trial"]]["validation"] == winner["value"]
+
+    assert call_here(place, "report", "runs/small")[0] == 0
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    assert metrics["best"]["trial"] == selection["winner"]
+    found = metrics["selection"]
+    assert found["trial"] == selection["configuration"]
+    assert found["ci95"][0] < found["corrected"] < found["ci95"][1]
+    assert found["repeats"]["completed"] == len(repeats)
+    assert judged[winner["trial"]]["test"] == pytest.approx(metrics["test"]["dice_positive_mean"], abs=1e-6)
+    assert "How far the winner can be trusted" in (run / "report" / "report.md").read_text()
+    code, _, err = call_here(place, "finals", "runs/small", "--seeds", "4")
+    assert code == 2
+    assert "the test split is opened once a run" in err

@@ -36,6 +36,10 @@ class RunInfo:
     """id of the W&B sweep that every run carries"""
     shared: bool = False
     """whether others write to W&B from the same directory at the same time, each a trial of its own"""
+    stage: str = "search"
+    """what is watched, as messages say it before the name"""
+    records_file: str = "records.jsonl"
+    """where the records of what has ended lie in the directory"""
     wandb_run: str | None = None
     """the id of the one run, where an agent has chosen it"""
 

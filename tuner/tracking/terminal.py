@@ -52,7 +52,7 @@ class TerminalTracker(Tracker):
     def search_started(self, run: RunInfo) -> None:
         self._start = self._clock()
         self._progress = Progress(run)
-        for record in records_before(run.directory / "records.jsonl"):
+        for record in records_before(run.directory / run.records_file):
             self._progress.finished[record["trial"]] = record
             self._progress.seconds_before = max(self._progress.seconds_before, record.get("ended") or 0.0)
         self._progress.finished_before = self._progress.charged()
@@ -252,4 +252,4 @@ def _closing_line(state: str, progress: Progress, seconds: float) -> str:
     if progress.running:
         trials += f", {len(progress.running)} unfinished"
     took = duration(progress.seconds_before + seconds)
-    return f"search {progress.run.name} {state} after {took}: {trials}; {ending}"
+    return f"{progress.run.stage} {progress.run.name} {state} after {took}: {trials}; {ending}"
