@@ -16,9 +16,9 @@ the mask as a whole. Divided by the px of defect and mask together it is one les
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,9 +37,10 @@ _LARGEST_LOGIT = 80.0
 class Uncertainty:
     """What is uncertain about one photo."""
 
-    error_HW: Array
-    """float32, 0 to 1/2: that a px of the mask is wrong, whatever the image as a whole has"""
-    mask_HW: Bools
+    pixels: int
+    """of the photo"""
+    mask: int
+    """px of the mask"""
     doubt: float
     """px"""
     disagreement: float
@@ -52,15 +53,6 @@ class Uncertainty:
     """q; None where there is neither label nor decision"""
     decision: float | None
     """that the photo has a defect, 1/2 at the threshold; None where the network has learnt no decision"""
-
-    @property
-    def pixels(self) -> int:
-        return int(self.mask_HW.size)
-
-    @property
-    def mask(self) -> int:
-        """px"""
-        return int(np.count_nonzero(self.mask_HW))
 
     @property
     def defect(self) -> float:
@@ -84,6 +76,22 @@ class Uncertainty:
         return float(min(1.0, wrong / whole)) if whole else 0.0
 
 
+class Maps(NamedTuple):
+    """The same, px by px."""
+
+    error_HW: Array
+    """float32, 0 to 1/2: that a px of the mask is wrong, whatever the photo as a whole has"""
+    mask_HW: Bools
+
+
+def usual_share(found: Iterable[Uncertainty]) -> float:
+    """The share of a photo that a defect takes: the median over the photos whose mask has any px; where none has, over
+    what pixels alone expect in all of them."""
+    found = list(found)
+    shares = [one.mask / one.pixels for one in found if one.mask] or [one.held / one.pixels for one in found]
+    return float(np.median(shares)) if shares else 0.0
+
+
 def look(
     photo_HWC: Array,
     answer: tiles.Answerer,
@@ -91,7 +99,7 @@ def look(
     thresholds: Thresholds,
     label: bool | None = None,
     told: Callable[[int, int], Any] | None = None,
-) -> Uncertainty:
+) -> tuple[Uncertainty, Maps]:
     """Asks a network about a photo and its mirror images; `label` is what is known of the photo. `told` hears of every
     tile. FloatingPointError if the network returns a number that is not finite."""
     mean_HW = np.zeros(photo_HWC.shape[:2], np.float32)
@@ -120,9 +128,9 @@ def look(
         inside = float(px_HW.sum(where=mask_HW, dtype=np.float64))
         return inside + outside * float(px_HW.sum(where=~mask_HW, dtype=np.float64))
 
-    return Uncertainty(
-        error_HW=error_HW,
-        mask_HW=mask_HW,
+    figures = Uncertainty(
+        pixels=int(mask_HW.size),
+        mask=int(np.count_nonzero(mask_HW)),
         doubt=expected(own_HW),
         disagreement=max(0.0, expected(error_HW) - expected(own_HW)),
         held=float(mean_HW.sum(dtype=np.float64)),
@@ -130,6 +138,7 @@ def look(
         has_defect=has_defect,
         decision=decision,
     )
+    return figures, Maps(error_HW, mask_HW)
 
 
 def relative(probability: Any, threshold_logit: float) -> Any:
