@@ -4,8 +4,9 @@ Shapes: H x W px. A network of this project is not calibrated, but its threshold
 probability is taken relative to its threshold, and the photo is asked four times, as it is and mirrored. For each px
 
 - p_v: what view v says, moved so that the threshold lies at 1/2; p: the mean over views; the mask M is where p >= 1/2;
-- q: that the photo has a defect at all: its label where that is known, else the decision, moved in the same way;
-- a px is then a defect with q p, and expected to be wrong with 1 - q p inside of M and with q p outside.
+- q: that the photo has a defect at all: its label where that is known, else the decision, moved in the same way. At its
+  threshold a decision says nothing, so a defect is `possible` by min(1, 2 q) and `certain` by max(0, 2 q - 1);
+- a px is a defect with `possible` p, and so expected to be wrong with 1 less that inside of M, and with that outside.
 
 The sum over px, in parts: `doubt`, what each view is unsure of by itself, the mean of min(p_v, 1 - p_v) (the error of
 the better answer, Lewis and Gale 1994); `disagreement`, what the mean of views is unsure of beyond that, min(p, 1 - p)
@@ -49,24 +50,24 @@ class Uncertainty:
     """px of defect that pixels alone expect"""
     held_in_mask: float
     """px, of these"""
-    has_defect: float | None
-    """q; None where there is neither label nor decision"""
+    possible: float
+    """0 to 1; 1 where there is neither label nor decision"""
+    certain: float
+    """0 to 1; 0 where there is neither"""
     decision: float | None
     """that the photo has a defect, 1/2 at the threshold; None where the network has learnt no decision"""
 
     @property
     def defect(self) -> float:
         """px of defect that are expected"""
-        return self.held if self.has_defect is None else self.has_defect * self.held
+        return self.possible * self.held
 
     def contradiction(self, usual: float) -> float:
-        """px of the mask, were there no defect; where the mask is empty, the px of a usual defect that nobody expected,
-        were there one. `usual` is the share of a photo that a defect takes."""
-        if self.has_defect is None:
-            return 0.0
+        """px of the mask as far as there is no defect; where the mask is empty, the px of a usual defect that no pixel
+        expects, as far as there is one. `usual` is the share of a photo that a defect takes."""
         if self.mask:
-            return (1 - self.has_defect) * self.held_in_mask
-        return self.has_defect * max(0.0, usual * self.pixels - self.held)
+            return (1 - self.possible) * self.held_in_mask
+        return self.certain * max(0.0, usual * self.pixels - self.held)
 
     def score(self, usual: float) -> float:
         """One less the Dice that is expected, from 0 to 1. Photos with less of a defect than usual are measured against
@@ -119,14 +120,14 @@ def look(
         if thresholds.decision_logit is not None:
             decisions.append(float(relative(np.float64(score), thresholds.decision_logit)))
     decision = float(np.mean(decisions)) if decisions else None
-    has_defect = decision if label is None else float(label)
+    known = decision if label is None else float(label)
+    possible, certain = (1.0, 0.0) if known is None else (min(1.0, 2 * known), max(0.0, 2 * known - 1))
     mask_HW = mean_HW >= 0.5
     error_HW = np.minimum(mean_HW, 1 - mean_HW)
-    outside = 1.0 if has_defect is None else has_defect
 
     def expected(px_HW: Array) -> float:
         inside = float(px_HW.sum(where=mask_HW, dtype=np.float64))
-        return inside + outside * float(px_HW.sum(where=~mask_HW, dtype=np.float64))
+        return inside + possible * float(px_HW.sum(where=~mask_HW, dtype=np.float64))
 
     figures = Uncertainty(
         pixels=int(mask_HW.size),
@@ -135,7 +136,8 @@ def look(
         disagreement=max(0.0, expected(error_HW) - expected(own_HW)),
         held=float(mean_HW.sum(dtype=np.float64)),
         held_in_mask=float(mean_HW.sum(where=mask_HW, dtype=np.float64)),
-        has_defect=has_defect,
+        possible=possible,
+        certain=certain,
         decision=decision,
     )
     return figures, Maps(error_HW, mask_HW)

@@ -19,7 +19,7 @@ _CELL = 240
 """px, sides of a picture on the sheet"""
 _GAP = 10
 _COLUMNS = 2
-_PANELS = ("photo", "prediction", "uncertainty, bright where a px may be wrong")
+_PANELS = ("photo", "prediction", "uncertain where bright")
 _LETTER = 14
 """px"""
 
@@ -55,7 +55,8 @@ def uncertainty_map(image_HWC: Array, error_HW: Array) -> Array:
 
 def sheet(entries: Sequence[Entry]) -> Array:
     """RGB: for each image, photo, prediction and uncertainty side by side under rank, score and name."""
-    blocks = [_block(entry) for entry in entries]
+    height = max(panel.shape[0] for entry in entries for panel in entry.panels)
+    blocks = [_block(entry, height) for entry in entries]
     columns = min(_COLUMNS, len(blocks))
     blocks += [np.full_like(blocks[0], 255)] * (-len(blocks) % columns)
     rows = [beside(blocks[k : k + columns]) for k in range(0, len(blocks), columns)]
@@ -65,8 +66,8 @@ def sheet(entries: Sequence[Entry]) -> Array:
     return np.concatenate([head, *rows])
 
 
-def _block(entry: Entry) -> Array:
-    row = beside([_centred(panel) for panel in entry.panels])
+def _block(entry: Entry, height: int) -> Array:
+    row = beside([_centred(panel, height) for panel in entry.panels])
     title = text_bar(row.shape[1], ((0, style.drawable(entry.title), style.INK, "bold"),), _LETTER)
     return np.concatenate([title, row, np.full((_GAP, row.shape[1], 3), 255, np.uint8)])
 
@@ -77,9 +78,9 @@ def _fit(picture_HWC: Array) -> Array:
     return resize(picture_HWC, max(1, round(_CELL * min(1.0, width / height))))[:_CELL]
 
 
-def _centred(picture_HWC: Array) -> Array:
-    cell = np.full((_CELL, _CELL, 3), 255, np.uint8)
+def _centred(picture_HWC: Array, cell_height: int) -> Array:
+    cell = np.full((cell_height, _CELL, 3), 255, np.uint8)
     height, width = picture_HWC.shape[:2]
-    top, left = (_CELL - height) // 2, (_CELL - width) // 2
+    top, left = (cell_height - height) // 2, (_CELL - width) // 2
     cell[top : top + height, left : left + width] = picture_HWC
     return cell
