@@ -244,13 +244,14 @@ def test_broken_files_have_a_row_and_odd_names_do_no_harm(
     failed = [row for row in found if row["error"]]
     assert {os.path.normpath(row["file"]) for row in found if not row["error"]} == set(EVIL)
     assert not [row for row in found if row["file"][0] in "=+-@\uff1d\uff20\t\r\n \u200b\xa0"]
-    errors = {row["file"][0]: (row["rank"], row["error"]) for row in failed}
+    errors = {os.path.normpath(row["file"])[0]: (row["rank"], row["error"]) for row in failed}
     assert errors["\x1b"] == ("", "cannot be decoded as an image; replace the file or remove it")
     assert errors["n"][0] != ""
     assert errors["n"][1] == "names of what is written must have at most 255 bytes, found 258; rename the image"
     said = capsys.readouterr()
     assert "\x1b" not in said.err + said.out
-    assert "1 failed" in said.out or "2 failed" in said.out
+    assert f"{len(EVIL) + 1} images ranked" in said.out
+    assert "2 failed" in said.out
 
 
 def test_an_onnx_file_ranks_alike_and_needs_no_torch(run: Run, best: Path, tmp_path: Path) -> None:
@@ -265,7 +266,11 @@ def test_an_onnx_file_ranks_alike_and_needs_no_torch(run: Run, best: Path, tmp_p
     file.write_bytes(export.to_onnx(export.Deployable(network, thresholds), HEIGHT, WIDTH, about))
     code = f"""
 import sys
-sys.modules["torch"] = None
+class NoTorch:  # SciPy, which hashes need, stumbles over a module that is None
+    def find_spec(self, name, *_):
+        if name.split(".")[0] == "torch":
+            raise ImportError(name)
+sys.meta_path.insert(0, NoTorch())
 from tuner.cli import main
 sys.exit(main(["next", {str(file)!r}, "--out", {str(tmp_path / "a")!r}]))
 """
