@@ -3,10 +3,10 @@
     python -m bench.next_masks DATA [--masks 16] [--epochs 16] [--repeats 4] [--side 128]
 
 A network learns from few masks. Of the positives that have none in training it is asked which should get one: by the
-ranking of `tuner next`, by the plain mean entropy of its probabilities, at random; each choice is trained anew, from
-the same seed. Each repeat has other first masks, another seed and another random choice. Images without masks are left
-out of training: the decision's loss does not reach the segmentation network (`gradient_adjustment`), and they cost
-time.
+ranking of `tuner next`, by the px that it expects to be wrong without dividing by those of the defect, by the plain
+mean entropy of its probabilities, and at random; each choice is trained anew, from the same seed. Each repeat has other
+first masks, another seed and another random choice. Images without masks are left out of training: the decision's loss
+does not reach the segmentation network (`gradient_adjustment`), and they cost time.
 
 Prints Markdown: how each ranking goes with the Dice that the network truly lacks on the images (their masks are there,
 and hidden from it); and test Dice of positives, at thresholds and epochs chosen on validation. Nothing is chosen on
@@ -38,6 +38,7 @@ from model.sample import Sample, Supervision
 from model.thresholds import Thresholds
 from model.uncertainty import look, usual_share
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Trained = tuple[SegDecNet, Thresholds]
 
 
@@ -54,8 +55,10 @@ def main() -> None:
     found = splits.assign(layouts.read(options.data), options.data, 0.2, 0.2, seed=0)
     validation, test = (open_cache(split, options.side, options.side) for split in (found.validation, found.test))
     results: dict[str, list[float]] = {}
-    print("| repeat | masks | chosen by | test Dice, positives | Spearman with the Dice lacking | images of ours | s |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| repeat | masks | chosen by | test Dice, positives | Spearman with Dice lacking | of chosen | of ours | s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for repeat in range(options.repeats):
         config = RunConfig(
             width=0.25, input_height=options.side, input_width=options.side, epochs=options.epochs, learning_rate=0.5,
@@ -74,20 +77,21 @@ def main() -> None:
             print(f"| {' | '.join(map(str, shown))} | {time.perf_counter() - began:.0f} |", flush=True)
             return trained
 
-        network, thresholds = told([], "(first masks)", "", "")
+        network, thresholds = told([], "(first masks)", "", "", "")
         values, lacking = asked(network, thresholds, pool, options.side)
         hashes = np.stack([perceptual_hash(decode_image(sample.image)) for sample in pool])
         groups = [sample.group for sample in pool]
         ours = [row for row, _ in different_first(values["tuner next"], groups, hashes)]
         orders = {
             "tuner next": ours,
-            "entropy": np.argsort(-np.array(values["entropy"]), kind="stable").tolist(),
+            **{name: np.argsort(-np.array(values[name]), kind="stable").tolist() for name in ("wrong px", "entropy")},
             "random": np.random.default_rng(repeat).permutation(len(pool)).tolist(),
         }
         for name, order in orders.items():
             chosen = order[: options.masks]
             fit = f"{spearmanr(values[name], lacking).statistic:.2f}" if name in values else ""
-            told([pool[row] for row in chosen], name, fit, str(len({*chosen} & {*ours[: options.masks]})))
+            lack = f"{np.mean([lacking[row] for row in chosen]):.3f}"
+            told([pool[row] for row in chosen], name, fit, lack, str(len({*chosen} & {*ours[: options.masks]})))
     print("\n| chosen by | mean test Dice | less random, mean | standard error of it |\n| --- | --- | --- | --- |")
     for name, dices in results.items():
         apart = np.array(dices) - np.array(results["random"])
@@ -103,14 +107,13 @@ def with_masks(first: list[Sample], chosen: list[Sample]) -> list[Sample]:
 
 def fitted(samples: list[Sample], validation: Cache, config: RunConfig) -> Trained:
     """At the epoch that is best on validation."""
-    device = torch.device("cpu")
-    training = train.start(config, device)
+    training = train.start(config, DEVICE)
     cache = open_cache(samples, config.input_height, config.input_width)
     best = -1.0
     for _ in train.fit(training, cache):
         if training.epochs_done % 2 and training.epochs_done < config.epochs:
             continue  # looking costs as much as training
-        scores = score(training.network, validation, config, device)
+        scores = score(training.network, validation, config, DEVICE)
         thresholds = scores.choose(config.judgement())
         value = scores.figures([thresholds])[0]["dice_positive_mean"] or 0.0
         if value > best:
@@ -121,20 +124,21 @@ def fitted(samples: list[Sample], validation: Cache, config: RunConfig) -> Train
 def test_dice(trained: Trained, test: Cache, config: RunConfig) -> float:
     """Of positives."""
     network, thresholds = trained
-    return score(network, test, config, torch.device("cpu")).figures([thresholds])[0]["dice_positive_mean"] or 0.0
+    return score(network, test, config, DEVICE).figures([thresholds])[0]["dice_positive_mean"] or 0.0
 
 
 def asked(
     network: SegDecNet, thresholds: Thresholds, pool: list[Sample], side: int
 ) -> tuple[dict[str, list[float]], list[float]]:
     """What each ranking says of each image, and the Dice that the network lacks there."""
-    answer = Deployable(network, thresholds).answer
+    answer = Deployable(network, thresholds).to(DEVICE).answer
     sizes = tiles.Sizes.of((side, side), {"height": 448, "width": 448, "largest_height": 448, "largest_width": 448})
     images = [decode_image(sample.image) for sample in pool]
     found = [look(image_HWC, answer, sizes, thresholds, label=True)[0] for image_HWC in images]
     usual = usual_share(found)
     values = {
         "tuner next": [one.score(usual) for one in found],
+        "wrong px": [one.doubt + one.disagreement + one.contradiction(usual) for one in found],
         "entropy": [entropy(tiles.probability(image_HWC, answer, sizes)[0]) for image_HWC in images],
     }
     lacking = []
