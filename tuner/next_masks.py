@@ -20,7 +20,7 @@ from model.arrays import Array
 from model.config import RunConfig
 from model.duplicates import different_first
 from model.files import write_atomically
-from model.inspection import digest, perceptual_hash
+from model.inspection import HASH_SIDE, digest, perceptual_hash
 from model.layouts import SPLITS
 from model.sample import Sample, Supervision
 from model.thresholds import Thresholds
@@ -100,7 +100,7 @@ def propose(model: str, images: Sequence[str], out: str, count: int, console: Co
         order = different_first(
             [one.found.score(usual) for one in asked],
             [one.candidate.group for one in asked],
-            np.array([one.hash_B for one in asked]),
+            np.array([one.hash_B for one in asked], bool).reshape(len(asked), HASH_SIDE**2),
         )
         ranked = [_row(rank, asked[k], usual, of_kind) for rank, (k, of_kind) in enumerate(order, start=1)]
         rows = [*ranked, *map(_remark, left_out), *failed]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from model.files import write_json
 from model.inspection import decode_image
 from model.sample import Sample, Supervision
 from model.uncertainty import look
+from tests.conftest import heeds_ctrl_c
 from tests.tuner.conftest import small_space
 from tests.tuner.test_predict import EVIL
 from tuner import run as runs
@@ -252,6 +254,32 @@ def test_broken_files_have_a_row_and_odd_names_do_no_harm(
     assert "\x1b" not in said.err + said.out
     assert f"{len(EVIL) + 1} images ranked" in said.out
     assert "2 failed" in said.out
+
+
+def test_nothing_but_broken_files_is_a_table_without_a_rank(
+    best: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert main(["next", str(best), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 1
+    (row,) = rows(tmp_path / "out")
+    assert (row["rank"], row["file"], row["error"][:17]) == ("", "a.png", "cannot be decoded")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["next.csv"]
+    assert capsys.readouterr().out.endswith("next.csv: 0 images ranked, 1 failed\n")
+
+
+def test_ctrl_c_says_that_nothing_is_written(best: Path, tmp_path: Path) -> None:
+    for k in range(100):
+        save(tmp_path / "in" / f"{k:03d}.png", np.tile(wall(k, 60)[0], (4, 4, 1)))
+    (tmp_path / "in" / "001.png").write_bytes(b"no image")
+    words = [sys.executable, "-m", "tuner", "next", best, tmp_path / "in", "--out", tmp_path / "out"]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("001.png: cannot be decoded")
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait() == 130
+    assert "of 100 images were looked at, and nothing is written; the same command begins anew" in said
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_an_onnx_file_ranks_alike_and_needs_no_torch(run: Run, best: Path, tmp_path: Path) -> None:
