@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import input_size_problem
+from model.thresholds import Thresholds
 from model.tiles import Answerer, Answers, Sizes
 
 ONNX_KEY = "segdec_tuner"
@@ -26,6 +27,8 @@ class Deployed:
     sizes: Sizes
     note: str
     """what the user ought to know of it, or nothing"""
+    thresholds: Thresholds | None = None
+    """what `answer` has applied; None where a file of an earlier version does not say"""
 
 
 def load(model: Path) -> Deployed:
@@ -54,7 +57,7 @@ def _load_folder(folder: Path) -> Deployed:
 
     file = folder / "images.json"
     images = _parsed(file.read_bytes(), file) if file.is_file() else None
-    return _deployed(module.answer, (config.input_height, config.input_width), images, folder)
+    return _deployed(module.answer, (config.input_height, config.input_width), images, thresholds, folder)
 
 
 def _load_onnx(file: Path) -> Deployed:
@@ -84,7 +87,7 @@ def _load_onnx(file: Path) -> Deployed:
     facts = _parsed(described, file)
     size = _input_size(facts, file)
 
-    return _deployed(answerer(session), size, facts.get("images"), file)
+    return _deployed(answerer(session), size, facts.get("images"), _thresholds(facts, file), file)
 
 
 def answerer(session: Any) -> Answerer:
@@ -104,7 +107,13 @@ def session_options() -> Any:
     return options
 
 
-def _deployed(answer: Answerer, size: tuple[int, int], images: Mapping[str, int] | None, source: Path) -> Deployed:
+def _deployed(
+    answer: Answerer,
+    size: tuple[int, int],
+    images: Mapping[str, int] | None,
+    thresholds: Thresholds | None,
+    source: Path,
+) -> Deployed:
     note = ""
     if not images:
         note = (
@@ -112,7 +121,7 @@ def _deployed(answer: Answerer, size: tuple[int, int], images: Mapping[str, int]
             f"of the network's input, {size[0]}x{size[1]} px"
         )
     try:
-        return Deployed(answer, Sizes.of(size, images), note)
+        return Deployed(answer, Sizes.of(size, images), note, thresholds)
     except ValueError as error:
         raise ValueError(f"{source}: {error}; {_WAY_OUT}") from error
 
@@ -124,6 +133,15 @@ def _input_size(facts: Mapping[str, Any], file: Path) -> tuple[int, int]:
     if not (type(height) is type(width) is int and min(height, width) > 0) or input_size_problem(height, width):
         raise ValueError(f"{file} must say the network's input as height and width, px, found {found!r}; {_WAY_OUT}")
     return height, width
+
+
+def _thresholds(facts: Mapping[str, Any], file: Path) -> Thresholds | None:
+    if not facts.get("thresholds"):
+        return None
+    try:
+        return Thresholds.from_dict(facts["thresholds"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} must say its thresholds ({type(error).__name__}: {error}); {_WAY_OUT}") from error
 
 
 def _parsed(text: str | bytes, file: Path) -> dict[str, Any]:

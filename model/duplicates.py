@@ -7,11 +7,13 @@ that is cropped, flipped or turned is not found; plain surfaces that hardly diff
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 
+from model.arrays import Array
 from model.inspection import HASH_SIDE, perceptual_hashes
 from model.layouts import SPLITS
 from model.splits import Splits
@@ -34,7 +36,7 @@ class NearDuplicate(NamedTuple):
 
 def near_duplicates(splits: Splits) -> list[NearDuplicate]:
     """The pairs of images of different splits that look alike, the most alike first."""
-    hashes = [np.packbits(perceptual_hashes([s.image for s in split]), axis=1).view(np.uint64) for split in splits]
+    hashes = [_packed(perceptual_hashes([s.image for s in split])) for split in splits]
     found = []
     for a, b in combinations(range(len(SPLITS)), 2):
         for start in range(0, len(hashes[a]), _ROWS_AT_ONCE):
@@ -49,3 +51,29 @@ def near_duplicates(splits: Splits) -> list[NearDuplicate]:
                 for i, j in np.argwhere(bits <= NEAR_BITS).tolist()
             ]
     return sorted(found, key=lambda pair: (pair.bits, pair))
+
+
+def different_first(values: Sequence[float], groups: Sequence[str], hashes_NB: Array) -> list[tuple[int, int]]:
+    """Rows in an order that takes the largest value first, but counts the second of a kind half, the third a third.
+
+    Of a kind are images of one group (an empty name is none) and near-duplicates. Each row comes with the place that
+    it has among its kind, from 1. Of equal values the earlier row comes first. `hashes_NB` are perceptual hashes.
+    """
+    names = np.array(groups, object)
+    packed = _packed(hashes_NB)
+    left = np.array(values, np.float64)
+    place = np.ones(len(left), np.int64)
+    is_left = np.ones(len(left), bool)
+    order = []
+    for _ in range(len(left)):
+        row = int(np.where(is_left, left / place, -np.inf).argmax())
+        order.append((row, int(place[row])))
+        is_left[row] = False
+        is_alike = np.bitwise_count(packed ^ packed[row]).sum(axis=1, dtype=np.int64) <= NEAR_BITS
+        place += is_alike | ((names == names[row]) & bool(names[row]))
+    return order
+
+
+def _packed(hashes_NB: Array) -> Array:
+    """(N, B / 64) uint64"""
+    return np.packbits(hashes_NB, axis=1).view(np.uint64)

@@ -187,12 +187,17 @@ def digest(source: Path | Rle, read: Read = Path.read_bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _perceptual_hash(image_path: Path) -> list[int]:
+def perceptual_hash(image_HWC: np.ndarray) -> np.ndarray:
+    """(HASH_SIDE ** 2) bool: the pHash of one image that is decoded already."""
     import imagehash
     from PIL import Image
 
-    found = imagehash.phash(Image.fromarray(decode_image(image_path)), hash_size=HASH_SIDE)
-    return [int(bit) for bit in found.hash.ravel()]
+    found: np.ndarray = imagehash.phash(Image.fromarray(image_HWC), hash_size=HASH_SIDE).hash.ravel()
+    return found
+
+
+def _perceptual_hash(image_path: Path) -> list[int]:
+    return [int(bit) for bit in perceptual_hash(decode_image(image_path))]
 
 
 def _answer(request: list[Any]) -> Any:

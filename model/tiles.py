@@ -9,7 +9,7 @@ middle of such a tile, mirrored all around.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -150,22 +150,61 @@ def segment(
     FloatingPointError if the network returns a number that is not finite.
     """
     mask_HW = np.zeros(photo_HWC.shape[:2], np.uint8)
+    score, defect, tiles = -np.inf, False, 0
+    for piece in _answered(photo_HWC, answer, sizes, told):
+        mask_HW[piece.own] = bring_back(piece.answers.mask[0], piece.size)[piece.inner]
+        score, defect = max(score, float(piece.answers.score[0])), defect or bool(piece.answers.defect[0])
+        tiles += 1
+    return Segmentation(mask_HW, score, defect, tiles)
+
+
+def probability(
+    photo_HWC: Array, answer: Answerer, sizes: Sizes, told: Callable[[int, int], Any] | None = None
+) -> tuple[Array, float]:
+    """(H, W) float32 that a px is of a defect, and the largest of the tiles' scores; else as `segment`."""
+    probability_HW = np.zeros(photo_HWC.shape[:2], np.float32)
+    score = -np.inf
+    for piece in _answered(photo_HWC, answer, sizes, told):
+        whole_HW = resize_image(piece.answers.probability[0], piece.size)
+        probability_HW[piece.own] = whole_HW[piece.inner]
+        score = max(score, float(piece.answers.score[0]))
+    return probability_HW, score
+
+
+class _Piece(NamedTuple):
+    """A tile that was answered."""
+
+    answers: Answers
+    """of one image, the tile at the size of the network's input"""
+    size: Size
+    """of the tile"""
+    own: tuple[slice, slice]
+    """the px of the photo that it answers"""
+    inner: tuple[slice, slice]
+    """the same px in the tile"""
+
+
+def _answered(
+    photo_HWC: Array, answer: Answerer, sizes: Sizes, told: Callable[[int, int], Any] | None
+) -> Iterator[_Piece]:
     tiles = cuts((photo_HWC.shape[0], photo_HWC.shape[1]), sizes)
-    score, defect = -np.inf, False
-    for done, (rows, columns) in enumerate(tiles, start=1):
-        tile_HWC = _cut(photo_HWC, rows, columns)
-        probability, mask, scores, defects = answer(resize_image(tile_HWC, sizes.input)[None])
-        if not (np.isfinite(scores).all() and np.isfinite(probability).all()):
+    for done, pair in enumerate(tiles, start=1):
+        tile_HWC = _cut(photo_HWC, *pair)
+        answers = Answers(*answer(resize_image(tile_HWC, sizes.input)[None]))
+        if not (np.isfinite(answers.score).all() and np.isfinite(answers.probability).all()):
             raise FloatingPointError("the network returned a number that is not finite")
-        own_HW = bring_back(mask[0], tile_HWC.shape[:2])
-        mask_HW[rows.first : rows.last, columns.first : columns.last] = own_HW[
-            rows.first - rows.start : rows.last - rows.start,
-            columns.first - columns.start : columns.last - columns.start,
-        ]
-        score, defect = max(score, float(scores[0])), defect or bool(defects[0])
+        rows, columns = pair
+        yield _Piece(
+            answers,
+            (tile_HWC.shape[0], tile_HWC.shape[1]),
+            (slice(rows.first, rows.last), slice(columns.first, columns.last)),
+            (
+                slice(rows.first - rows.start, rows.last - rows.start),
+                slice(columns.first - columns.start, columns.last - columns.start),
+            ),
+        )
         if told:
             told(done, len(tiles))
-    return Segmentation(mask_HW, score, defect, len(tiles))
 
 
 def _cut(photo_HWC: Array, rows: Span, columns: Span) -> Array:

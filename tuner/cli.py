@@ -238,6 +238,14 @@ def predict(options: argparse.Namespace) -> int:
     return 1 if outcome.counts["failed"] else 0
 
 
+def next_masks(options: argparse.Namespace) -> int:
+    from tuner.next_masks import propose
+
+    outcome = propose(options.model, options.images, options.out, options.count, options.console)
+    print(outcome)
+    return 1 if outcome.counts["failed"] else 0
+
+
 def trial(options: argparse.Namespace) -> int:
     from tuner.single import run_trial
 
@@ -539,6 +547,23 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", required=True, help="a new folder, or one of earlier predictions, which it replaces"
     )
     made.add_argument("--mm-per-px", metavar="F", type=_mm_per_px, help="gives lengths and areas in mm too")
+
+    made = verb(next_masks, "next", "rank the images that would profit most from a mask, by what a model is unsure of",
+                "tuner next runs/demo photos --out next")  # fmt: skip
+    made.add_argument("model", metavar="MODEL", help="the folder of a run, its best/, or an exported .onnx file")
+    made.add_argument(
+        "images",
+        metavar="IMAGE",
+        nargs="*",
+        help="files, folders with all below them, or patterns; if none is given, the run's own training images that "
+        "have a label and no mask",
+    )
+    made.add_argument(
+        "--out", metavar="DIR", required=True, help="a new folder, or one of an earlier ranking, which it replaces"
+    )
+    made.add_argument(
+        "--count", metavar="N", type=_count, default=24, help="images that get a map of where the model is unsure"
+    )
 
     made = verb(plan, "plan", "check a space and its data, time a few steps, forecast hours and memory; no run is made",
                 "tuner plan demo --data synthetic")  # fmt: skip

@@ -23,8 +23,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 TABLE = "predictions.csv"
 PART = f"{TABLE}.part"
 """the table while a run writes it"""
-_HEAD = b"file,height_px,width_px,tiles,"
-"""A table that begins so is of predictions; others of that name are not."""
+NEXT = "next.csv"
+"""the table of `tuner next`"""
+_HEADS = {TABLE: b"file,height_px,width_px,tiles,", PART: b"file,height_px,width_px,tiles,", NEXT: b"rank,file,score,"}
+"""Tables that begin so are ours; others of these names are not."""
 
 MOST_PIXELS = 150_000_000
 """in a photo; a small file can claim to be a huge image, and fill the memory"""
@@ -79,16 +81,16 @@ def find(images: Sequence[str], out: Path) -> list[Photo]:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is a table of predictions."""
+    """Whether a file is a table that we have written, by its name and how it begins."""
     try:
         with path.open("rb") as file:
-            return file.read(80).replace(b'"', b"").startswith(_HEAD)
+            return file.read(80).replace(b'"', b"").startswith(_HEADS[path.name])
     except OSError:
         return False
 
 
 def _holds_predictions(folder: Path) -> bool:
-    return is_table(folder / TABLE) or is_table(folder / PART)
+    return any(is_table(folder / name) for name in _HEADS)
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -21,7 +21,7 @@ from tuner import cli, pipeline
 VERBS = (
     ["search"], ["trial"], ["resume"], ["status"], ["dashboard"], ["finals"], ["report"], ["export"], ["plan"], ["data", "check"],
     ["data", "synth"], ["data", "convert"], ["data", "cache"], ["sync"],
-    ["wandb-sweep"], ["schema"], ["predict"],
+    ["wandb-sweep"], ["schema"], ["predict"], ["next"],
 )  # fmt: skip
 
 

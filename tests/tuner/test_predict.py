@@ -36,7 +36,8 @@ from model.thresholds import Thresholds
 from tuner import photos
 from tuner.cli import main
 from tuner.names import cell
-from tuner.predict import _CRACK, _table, predict
+from tuner.photo_results import CRACK
+from tuner.predict import _table, predict
 from tuner.report import style
 
 pytestmark = pytest.mark.timeout(300)  # torch takes its time to make an ONNX file
@@ -146,7 +147,7 @@ def test_the_overlay_is_grey_where_nothing_is_and_coloured_where_the_mask_is(mod
     colourful = overlay.max(axis=2) - overlay.min(axis=2)
     assert colourful[mask].mean() > 80  # also where it is one px wide
     assert colourful[~mask].mean() < 20
-    assert to_rgb(style.RED) == pytest.approx(np.array(_CRACK) / 255)
+    assert to_rgb(style.RED) == pytest.approx(np.array(CRACK) / 255)
 
 
 def test_all_three_forms_of_a_model_answer_alike_and_onnx_needs_no_torch(

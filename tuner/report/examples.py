@@ -68,9 +68,9 @@ def strip(examples: Examples, k: int, rank: int, value: float) -> Array:
     """One example: a line of text, then input, truth, probability, mask and overlap side by side."""
     panels = [_fit(panel, smooth) for panel, smooth in _panels(examples, k)]
     width = panels[0].shape[1]
-    row = _beside(panels)
+    row = beside(panels)
     title = f"{rank} of {len(examples.names)}    Dice {value:.3f}    {words.shorten(examples.names[k], 90)}"
-    head = _text_bar(row.shape[1], ((0, style.drawable(title), style.INK, "bold"),), row.shape[1] * _LETTER)
+    head = text_bar(row.shape[1], ((0, style.drawable(title), style.INK, "bold"),), row.shape[1] * _LETTER)
     foot = _panel_titles(row.shape[1], width)
     return np.concatenate([head, row, foot])
 
@@ -94,13 +94,13 @@ def contact_sheet(examples: Examples, columns: int = 6, cell: int = 236) -> Arra
     order = np.argsort(values, kind="stable")
     tiles = []
     for rank, k in enumerate(order, start=1):
-        picture = overlap(_resize(examples.image[k], cell), examples.truth[k], examples.mask[k])
+        picture = overlap(resize(examples.image[k], cell), examples.truth[k], examples.mask[k])
         name = words.shorten(examples.names[k], 17)
         text = style.drawable(f"{rank}  {values[k]:.3f}  {name}")
-        tiles.append(np.concatenate([picture, _text_bar(cell, ((0, text, style.INK, "normal"),), 14)]))
+        tiles.append(np.concatenate([picture, text_bar(cell, ((0, text, style.INK, "normal"),), 14)]))
     columns = min(columns, len(tiles))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    rows = [_beside(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
+    rows = [beside(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
     sheet = np.concatenate(rows)
     return np.concatenate([_legend_bar(sheet.shape[1]), sheet])
 
@@ -111,13 +111,13 @@ def headline_strip(examples: Examples, rows: Sequence[int], cell: int = 400) -> 
     tall = examples.image.shape[1] > 1.3 * examples.image.shape[2]
     columns = []
     for k in rows:
-        image = _resize(examples.image[k], cell // 2 if tall else cell)
+        image = resize(examples.image[k], cell // 2 if tall else cell)
         answer = overlap(image, examples.truth[k], examples.mask[k])
         gap = np.full((_GAP, image.shape[1], 3), 255, np.uint8)
-        both = _beside([image, answer]) if tall else np.concatenate([image, gap, answer])
-        foot = _text_bar(both.shape[1], ((0, f"Dice {values[k]:.3f}", style.INK, "normal"),), 20)
+        both = beside([image, answer]) if tall else np.concatenate([image, gap, answer])
+        foot = text_bar(both.shape[1], ((0, f"Dice {values[k]:.3f}", style.INK, "normal"),), 20)
         columns.append(np.concatenate([both, foot]))
-    sheet = _beside(columns)
+    sheet = beside(columns)
     return np.concatenate([sheet, _legend_bar(sheet.shape[1])])
 
 
@@ -133,19 +133,19 @@ def _fit(panel: Array, smooth: bool) -> Array:
     """Small pictures grow by a whole factor, so that pixels stay square; large ones shrink."""
     width = panel.shape[1]
     if width > _MOST:
-        return _resize(panel, _MOST)
+        return resize(panel, _MOST)
     factor = -(-_LEAST // width)
     way = cv2.INTER_CUBIC if smooth else cv2.INTER_NEAREST
     return panel if factor == 1 else cv2.resize(panel, None, fx=factor, fy=factor, interpolation=way)
 
 
-def _resize(picture: Array, width: int) -> Array:
+def resize(picture: Array, width: int) -> Array:
     height = max(1, round(picture.shape[0] * width / picture.shape[1]))
     way = cv2.INTER_AREA if width < picture.shape[1] else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(np.ascontiguousarray(picture), (width, height), interpolation=way))
 
 
-def _beside(pictures: Sequence[Array]) -> Array:
+def beside(pictures: Sequence[Array]) -> Array:
     gap = np.full((pictures[0].shape[0], _GAP, 3), 255, np.uint8)
     spaced = [part for picture in pictures for part in (picture, gap)]
     return np.concatenate(spaced[:-1], axis=1)
@@ -155,19 +155,19 @@ def _beside(pictures: Sequence[Array]) -> Array:
 def _panel_titles(width: int, panel: int) -> Array:
     lefts = [k * (panel + _GAP) for k in range(len(PANELS))]
     titles = tuple((x, name, style.MUTED, "normal") for x, name in zip(lefts, PANELS[:-1], strict=False))
-    return _text_bar(width, titles, width * 0.85 * _LETTER, legend_from=lefts[-1])
+    return text_bar(width, titles, width * 0.85 * _LETTER, legend_from=lefts[-1])
 
 
 @cache
 def _legend_bar(width: int) -> Array:
-    return _text_bar(width, (), width * _LETTER, legend_from=0)
+    return text_bar(width, (), width * _LETTER, legend_from=0)
 
 
 Words = tuple[int, str, str, str]
 """left edge in px, text, colour, weight"""
 
 
-def _text_bar(width: int, texts: tuple[Words, ...], size: float, legend_from: int | None = None) -> Array:
+def text_bar(width: int, texts: tuple[Words, ...], size: float, legend_from: int | None = None) -> Array:
     """A white line of text; `size` of its letters in px. Optionally with the legend of the colours."""
     height = round(2.1 * size)
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
