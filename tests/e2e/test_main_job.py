@@ -452,6 +452,7 @@ def test_a_search_that_fails_says_why(place: Path) -> None:
 
 def test_finals_repeat_the_best_stop_and_go_on_from_there(place: Path) -> None:
     """A search alone, then finals with repeats that its space does not ask for, killed in the middle."""
+    (place / "small.yaml").write_text(SPACE.replace("scheduler: {name: asha, min_epochs: 1, reduction: 2}\n", ""))
     code, _, err = call(
         place, "search", "small.yaml", "--data", "set", "--wandb", "off", "--no-report", "--concurrent", "2"
     )
