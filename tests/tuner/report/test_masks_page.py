@@ -94,7 +94,8 @@ def test_a_search_over_many_numbers_of_masks_shows_where_the_best_changes(make_r
     rows = json.loads((folder / "metrics.json").read_text())["masks"]["budgets"]
     assert len(rows) == len(counts)
     text = (folder / "report.md").read_text()
-    table = text[text.index("best of them") :].split("\n\n")[0]
+    section = text[text.index("## Masks") :]
+    table = section[section.index("best of them") :].split("\n\n")[0]
     assert len(table.splitlines()) - 2 == len({row["within"]["trial"] for row in rows}) < len(counts)
 
 

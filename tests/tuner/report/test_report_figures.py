@@ -63,7 +63,17 @@ def test_keys_are_those_of_the_interface(usual) -> None:
     metrics = usual.metrics
     assert set(metrics) == {
         *("schema", "run", "best", "validation", "test", "baseline", "search", "data", "nested"),
-        *("difference", "thresholds_chosen_on", "test_openings", "front", "state", "evaluated", "rules", "calibration"),
+        *(
+            "difference",
+            "thresholds_chosen_on",
+            "test_openings",
+            "front",
+            "state",
+            "evaluated",
+            "rules",
+            "calibration",
+            "selection",
+        ),
         "masks",
     }
     assert (metrics["thresholds_chosen_on"], metrics["test_openings"]) == ("validation", 1)

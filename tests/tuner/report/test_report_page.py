@@ -76,7 +76,7 @@ def test_markdown_shows_every_figure(usual) -> None:
 
 def test_page_and_markdown_have_the_same_sections(usual, page) -> None:
     titles = re.findall(r"^## (.*)$", (usual.report / "report.md").read_text(), re.MULTILINE)
-    assert len(titles) == 9
+    assert len(titles) == 10
     assert all(title in page.text for title in titles)
 
 

@@ -58,7 +58,8 @@ def test_the_search_is_told_and_nothing_of_test(unevaluated: Path, state: str, s
     assert said in text
     assert "nothing has been seen of test" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
-        *("## Data", "## Run parameters", "## Training", "## Search", "## Where it comes from")
+        *("## Data", "## Run parameters", "## Training", "## How far the winner can be trusted", "## Search"),
+        "## Where it comes from",
     ]
     assert (metrics["state"], metrics["evaluated"], metrics["best"]["trial"]) == (state, False, "abc123-0001")
     records = [json.loads(line) for line in (unevaluated / "records.jsonl").read_text().splitlines()]
