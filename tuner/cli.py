@@ -127,7 +127,8 @@ def resume(options: argparse.Namespace) -> int:
 
 def _ended(run: Any) -> int:
     """Says how to go on, or where the report is."""
-    if "stopped" in (run.info["state"], (run.info.get("repeats") or {}).get("state")):
+    in_repeats = not run.options.no_report and (run.info.get("repeats") or {}).get("state") == "stopped"
+    if run.info["state"] == "stopped" or in_repeats:
         print(f"stopped; nothing is lost. Go on with: tuner resume {run.directory}")
         return 130
     print(run.directory if run.options.no_report else run.directory / "report" / "index.html")
@@ -157,7 +158,7 @@ def finals(options: argparse.Namespace) -> int:
     from tuner.cluster import connected
     from tuner.finals import check_test_is_sealed
     from tuner.mirror import mirrored
-    from tuner.pipeline import at, evaluate, full_disk_explained, repeat
+    from tuner.pipeline import at, check_open_test, evaluate, full_disk_explained, repeat
     from tuner.records import OPEN_TEST
     from tuner.run import load_search
 
@@ -169,6 +170,7 @@ def finals(options: argparse.Namespace) -> int:
         )
     run = load_search(options.run, options.data)
     check_test_is_sealed(run.directory, options.open_test)
+    check_open_test(run, options.open_test, options.seeds)
     run = at(run, options.address)
     with (
         run.locked(),
@@ -178,7 +180,8 @@ def finals(options: argparse.Namespace) -> int:
     ):
         # Configurations and their networks stay those that were chosen, whatever thresholds are chosen on.
         if not options.open_test and not repeat(run, mirror, options.console, options.seeds):
-            return _ended(run)
+            print(f"stopped; nothing is lost. Go on with: tuner finals {run.directory}")
+            return 130
         evaluate(run, options.open_test)
     print(run.directory / "evaluation" / (OPEN_TEST if options.open_test else ""))
     return 0

@@ -105,23 +105,23 @@ def evaluate(
     check_test_is_sealed(run_directory, open_test)
     found = records.read(run_directory)
     nearest = records.nearest(found)
-    chosen = selected.contenders[selected.winner] if selected else None
-    of_winner = _networks(trials, chosen) if chosen else []
+    chosen, of_winner = _chosen(trials, selected) if selected else (None, [])
     winner = of_winner[0] if of_winner else _finalist(trials, nearest or records.best(found))
     if winner is None:
         raise SearchFailed("no trial has completed, so there is no best one; see the reasons in records.jsonl")
     if nearest:
         logger.warning("%s; it is evaluated all the same", records.none_feasible(nearest))
     baseline = _finalist(trials, records.baseline(found))
-    if baseline and chosen and chosen.trial == baseline.trial:
-        baseline = winner  # one configuration, and the same network stands for it
+    of_baseline = _of_baseline(trials, selected, baseline)
+    baseline = of_baseline[0] if of_baseline else baseline
     finalists = {"winner": winner} | ({"baseline": baseline} if baseline and baseline.trial != winner.trial else {})
 
     evaluation = run_directory / "evaluation"
     target = evaluation / OPEN_TEST if open_test else evaluation
     target.mkdir(parents=True, exist_ok=True)
     (target / "selection.json").unlink(missing_ok=True)  # written last: without it, nothing here counts
-    others = _others(trials, selected, of_winner, baseline)
+    is_repeated = max(len(of_winner), len(of_baseline)) > 1
+    others = [*{one.trial: one for one in (*of_winner, *of_baseline)}.values()] if is_repeated else []
     names = [finalist.trial for finalist in (*finalists.values(), *others)]
     _note_opening(evaluation, list(dict.fromkeys(names)), fingerprint_of_test(splits), open_test)
     try:
@@ -200,9 +200,10 @@ def _finalist(trials: Trials, record: dict[str, Any] | None) -> Finalist | None:
 
 
 def _networks(trials: Trials, contender: Contender) -> list[Finalist]:
-    """The networks of a configuration that are left, the best on validation first. SearchFailed if none is."""
+    """The networks of a configuration that are left, the best on validation first and those that violate a constraint
+    last. SearchFailed if none is."""
     found, why = [], None
-    for training in sorted(contender.trainings, key=lambda training: -training["value"]):
+    for training in sorted(contender.trainings, key=lambda one: (not records.is_feasible(one), -one["value"])):
         try:
             finalist = _finalist(trials, training)
         except SearchFailed as gone:
@@ -215,14 +216,25 @@ def _networks(trials: Trials, contender: Contender) -> list[Finalist]:
     return found
 
 
-def _others(
-    trials: Trials, selected: Selection | None, of_winner: list[Finalist], baseline: Finalist | None
-) -> list[Finalist]:
-    """All networks of winner and baseline, where one of them has several: how far seeds spread on test."""
+def _chosen(trials: Trials, selected: Selection) -> tuple[Contender, list[Finalist]]:
+    """The configuration that has won, with its networks; the next best where the search has removed its only one, which
+    then had not been good enough to be repeated. SearchFailed if all are gone."""
+    gone = None
+    order = sorted(range(len(selected.contenders)), key=lambda n: (n != selected.winner, -selected.belief.means[n]))
+    for contender in (selected.contenders[n] for n in order):
+        try:
+            return contender, _networks(trials, contender)
+        except SearchFailed as error:
+            gone = gone or error
+            logger.warning("configuration %s is passed over: %s", contender.trial, error)
+    assert gone is not None
+    raise gone
+
+
+def _of_baseline(trials: Trials, selected: Selection | None, baseline: Finalist | None) -> list[Finalist]:
+    """All networks of the baseline, so that the best of several is compared with the best of several."""
     place = selected.index(baseline.trial) if selected and baseline else None
-    of_baseline = _networks(trials, selected.contenders[place]) if selected and place is not None else []
-    found = {finalist.trial: finalist for finalist in (*of_winner, *of_baseline)}
-    return [*found.values()] if max(len(of_winner), len(of_baseline)) > 1 else []
+    return _networks(trials, selected.contenders[place]) if selected and place is not None else []
 
 
 def _note_opening(evaluation: Path, trials: list[str], fingerprint: str, open_test: bool) -> None:

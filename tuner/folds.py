@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from model import checkpoint, folds, splits
+from model import checkpoint, folds
 from model.config import Judgement, RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import score
@@ -174,9 +174,6 @@ class _Keeper:
         self.progress = nothing_yet() | {"fold": None, "folds": []}
         self.rows: list[dict[str, Any]] = []
         """of each fold, the row of its history at the epoch that it keeps"""
-        if task.plain.cost == "num_segmented":
-            kept = [task.part(n).training_samples(config) for n in range(self.folds)]
-            self.progress["num_segmented"] = fmean(splits.counts(samples)["segmented"] for samples in kept)
         if resume:
             shutil.copytree(resume, self.directory)
             self.progress = checkpoint.load_progress(resume)

@@ -3,8 +3,8 @@
 The mean over folds of a trial is an honest figure of that trial, and too good a one of the best of many: it was chosen
 for it. Nested, each fold scores what was chosen without it [1, 2]. For each fold f, the trial that the fold's inner
 value puts first is chosen, and its network f, whose epoch and thresholds the inner fold chose too, is scored on f. The
-mean of that is what the search gives, its choice included. One thing stays: a sampler draws its proposals by the means
-over all folds, so which trials there are is not independent of any fold.
+mean of that is what the search gives, its choice included. One thing stays: a sampler draws its proposals, and a
+scheduler stops trials, by the means over all folds, so which trials there are is not independent of any fold.
 
 [1] Varma, Simon: Bias in error estimation when using cross-validation for model selection. BMC Bioinformatics 7, 2006.
 [2] Cawley, Talbot: On over-fitting in model selection and subsequent selection bias in performance evaluation. JMLR 11,

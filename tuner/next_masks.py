@@ -127,6 +127,11 @@ def _run_of(model: Path) -> Run | None:
 
 def _train_of(run: Run) -> list[Sample]:
     """The run's training images as its best trial saw them. ValueError if it has none yet."""
+    if run.space.cross_validation:
+        raise ValueError(
+            "MODEL must be of a search without cross-validation, whose folds share out training and validation images, "
+            f"found {run.directory}; name images, and as MODEL its exported ONNX file, copied to another folder"
+        )
     file = run.directory / "best" / "config.json"
     try:
         config = RunConfig.from_dict(json.loads(file.read_text()))

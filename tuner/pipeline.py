@@ -146,8 +146,11 @@ def repeat(run: Run, mirror: Mirror, console: Console | None = None, seeds: int 
     asked = run.repeats(seeds)
     if asked is None:
         return True
-    study = RepeatStudy(run.space, run.info["id"], run.study, asked, run.records)
+    begun = bool(run.info.get("repeats"))
+    study = RepeatStudy(run.space, run.info["id"], run.study, asked, run.records, begun)
     if study.selection() is None or study.is_over():
+        if begun:
+            run.note(repeats=fields_of(asked) | {"state": "finished"})
         return True
     found = run.splits()
     run.verify(found.train + found.validation, console)
@@ -176,6 +179,22 @@ def repeat(run: Run, mirror: Mirror, console: Console | None = None, seeds: int 
     if mirror.lost:
         raise SearchFailed(mirror.lost)
     return state == "finished"
+
+
+def check_open_test(run: Run, open_test: bool, seeds: int | None) -> None:
+    """ValueError where thresholds would be chosen on test for a winner that repeats may yet change."""
+    if not open_test:
+        return
+    if seeds is not None:
+        raise ValueError(
+            f"--seeds must come before the test split is opened, found {seeds} with --open-test; run `tuner finals "
+            f"{run.directory} --seeds {seeds}` first"
+        )
+    if run.repeats() and not (run.directory / "evaluation" / "selection.json").exists():
+        raise ValueError(
+            f"--open-test needs a winner that is chosen, and {run.directory} has repeats to come; run `tuner finals "
+            f"{run.directory}` first"
+        )
 
 
 def _check_finished(run: Run) -> None:

@@ -29,7 +29,8 @@ _FAILURES = 3
 
 
 class RepeatStudy(TrialStudy):
-    """The repeats of one search whose `records` are final. ValueError if the database cannot be used."""
+    """The repeats of one search whose `records` are final. ValueError if the database cannot be used, or if repeats
+    have `begun` and are not there."""
 
     records_file = selection.FILE
 
@@ -40,10 +41,11 @@ class RepeatStudy(TrialStudy):
         where: Path | str | None,
         repeats: Repeats,
         records: Sequence[dict[str, Any]],
+        begun: bool = False,
     ) -> None:
         # No scheduler: a repeat that is cut would say nothing. How long repeats may take is for `repeats` to say.
         alone = replace(space, scheduler=Scheduler(), budget=Budget(hours=repeats.hours))
-        super().__init__(alone, run_id, f"{study_name(space, run_id, where)}-repeats", where)
+        super().__init__(alone, run_id, f"{study_name(space, run_id, where)}-repeats", where, begun)
         self.repeats = repeats
         self._searched = list(records)
         self._by_trial = {record["trial"]: record for record in self._searched}
@@ -90,7 +92,7 @@ class RepeatStudy(TrialStudy):
         """The search's trial whose configuration is to be trained again."""
         found = self._study.get_trials(deepcopy=False)
         known = self.selection()
-        if known is None or len(found) >= self.trainings:
+        if known is None or known.fell_back or len(found) >= self.trainings:
             return None
         failed = Counter(t.user_attrs["repeats"] for t in found if t.state is TrialState.FAIL)
         running = Counter(t.user_attrs["repeats"] for t in found if not t.state.is_finished())

@@ -29,6 +29,9 @@ from tuner.study import TrialStudy, is_there
 MAX_REPLAYS_IN_A_ROW = 20
 """So many proposals in a row that need no training mean that there is nothing new to find."""
 
+_KEPT_FOR_REPEATS = 8
+"""networks whose checkpoints are kept where repeats may yet put one of them first"""
+
 
 class SearchStudy(TrialStudy):
     """One search's study, in a journal file that one process writes to, or in the database of a URL; else in memory.
@@ -361,7 +364,10 @@ class SearchStudy(TrialStudy):
         super().put_back(number)
 
     def cannot_win(self) -> set[str]:
-        return records.cannot_win(self.records())
+        repeats = self.space.repeats
+        if repeats and repeats.prefer == "cheapest":
+            return set()
+        return records.cannot_win(self.records(), *((_KEPT_FOR_REPEATS,) if repeats else ()))
 
     def _keep(self, proposal: Proposal, record: dict[str, Any], trained: dict[str, Any] | None) -> dict[str, Any]:
         self._waits = False

@@ -81,6 +81,8 @@ class Selection:
     out: tuple[Contender, ...]
     """those that a repeat has put out of the race"""
     prefer: str
+    fell_back: bool = False
+    """whether all that may win were put out, so that the search's own trainings must do"""
 
     @cached_property
     def belief(self) -> Belief:
@@ -93,7 +95,9 @@ class Selection:
         best = self.belief.winner()
         if self.prefer == "best":
             return best
-        return min(self.alike, key=lambda n: (self.contenders[n].cost, -self.belief.means[n]))
+        # One that nobody has looked at twice is like the best only for want of knowledge.
+        known = [n for n in self.alike if n == best or self.belief.count_A[n] > 1]
+        return min(known, key=lambda n: (self.contenders[n].cost, -self.belief.means[n]))
 
     @cached_property
     def alike(self) -> list[int]:
@@ -112,11 +116,13 @@ class Selection:
         return self.belief.standing(one)
 
     def index(self, trial: str) -> int | None:
-        """The contender of a trial of the search, also where another way of judging the same network stands for it."""
-        for n, contender in enumerate(self.contenders):
-            if trial in (contender.trial, contender.record["replayed_from"]):
-                return n
-        return None
+        """The contender that a trial of the search is; None where its network is better judged in another way."""
+        return next((n for n, contender in enumerate(self.contenders) if contender.trial == trial), None)
+
+    def judged_otherwise(self, trial: str) -> int | None:
+        """The contender that is the network of a trial, judged in another way."""
+        of_network = (n for n, contender in enumerate(self.contenders) if contender.trained["trial"] == trial)
+        return next((n for n in of_network if self.contenders[n].trial != trial), None)
 
 
 def read(run_directory: Path) -> list[dict[str, Any]]:
@@ -150,12 +156,13 @@ def select(
         for record in by_network.values()
     ]
     left = tuple(contender for contender in contenders if not contender.is_out)
-    if not left:  # where all that was repeated fell out, the search's own trainings must do
+    out = tuple(contender for contender in contenders if contender.is_out)
+    fell_back = bool(out) and not left
+    if fell_back:
         left = tuple(_contender(record, trained[record["trial"]], (), constraints) for record in by_network.values())
-        contenders = []
     if not left:
         return None
-    return Selection(left, tuple(contender for contender in contenders if contender.is_out), prefer)
+    return Selection(left, out, prefer, fell_back)
 
 
 @dataclass(frozen=True)

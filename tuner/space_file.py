@@ -158,6 +158,7 @@ class _Reader:
         self.cost_fits(space)
         self.labelling_fits(space, is_said="labelling" in document)
         self.scheduler_fits(space, *length)
+        self.repeats_fit(space)
         self.late_decision(space)
         points = self.start_from(space, document.get("start_from", []))
         if not self.problems:  # what follows needs the single values to be right
@@ -531,6 +532,11 @@ class _Reader:
     def labelling_fits(self, space: Space, is_said: bool) -> None:
         """Prices and the costs that have a use for them go together."""
         cost = space.cost.metric if space.cost else None
+        if cost in MASK_COSTS and space.cross_validation:
+            self.problem(
+                "cross_validation", f"must be absent where {cost} is an objective: each fold trains with other masks",
+                space.cross_validation.folds, "leave one of the two out",
+            )  # fmt: skip
         if cost == "labelling_minutes" and not is_said:
             self.problem(
                 "labelling", "must say what a label and a mask take where labelling_minutes is an objective",
@@ -557,6 +563,16 @@ class _Reader:
             rule = f"top_k must be given more trials than it keeps, {scheduler.keep}"
             found = "a budget without trials" if trials is None else trials
             self.problem("scheduler", rule, found, "raise budget.trials in the space")
+
+    def repeats_fit(self, space: Space) -> None:
+        """Whoever limits money wants to know what comes after the search."""
+        limits = [name for name in ("device_hours", "money") if getattr(space.budget, name) is not None]
+        repeats = space.repeats
+        if limits and repeats and repeats.trainings is None and repeats.hours is None:
+            self.problem(
+                "repeats", f"must say trainings or hours where the budget limits {' and '.join(limits)}, in which "
+                "repeats do not count", "neither", "add repeats.trainings",
+            )  # fmt: skip
 
     def late_decision(self, space: Space) -> None:
         """A rung compares nothing that has not begun to learn. A fold is trained to its end before it is compared."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tuner import records
+from tuner import records, selection
 from tuner.run import TRIALS, Run
 
 
 def describe(run: Run) -> dict[str, Any]:
     """What `tuner status --json` prints (DESIGN: interfaces). Beyond that: `nearest`, the completed trial that is least
-    beyond the constraints, where none meets them; `front`, where there are two objectives."""
+    beyond the constraints, where none meets them; `front`, where there are two objectives; `repeats`, how
+    many ended in each way and their `state`, null where none were begun."""
     info, found = run.info, run.records
     running = run.is_running()
     state = info["state"] if running or info["state"] != "running" else "stopped"  # killed
@@ -28,6 +29,7 @@ def describe(run: Run) -> dict[str, Any]:
         "reasons": records.reasons(found),
         "best": {key: best[key] for key in ("trial", "value", "params")} if best else None,
         "nearest": {key: nearest[key] for key in ("trial", "value", "params", "violations")} if nearest else None,
+        "repeats": _repeats(run, running),
         "front": records.front(found, [objective.mode for objective in run.space.objectives]),
         "elapsed_seconds": round(elapsed, 1),
         "remaining_seconds": _remaining(run, found, elapsed) if state != "finished" else 0.0,
@@ -45,6 +47,8 @@ def show(found: dict[str, Any]) -> str:
     for point in found["front"] or []:
         value, cost = point["values"]
         lines.append(f"on the front {value:.4f} for {cost:g} by {point['trial']}: {_params(point)}")
+    if repeats := found["repeats"]:
+        lines.append(f"repeats of the best: {repeats['state']}, {repeats['completed']} completed")
     lines += [f"{count} {status.replace('_', ' ')}: {reason}" for status, reason, count in found["reasons"]]
     left = found["remaining_seconds"]
     lines.append(
@@ -52,6 +56,14 @@ def show(found: dict[str, Any]) -> str:
         + (f", about {left / 60:.0f} minutes left" if left else ", time left unknown" if left is None else "")
     )
     return "\n".join(lines)
+
+
+def _repeats(run: Run, running: bool) -> dict[str, Any] | None:
+    asked = run.info.get("repeats")
+    if not asked:
+        return None
+    state = "stopped" if asked["state"] == "running" and not running else asked["state"]
+    return {"state": state, **records.count(selection.read(run.directory))}
 
 
 def _params(trial: dict[str, Any]) -> str:

@@ -459,11 +459,18 @@ def test_finals_repeat_the_best_stop_and_go_on_from_there(place: Path) -> None:
     assert code == 0, err
     run = place / "runs" / "small"
     searched = (run / "records.jsonl").read_text()
+    code, _, err = call_here(place, "finals", "runs/small", "--seeds", "3", "--open-test")
+    assert code == 2
+    assert "--seeds must come before the test split is opened, found 3 with --open-test" in err
     process = start(place, "finals", "runs/small", "--seeds", "3")
     wait_until(lambda: bool([*run.glob("trials/attempt-2/*-r0000/checkpoint_*")]), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (run / "evaluation").exists()  # nothing of test was opened
+    assert json.loads(call_here(place, "status", "runs/small", "--json")[1])["repeats"]["state"] == "stopped"
+    code, _, err = call_here(place, "finals", "runs/small", "--open-test")
+    assert code == 2
+    assert "--open-test needs a winner that is chosen" in err
     code, _, err = call(place, "finals", "runs/small")
     assert code == 0, err
     assert json.loads((run / "run.json").read_text())["repeats"] == {

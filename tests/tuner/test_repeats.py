@@ -93,6 +93,20 @@ def test_one_that_was_interrupted_comes_first_with_its_seed(space, tmp_path: Pat
     assert later.ask(new=False) is None
 
 
+def test_repeats_that_were_begun_must_be_where_they_were(space, tmp_path: Path) -> None:
+    records = searched(space)
+    with pytest.raises(ValueError, match="has begun and is not where it should be; bring its journal back"):
+        RepeatStudy(space, "abc123", tmp_path / "study.journal", Repeats(), records, begun=True)
+
+
+def test_where_all_fell_out_nothing_more_is_asked_for(space) -> None:
+    study = RepeatStudy(space, "abc123", None, Repeats(trainings=9), searched(space, values=(0.5, 0.5)))
+    assert again(study, 0.0, "diverged")
+    assert again(study, 0.0, "diverged") is None  # one is left, and nothing to tell it from
+    alone = RepeatStudy(space, "abc123", None, Repeats(trainings=9), searched(space, values=(0.5,)))
+    assert alone.is_over()
+
+
 def test_what_keeps_crashing_is_left_alone_and_what_diverges_is_out(space) -> None:
     records = searched(space, values=(0.3, 0.69, 0.7, 0.2))
     study = RepeatStudy(space, "abc123", None, Repeats(trainings=9), records)

@@ -50,7 +50,8 @@ def test_the_ways_of_judging_one_network_are_one_contender_by_the_best_of_them()
     found = selection.select(search, [])
     assert found is not None
     assert [one.trial for one in found.contenders] == ["b", "c"]
-    assert found.index("a") == found.index("b") == 0
+    assert (found.index("a"), found.index("b")) == (None, 0)
+    assert (found.judged_otherwise("a"), found.judged_otherwise("c")) == (0, None)
     assert found.contenders[0].cost == 10.0
 
 
@@ -62,7 +63,11 @@ def test_one_that_diverges_with_another_seed_is_out_and_crashes_say_nothing() ->
     assert [one.trial for one in found.contenders] == ["b"]
     assert [(one.trial, one.diverged) for one in found.out] == [("a", 1)]
     # Where nobody is left, the search's own trainings must do.
-    assert selection.select(search[:1], again) is not None
+    last = selection.select(search[:1], again)
+    assert last is not None
+    assert last.fell_back
+    assert last.is_repeated
+    assert [one.trial for one in last.contenders] == [one.trial for one in last.out] == ["a"]
 
 
 def test_constraints_hold_for_the_mean_over_seeds() -> None:
@@ -99,6 +104,10 @@ def test_the_cheapest_is_taken_among_those_that_cannot_be_told_from_the_best() -
     assert best.contenders[best.winner].trial == "dear"
     assert cheapest.contenders[cheapest.winner].trial == "cheap"
     assert [cheapest.contenders[n].trial for n in cheapest.alike] == ["dear", "cheap"]
+    # What nobody has looked at twice is like the best for want of knowledge alone.
+    unknown = selection.select(search, [one for one in again if one["repeats"] != "cheap"], prefer="cheapest")
+    assert unknown is not None
+    assert unknown.contenders[unknown.winner].trial == "dear"
 
 
 def test_random_search_is_judged_by_what_was_drawn_at_random() -> None:

@@ -200,8 +200,8 @@ class EvaluatedRun(Run):
         return self.baseline is not None and self.baseline.trial == self.winner.trial
 
     def history_record(self) -> tuple[Json | None, bool]:
-        """The winner may be a repeat of a trial with another seed, which has no line among the records."""
-        for record in self.records:
+        """The winner may be a repeat of a trial with another seed, which older runs have no record of."""
+        for record in (*self.records, *self.repeats):
             if record["trial"] == self.winner.trial:
                 return record, True
         for record in self.records:

@@ -18,7 +18,8 @@ _MOST_ROWS = 20
 
 def figures(run: Run) -> Json | None:
     """What metrics.json says of masks; None where their number is neither a cost nor searched."""
-    if run.objectives[-1]["metric"] not in MASK_COSTS and "num_segmented" not in run.searched:
+    is_asked = run.objectives[-1]["metric"] in MASK_COSTS or "num_segmented" in run.searched
+    if run.folds or not is_asked:  # each fold trains with other masks
         return None
     prices = run.space.get("labelling")
     labelling = Labelling(**prices) if prices else None

@@ -63,7 +63,7 @@ def _evaluated(run: EvaluatedRun, results: Results, metrics: Json, gallery: Gall
         provenance(run),
     ]
     if results.test.is_stamped:
-        return [stamped(one, head.STAMP) if one.anchor in ("test", "examples") else one for one in sections]
+        return [stamped(one, head.STAMP) if one.anchor in ("test", "examples", "trust") else one for one in sections]
     return sections
 
 

@@ -29,7 +29,7 @@ def figures(run: Run) -> Json | None:
     one = _winner(run, selected)
     standing, belief = selected.standing(one), selected.belief
     place = _baseline(run, selected)
-    gain = None if place in (None, one) else belief.difference(one, place or 0)
+    gain = None if place is None or place == one else belief.difference(one, place)
     random = against_random(selected, one, run.records, run.repeats)
     return {
         "trial": selected.contenders[one].trial,
@@ -63,7 +63,8 @@ def trust(run: Run, results: Results | None, gallery: Gallery) -> list[Section]:
     selected = _known(run)
     if selected is None:
         return []
-    blocks: list[Block] = [Text(_luck(run, selected)), Text(_alike(run, selected))]
+    on_test = "on test, with thresholds chosen on it," if results and results.test.is_stamped else "on test"
+    blocks: list[Block] = [Text(_luck(run, selected, on_test)), Text(_alike(run, selected))]
     blocks.append(Pictures([gallery.figure(_picture(run, selected), "standings", _CAPTION, "full")]))
     blocks.append(_standings(run, selected))
     if isinstance(run, EvaluatedRun) and run.seeds:
@@ -88,12 +89,18 @@ def _baseline(run: Run, selected: Selection) -> int | None:
     return None if record is None else selected.index(record["trial"])
 
 
+def _baseline_otherwise(run: Run, selected: Selection) -> int | None:
+    """The contender that is the baseline's network, judged in another way that was better."""
+    record = records.baseline(run.records)
+    return None if record is None else selected.judged_otherwise(record["trial"])
+
+
 def _name(run: Run, selected: Selection, one: int) -> str:
     trial = selected.contenders[one].trial
     return f"{trial} (baseline)" if one == _baseline(run, selected) else trial
 
 
-def _luck(run: Run, selected: Selection) -> str:
+def _luck(run: Run, selected: Selection, on_test: str) -> str:
     """The winner's figure as measured, and as corrected for having been chosen."""
     one = _winner(run, selected)
     standing, metric = selected.standing(one), words.metric(run.objectives[0]["metric"])
@@ -106,10 +113,13 @@ def _luck(run: Run, selected: Selection) -> str:
         f"{standing.interval[0]:.4f} to {standing.interval[1]:.4f})."
     )
     if isinstance(run, EvaluatedRun):
-        on_test = [seed["test"] for seed in _seeds_of(run, selected.contenders[one]) if seed["test"] is not None]
-        if on_test:
-            spread = f" ± {np.std(on_test, ddof=1):.4f}" if len(on_test) > 1 else ""
-            text += f" On test its {words.plural(len(on_test), 'network')} came to {np.mean(on_test):.4f}{spread}."
+        found = [seed["test"] for seed in _seeds_of(run, selected.contenders[one]) if seed["test"] is not None]
+        if found:
+            spread = f" ± {np.std(found, ddof=1):.4f}" if len(found) > 1 else ""
+            text += (
+                f" {on_test[0].upper()}{on_test[1:]} its {words.plural(len(found), 'network')} came to "
+                f"{np.mean(found):.4f}{spread}."
+            )
     if selected.is_repeated:
         text += f" One training lies {selected.belief.sigma:.4f} from its configuration's mean (standard deviation)."
     else:
@@ -137,6 +147,8 @@ def _alike(run: Run, selected: Selection) -> str:
     if selected.out:
         why = "; ".join(f"{one.trial} {_why_out(one)}" for one in selected.out)
         text += f" Out of the race: {why}."
+    if selected.fell_back:
+        text += " None of them is left, so the best single training stands for the winner, and is not to be trusted."
     return text
 
 
@@ -228,7 +240,21 @@ def _worth(run: Run, selected: Selection, results: Results | None) -> list[str]:
     """Was the search worth it? Against the results page's configuration, and against random search at its cost."""
     one, place = _winner(run, selected), _baseline(run, selected)
     texts = []
-    if place is None:
+    otherwise = _baseline_otherwise(run, selected)
+    if otherwise is not None:
+        contender = selected.contenders[otherwise]
+        worth = contender.record["value"] - (records.baseline(run.records) or {})["value"]
+        texts.append(
+            f"Was the search worth it? {'The winner' if otherwise == one else contender.trial} is the results page's "
+            f"network judged in another way, which is worth {worth:+.4f} on the same validation images."
+        )
+        if otherwise != one:
+            value, (low, high) = selected.belief.difference(one, otherwise)
+            texts.append(
+                f"Against that the winner's mean over seeds is {value:+.4f}, corrected for luck (95 % interval "
+                f"{low:+.4f} to {high:+.4f})."
+            )
+    elif place is None:
         texts.append("Was the search worth it? No baseline has completed, so there is nothing to compare with.")
     elif place == one:
         texts.append(
@@ -246,8 +272,11 @@ def _worth(run: Run, selected: Selection, results: Results | None) -> list[str]:
         )
         if results is not None and "dice_mean" in (gains := differences(results)):
             gain = gains["dice_mean"]
+            counts = [len(selected.contenders[n].trainings) for n in (one, place)]
+            best_of = f", the best on validation of {counts[0]} and of {counts[1]}," if max(counts) > 1 else ""
             text += (
-                f" On test the mean Dice of the two networks differs by {words.difference(gain.value, gain.interval)}."
+                f" On test the mean Dice of the two networks{best_of} differs by "
+                f"{words.difference(gain.value, gain.interval)}."
             )
         texts.append(text)
     texts.append(_against_random(run, selected, one))
