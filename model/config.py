@@ -278,3 +278,12 @@ def input_size_problem(height: int, width: int) -> str | None:
             f"for {height}x{width} px; use at least 128x64"
         )
     return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossValidation:
+    """A trial is so many trainings, each judged on images that it was not given."""
+
+    folds: int = 5
+    nested: bool = False
+    """each training leaves out two folds: one that chooses epoch and thresholds, one that is only scored"""

@@ -6,23 +6,14 @@ Every sample has a place in the pool, its row. The test split is no part of it.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from model.arrays import Array
+from model.config import CrossValidation
 from model.sample import Sample, Supervision
 from model.splits import Splits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CrossValidation:
-    """A trial is so many trainings, each judged on images that it was not given."""
-
-    folds: int = 5
-    nested: bool = False
-    """each training leaves out two folds: one that chooses epoch and thresholds, one that is only scored"""
 
 
 class Fold(NamedTuple):

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.config import DEFAULTS, JUDGING_FIELDS, RunConfig
-from model.folds import CrossValidation
+from model.config import DEFAULTS, JUDGING_FIELDS, CrossValidation, RunConfig
 
 COMPARED = ("segmentation", "objective")
 SAMPLERS = ("tpe", "gp", "cmaes", "qmc", "random", "grid")

@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from model.config import DEFAULTS, RULES, input_size_problem
-from model.folds import CrossValidation
+from model.config import DEFAULTS, RULES, CrossValidation, input_size_problem
 from model.layouts import LAYOUTS
 from tuner.space import (
     COMPARED,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model import folds, layouts, splits
-from model.folds import CrossValidation
+from model.config import CrossValidation
 from model.sample import Supervision
 from tests.model.test_splits import HERE, many, sample
 

@@ -124,9 +124,9 @@ def test_trials_are_shown_with_names_and_notes(run: Run, show) -> None:
     assert [trial["number"] for trial in found["best_trials"]] == [0]
     assert attributes(best) == {
         "trial": first.trial, "status": "completed", "value": "0.75", "best_epoch": "1", "epochs": "3",
-        "seconds": "10.0", "threshold": "0.625",
+        "seconds": "10.0", "threshold": "0.625", "drawn": "given",
     }  # fmt: skip
-    assert attributes(running) == {"trial": third.trial}
+    assert attributes(running) == {"trial": third.trial, "drawn": "random"}
     assert stopped["intermediate_values"] == [{"step": 1, "value": 0.25}]
     assert best["note"]["body"] == (
         "**completed**\n\n- best epoch 1 of 3, value 0.7500\n- thresholds by `grid`, factor 1: pixels 0.625\n- 10 s of training"
