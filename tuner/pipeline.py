@@ -27,7 +27,7 @@ from tuner.sampler import SearchStudy
 from tuner.search import run_trials
 from tuner.space import Space, fields_of
 from tuner.space_file import load as load_space
-from tuner.trial import batch_problem
+from tuner.trial import Task, batch_problem
 
 _CLEARLY_TOO_LONG = 2.0
 """A search is refused where the baseline is forecast to take so many times what a limit holds (docs/decisions.md)."""
@@ -152,15 +152,9 @@ def repeat(run: Run, mirror: Mirror, console: Console | None = None, seeds: int 
         if begun:
             run.note(repeats=fields_of(asked) | {"state": "finished"})
         return True
-    found = run.splits()
-    run.verify(found.train + found.validation, console)
-    resources, needs = _resources(run), _needs(run)
-    nodes.check(needs, found.train + found.validation, resources)
-    task = folds.task_of(run.space, found, run.source.read)
-    nodes.prepare(needs, task.decoded, resources, console)
-    trackers = tracking.build(
-        run.options.wandb, run.options.tensorboard, console is not None, console, run.options.wandb_wait
-    )
+    resources = _resources(run)
+    _, task, needs = _ready(run, resources, console)
+    trackers = _trackers(run, console)
     seen = replace(watched(run), stage="repeats of", records_file=study.records_file)
     trackers.search_started(replace(seen, trials_asked=study.trainings, hours=asked.hours))
     run.note(repeats=fields_of(asked) | {"state": "running"})
@@ -230,23 +224,17 @@ def evaluate(run: Run, open_test: bool = False) -> None:
 def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     """Runs the trials that are left; how it ended: finished or stopped."""
     space, options, info = run.space, run.options, run.info
-    found = run.splits()
-    run.verify(found.train + found.validation, console)
-    task = folds.task_of(space, found, run.source.read)
     resources = _resources(run)
     if problem := batch_problem(space.baseline_config(0).batch_size, int(resources.gpus_per_trial)):
         raise ValueError(problem)
-    needs = _needs(run)
-    nodes.check(needs, found.train + found.validation, resources)
-    nodes.prepare(needs, task.decoded, resources, console)
+    found, task, needs = _ready(run, resources, console)
     if not info["sessions"]:
         resources = _measured(run, found, resources, console)
     sessions = _closed(run, info["sessions"])
     study = SearchStudy(space, info["id"], run.study, begun=bool(sessions))
     if options.warm_start:
         _warm_start(study, options.warm_start, console)
-    terminal = console is not None
-    trackers = tracking.build(options.wandb, options.tensorboard, terminal, console, options.wandb_wait)
+    trackers = _trackers(run, console)
     trackers.search_started(watched(run))
     session = {"started": time.time(), "ended": None}
     run.note(state="running", sessions=[*sessions, session])
@@ -269,6 +257,21 @@ def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     if mirror.lost:
         raise SearchFailed(mirror.lost)
     return state
+
+
+def _ready(run: Run, resources: Resources, console: Console | None) -> tuple[Splits, Task, nodes.Needs]:
+    """What trials are given, once the data are what they were and the nodes are ready for them. ValueError if not."""
+    found = run.splits()
+    run.verify(found.train + found.validation, console)
+    task, needs = folds.task_of(run.space, found, run.source.read), _needs(run)
+    nodes.check(needs, found.train + found.validation, resources)
+    nodes.prepare(needs, task.decoded, resources, console)
+    return found, task, needs
+
+
+def _trackers(run: Run, console: Console | None) -> tracking.Trackers:
+    options = run.options
+    return tracking.build(options.wandb, options.tensorboard, console is not None, console, options.wandb_wait)
 
 
 def _needs(run: Run) -> nodes.Needs:

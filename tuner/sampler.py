@@ -371,7 +371,9 @@ class SearchStudy(TrialStudy):
 
     def _keep(self, proposal: Proposal, record: dict[str, Any], trained: dict[str, Any] | None) -> dict[str, Any]:
         self._waits = False
-        return super()._keep(proposal, record, trained)
+        kept = super()._keep(proposal, record, trained)
+        self._remember(kept)
+        return kept
 
     def _remember(self, record: dict[str, Any]) -> None:
         if not record["replayed_from"]:

@@ -19,6 +19,7 @@ beyond its bound, 0 or less where it meets it.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ _STATES = {
 }
 
 
-class TrialStudy:
+class TrialStudy(ABC):
     """The trials of one study, in a journal file that one process writes to, or in the database of a URL; else in
     memory. What proposes them is for its kinds.
 
@@ -81,16 +82,17 @@ class TrialStudy:
 
     # Asking
 
+    @abstractmethod
     def ask(self, new: bool = True) -> Proposal | None:
         """The next trial for a worker, one that was interrupted before a `new` one; None when there is none now."""
-        raise NotImplementedError
 
     def is_over(self) -> bool:
         """Whether nothing will be asked for any more, as far as is known before anything runs."""
         return False
 
+    @abstractmethod
     def _proposal(self, number: int, params: dict[str, Any]) -> Proposal:
-        raise NotImplementedError
+        """A trial of the study as its worker is to have it."""
 
     def take_interrupted(self) -> list[Proposal]:
         """The trials that were on a worker, have not ended and wait to go on: they are to be finished now."""
@@ -112,7 +114,7 @@ class TrialStudy:
 
     def hold(self, proposal: Proposal, record: dict[str, Any]) -> dict[str, Any]:
         """A trial that a scheduler has taken off its worker and may let go on. Returns the record as it is kept."""
-        raise NotImplementedError
+        raise AssertionError("without a scheduler nothing is held")
 
     def let_go(self, for_good: bool) -> list[dict[str, Any]]:
         """The end of a session for the trials that are held. Returns the records of those that have ended."""
@@ -149,7 +151,6 @@ class TrialStudy:
         self._running.pop(proposal.number, None)
         excesses = records.excesses(self.space, record)
         record = records.judged(self.space, record, trained)
-        self._remember(record)
         if proposal.number is None:
             for name, part in _parts("baseline", record, self._longest):
                 self._study.set_user_attr(name, part)
@@ -161,9 +162,6 @@ class TrialStudy:
         for metric, excess in excesses.items():  # as Trial.set_constraint does, which ignores what is told again
             self._storage.set_trial_system_attr(storage_id, f"constraints:{metric}", excess)
         return record
-
-    def _remember(self, record: dict[str, Any]) -> None:
-        """Takes note of a record that is about to be written."""
 
     def put_back(self, number: int | None) -> None:
         """A running trial that was not finished: it is asked for again, with its parameters."""

@@ -68,7 +68,7 @@ def trust(run: Run, results: Results | None, gallery: Gallery) -> list[Section]:
     blocks.append(Pictures([gallery.figure(_picture(run, selected), "standings", _CAPTION, "full")]))
     blocks.append(_standings(run, selected))
     if isinstance(run, EvaluatedRun) and run.seeds:
-        blocks.append(_seeds(run))
+        blocks.append(_seeds(run, selected))
     blocks += [Text(text) for text in _worth(run, selected, results)]
     return [Section("trust", "How far the winner can be trusted", blocks)]
 
@@ -104,7 +104,7 @@ def _luck(run: Run, selected: Selection, on_test: str) -> str:
     """The winner's figure as measured, and as corrected for having been chosen."""
     one = _winner(run, selected)
     standing, metric = selected.standing(one), words.metric(run.objectives[0]["metric"])
-    count = len(selected.contenders) + len(selected.out)
+    count = len({contender.trial for contender in (*selected.contenders, *selected.out)})
     text = (
         f"The winner was chosen among {count} configurations by a figure that luck has a part in. Its validation "
         f"{metric} as measured is {standing.measured:.4f}"
@@ -159,8 +159,8 @@ def _why_out(contender: Contender) -> str:
 
 
 _CAPTION = (
-    "What is known of each configuration: a dot is a training on validation, hollow the one of the search; the bar is "
-    "the mean over seeds, corrected for luck, with its 95 % interval. Filled bars cannot be told from the best."
+    "What is known of each configuration: a dot is a training on validation, hollow the one of the search; the mark "
+    "is the mean over seeds, corrected for luck, and the bar its 95 % interval. Blue ones cannot be told from the best."
 )
 
 
@@ -219,10 +219,8 @@ def _seeds_of(run: EvaluatedRun, contender: Contender) -> list[Json]:
     return [seed for seed in run.seeds if seed["trial"] in trials]
 
 
-def _seeds(run: EvaluatedRun) -> Table:
+def _seeds(run: EvaluatedRun, selected: Selection) -> Table:
     metric = words.metric(run.objectives[0]["metric"])
-    selected = _known(run)
-    assert selected is not None
     of_winner = {seed["trial"] for seed in _seeds_of(run, selected.contenders[_winner(run, selected)])}
     rows = [
         ["winner" if seed["trial"] in of_winner else "baseline", seed["trial"], str(seed["seed"]),

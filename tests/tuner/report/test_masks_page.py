@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tuner import masks, report
-from tuner.report import masks_page
 from tuner.space import Labelling
 
 COUNTS = (4, 8, 15, 30)
@@ -102,4 +101,3 @@ def test_a_search_over_many_numbers_of_masks_shows_where_the_best_changes(make_r
 def test_other_searches_have_no_such_section(usual) -> None:
     assert usual.metrics["masks"] is None
     assert "## Masks" not in (usual.report / "report.md").read_text()
-    assert masks_page.section(None, None, None) == []  # type: ignore[arg-type]
