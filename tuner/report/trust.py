@@ -18,7 +18,7 @@ from tuner.selection import Contender, Selection, against_random
 _SHOWN = 12
 """configurations"""
 _FEWEST = 3
-"""configurations that were trained to the end, below which nothing is said"""
+"""configurations that were trained to the end, below which nothing is said unless some were repeated"""
 
 
 def figures(run: Run) -> Json | None:
@@ -75,7 +75,7 @@ def trust(run: Run, results: Results | None, gallery: Gallery) -> list[Section]:
 
 def _known(run: Run) -> Selection | None:
     selected = run.selection
-    return selected if selected and len(selected.contenders) >= _FEWEST else None
+    return selected if selected and (selected.is_repeated or len(selected.contenders) >= _FEWEST) else None
 
 
 def _winner(run: Run, selected: Selection) -> int:

@@ -115,3 +115,9 @@ def test_too_few_configurations_say_nothing(usual, tmp_path: Path) -> None:
     text, found = written(tmp_path)
     assert found is None
     assert "How far the winner can be trusted" not in text
+    repeat(tmp_path, {kept[0]["trial"]: [kept[0]["value"]]})  # two that were looked at again say something
+    text, found = written(tmp_path)
+    assert found["trainings"] == 2
+    assert "How far the winner can be trusted" in text
+    (tmp_path / "records.jsonl").write_text(json.dumps(kept[0]) + "\n")
+    assert written(tmp_path)[1]["trainings"] == 2
