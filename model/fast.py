@@ -21,6 +21,9 @@ from model.config import STRIDE, RunConfig, input_size_problem
 from model.feature_norm import feature_norm, has_kernels
 from model.network import Decision, DecoderStep, FeatureNorm, Gate, SegDecNet, scale_gradient
 
+_WIDE = 15
+"""Side of the trunk's last convolution: 64 % of the work."""
+
 
 def forward(network: SegDecNet, images_BCHW: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What `network(images_BCHW)` returns, (decision_logits_B1, segmentation_logits_B1HW), with convolutions in
@@ -96,7 +99,58 @@ def folded_up_weight(weight_IO55: Tensor) -> Tensor:
 def _conv(x_BHWI: Tensor, weight_OIKK: Tensor, bias_O: Tensor | None = None) -> Tensor:
     weight = weight_OIKK.to(x_BHWI.dtype, memory_format=torch.channels_last)
     bias = None if bias_O is None else bias_O.to(x_BHWI.dtype)
-    return F.conv2d(x_BHWI.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[2] // 2).permute(0, 2, 3, 1)
+    outs, ins = weight.shape[:2]
+    if not x_BHWI.is_cuda:
+        return _conv2d(x_BHWI, weight, bias)
+    if weight.shape[2] == _WIDE:
+        found: Tensor = _WideConv.apply(x_BHWI, weight)
+        return found
+    # cuDNN's fast kernels know multiples of 8 channels alone.
+    of_ins, of_outs = -ins % 8, -outs % 8
+    weight = F.pad(weight, (0, 0, 0, 0, 0, of_ins, 0, of_outs)) if of_ins or of_outs else weight
+    x_BHWI = F.pad(x_BHWI, (0, of_ins)) if of_ins else x_BHWI
+    bias = F.pad(bias, (0, of_outs)) if bias is not None and of_outs else bias
+    return _conv2d(x_BHWI, weight, bias)[..., :outs]
+
+
+def _conv2d(x_BHWI: Tensor, weight_OIKK: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    padding = weight_OIKK.shape[2] // 2
+    return F.conv2d(x_BHWI.permute(0, 3, 1, 2), weight_OIKK, bias_O, padding=padding).permute(0, 2, 3, 1)
+
+
+class _WideConv(torch.autograd.Function):
+    """A convolution whose weights' gradient is computed as matrix products: cuDNN has no fast kernel for 15x15."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHWI: Tensor, weight_OIKK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BHWI, weight_OIKK)
+        return _conv2d(x_BHWI, weight_OIKK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x_BHWI, weight_OIKK = ctx.saved_tensors
+        size = weight_OIKK.shape[2]
+        d_x, _, _ = torch.ops.aten.convolution_backward(
+            gradients[0].permute(0, 3, 1, 2), x_BHWI.permute(0, 3, 1, 2), weight_OIKK, None,
+            [1, 1], [size // 2, size // 2], [1, 1], False, [0, 0], 1, [True, False, False],
+        )  # fmt: skip
+        return d_x.permute(0, 2, 3, 1), weight_gradient(x_BHWI, gradients[0], size)
+
+
+def weight_gradient(x_BHWI: Tensor, g_BHWO: Tensor, size: int) -> Tensor:
+    """(O, I, size, size): the gradient of the weights of a convolution that keeps the size of its map.
+
+    A row of weights is one matrix product over all positions: of the input's windows, a row long, with the gradient.
+    Both lie as rows of one length, so that the next row of weights sees the windows one row further on.
+    """
+    width, ins, outs = x_BHWI.shape[2], x_BHWI.shape[3], g_BHWO.shape[3]
+    around = size // 2
+    windows = F.pad(x_BHWI, (0, 0, around, around, around, around)).unfold(2, size, 1)  # (B, H + 2 around, W, I, size)
+    windows_PQ = windows.transpose(3, 4).reshape(-1, size * ins)
+    g_PO = F.pad(g_BHWO, (0, 0, 0, 0, 0, 2 * around)).reshape(-1, outs)  # nothing below each image
+    last = len(g_PO) - 2 * around * width
+    rows = [windows_PQ[n * width : n * width + last].t() @ g_PO[:last] for n in range(size)]
+    return torch.stack(rows).reshape(size, size, ins, outs).permute(3, 2, 0, 1)
 
 
 def _norm(norm: FeatureNorm, x: Tensor, relu: bool) -> Tensor:

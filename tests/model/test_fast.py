@@ -90,6 +90,15 @@ def test_an_up_convolution_makes_a_folded_map() -> None:
     torch.testing.assert_close(fast.unfold(found).permute(0, 3, 1, 2), up(x)[:, :, 2:-1, 2:-1])
 
 
+def test_the_gradient_of_many_weights_is_a_few_matrix_products() -> None:
+    x, weight = torch.randn(2, 6, 9, 3, dtype=torch.float64), torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    weight.requires_grad_()
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=2)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    torch.testing.assert_close(fast.weight_gradient(x, gradient.permute(0, 2, 3, 1), 5), weight.grad)
+
+
 @pytest.mark.parametrize("kind", ["root_std", "standard"])
 def test_the_closed_gradient_of_feature_norm_is_the_derivative(kind: str) -> None:
     x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
