@@ -19,7 +19,7 @@ from model.batch_counts import tally_batch, tally_every
 from model.centre_lines import CentreLines, trace
 from model.config import Judgement, RunConfig
 from model.counts import CountsBuilder, PixelCounts, tally, to_half
-from model.data import Cache, Rows, to_input
+from model.data import Cache, Rows, input_batches
 from model.network import SegDecNet
 from model.thresholds import Thresholds, ThresholdSearch, decision_threshold, select_all, sigmoid
 
@@ -100,9 +100,9 @@ def predict(
     """
     network.eval()
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for start in range(0, len(images_NHWC), batch_size):
+    for inputs in input_batches(images_NHWC, device, batch_size):
         with torch.inference_mode(), autocast(config, device):
-            answers = network(to_input(images_NHWC[start : start + batch_size], device))
+            answers = network(inputs)
         decision, segmentation = (answer[:, 0].float() for answer in answers)
         finite = finite & decision.isfinite().all() & segmentation.isfinite().all()
         if device.type == "cpu":
