@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import albumentations
@@ -31,9 +32,12 @@ def with_albumentations(config: RunConfig, image: np.ndarray, mask: np.ndarray, 
         steps.append(
             albumentations.ColorJitter((1.0, 1.0), (1.0, 1.0), (1 - limit, 1 + limit), (-limit / 2, limit / 2), p=1.0)
         )
-    pipeline = albumentations.Compose(steps)
-    pipeline.set_random_seed(int(np.random.default_rng(numbers).integers(2**31)))
-    changed = pipeline(image=image, mask=mask)
+    seed = int(np.random.default_rng(numbers).integers(2**31))
+    one, other = np.random.default_rng(seed), random.Random(seed)
+    changed = {"image": image, "mask": mask}
+    for step in steps:
+        step.set_random_state(one, other)
+        changed = step(**changed)
     return [changed["image"], changed["mask"]]
 
 
@@ -55,6 +59,22 @@ def test_augmentation_is_that_of_albumentations(flips, turns, brightness, colour
         changed(config, n, numbers), with_albumentations(config, IMAGES[n], MASKS[n], numbers), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_choices_do_not_hang_together() -> None:
+    """Flips come in all four ways, and say nothing of contrast."""
+    config = RunConfig(augment_flips=True, augment_brightness=0.5)
+    gradient = np.add.outer(np.arange(64), np.arange(64) // 16).astype(np.uint8)
+    contrasts: dict[tuple[bool, bool], list[int]] = {}
+    for row in range(400):
+        image, mask = np.empty_like(IMAGES[0]), np.empty_like(gradient)
+        augmentation(config)(gradient[..., None].repeat(3, axis=2), gradient, (0, 0, row), image, mask)
+        upside_down, mirrored = mask[0, 0] > mask[-1, 0], mask[0, 0] > mask[0, -1]
+        contrasts.setdefault((bool(upside_down), bool(mirrored)), []).append(int(np.ptp(image.astype(int))))
+    assert len(contrasts) == 4
+    assert min(map(len, contrasts.values())) > 70
+    means = [np.mean(each) for each in contrasts.values()]
+    assert max(means) < 1.25 * min(means)
 
 
 @pytest.mark.parametrize("threads", [2, 8])
