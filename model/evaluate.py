@@ -20,6 +20,7 @@ from model.centre_lines import CentreLines, trace
 from model.config import Judgement, RunConfig
 from model.counts import CountsBuilder, PixelCounts, tally, to_half
 from model.data import Cache, Rows, input_batches
+from model.fast import compute_dtype, forward
 from model.network import SegDecNet
 from model.thresholds import Thresholds, ThresholdSearch, decision_threshold, select_all, sigmoid
 
@@ -92,17 +93,23 @@ class Scores:
 
 
 def predict(
-    network: SegDecNet, images_NHWC: Array | Rows, config: RunConfig, device: torch.device, batch_size: int = 8
+    network: SegDecNet,
+    images_NHWC: Array | Rows,
+    config: RunConfig,
+    device: torch.device,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(decision logits (B,), segmentation logits (B, H, W)) of one batch after another, float32 on the device.
 
     FloatingPointError if the network returns a number that is not finite; on a GPU after the last batch.
     """
     network.eval()
+    dtype = compute_dtype(config, network)
+    batch_size = batch_size or (8 if device.type == "cpu" else 16)
     finite = torch.ones((), dtype=torch.bool, device=device)
     for inputs in input_batches(images_NHWC, device, batch_size):
-        with torch.inference_mode(), autocast(config, device):
-            answers = network(inputs)
+        with torch.inference_mode():
+            answers = forward(network, inputs, dtype)
         decision, segmentation = (answer[:, 0].float() for answer in answers)
         finite = finite & decision.isfinite().all() & segmentation.isfinite().all()
         if device.type == "cpu":
@@ -192,15 +199,3 @@ def _one_behind(
         before = answer, queued
     if before:
         yield before
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """bfloat16 where asked for, or where the device computes in it; FeatureNorm and losses stay wide."""
-    enabled = config.precision == "bfloat16" or (config.precision == "auto" and _has_bfloat16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()

@@ -66,7 +66,11 @@ class _Recorded:
 def _record(function: StepFunction, batch: Batch) -> _Recorded:
     """Nothing is trained while it is recorded."""
     places = batch._replace(
-        **{name: value.clone() for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+        images_BCHW=batch.images_BCHW.clone(),
+        targets_B1HW=batch.targets_B1HW.clone(),
+        weights_B1HW=None if batch.weights_B1HW is None else batch.weights_B1HW.clone(),
+        labels_B1=batch.labels_B1.clone(),
+        segmented_B=batch.segmented_B.clone(),
     )
     graph = torch.cuda.CUDAGraph()
     with _recording, torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):

@@ -4,8 +4,10 @@ going on from a checkpoint gives, on a CPU, the same weights to the bit as never
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from model.arrays import Array, Floats, Ints
 from model.config import RunConfig
-from model.data import Cache, loader, step_rows
+from model.data import Cache, prefetched, step_rows
 from model.fast import compute_dtype, forward
 from model.losses import balance, decision_loss, segmentation_losses
 from model.network import SegDecNet, build
@@ -119,12 +121,17 @@ def train_epoch(training: Training, cache: Cache) -> dict[str, float]:
         steps = training.steps
         steps.begin(epoch)
         check = FiniteCheck(steps.sums)
-        load = loader(cache, config, epoch, device)
-        for step, rows in enumerate(step_rows(cache, config, epoch, hard), start=1):
-            steps.train(load, rows)
-            images += len(rows)
-            if step % _STEPS_BETWEEN_CHECKS == 0 and not check.look():
-                _diverged(epoch)
+        planned = [
+            (len(rows), list(_parts(team.own(rows), config.micro_batch)))
+            for rows in step_rows(cache, config, epoch, hard)
+        ]
+        parts = (part for _, parts in planned for part in parts)
+        with closing(prefetched(cache, config, epoch, device, parts)) as batches:
+            for step, (size, own) in enumerate(planned, start=1):
+                steps.train(size, itertools.islice(batches, len(own)), is_whole=team.ranks == len(own) == 1)
+                images += size
+                if step % _STEPS_BETWEEN_CHECKS == 0 and not check.look():
+                    _diverged(epoch)
         sums = team.summed(steps.sums).tolist()
         scores = steps.scores()
     if not np.isfinite(sums).all():
@@ -190,17 +197,16 @@ class Steps:
             else:
                 group["lr"] = learning_rate(self.config, epoch)
 
-    def train(self, load: Callable[[Ints], Batch], rows: Ints) -> None:
-        """One step by the images of some rows, of which a team shares the work."""
-        own = self.team.own(rows)
-        parts = list(_parts(own, self.config.micro_batch))
+    def train(self, size: int, parts: Iterator[Batch], is_whole: bool) -> None:
+        """One step by a batch of `size` images, of which the parts may be all or what this one of a team takes."""
         self._scores.append([])
-        if self.team.ranks == len(parts) == 1:
-            self._note(own, self._whole_step(load(own)))
+        if is_whole:
+            batch = next(parts)
+            self._note(batch.rows, self._whole_step(batch))
             return
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts:
-            self._note(part, self._add_gradients(load(part), len(part) / len(rows)))
+            self._note(part.rows, self._add_gradients(part, len(part.rows) / size))
         self.team.sum_gradients(self.network.parameters())
         self.optimizer.step()
 
