@@ -25,7 +25,8 @@ class Plain:
     """A network on its way through its epochs, from the weights that `model.train.start` begins with."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        assert config.architecture == "segdecnet_decoder" and config.gradient_adjustment
+        assert config.architecture == "segdecnet_decoder"
+        assert config.gradient_adjustment
         assert config.norm == "root_std"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

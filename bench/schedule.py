@@ -99,7 +99,7 @@ def schedule(options: argparse.Namespace, cache: Cache, limits_here: Limits) -> 
     )
     print(
         f"\nAssumed: every image takes as long as those measured (one epoch of so many, after shorter ones to "
-        f"warm up; {options.height}x{options.width} px, width {options.width_factor:g}, {of_image / 1e9:.0f} GFLOP an "
+        f"warm up; {options.height}x{options.width} px, width {options.width_factor:g}, {of_image / 1e9:.3g} GFLOP an "
         f"image), the images are decoded and in memory ({len(cache.samples)} distinct ones, over and over), no "
         f"augmentation, and nothing between epochs but validation: no checkpoints, previews or logging. One validation "
         f"of {len(split.samples)} images was measured and counts 11 times"

@@ -62,7 +62,7 @@ def fitting(one: Fast | Plain, cache: Cache, device: torch.device, batch: int, s
 def speeds(options: argparse.Namespace, cache: Cache) -> None:
     """The first part. The peak is measured in each round too, for other work may share the machine."""
     _, of_image = operations(config_of(options))
-    print(f"{of_image / 1e9:.0f} GFLOP an image forward and backward; {options.height}x{options.width} px, "
+    print(f"{of_image / 1e9:.3g} GFLOP an image forward and backward; {options.height}x{options.width} px, "
           f"width {options.width_factor:g}, {options.rounds} rounds\n")  # fmt: skip
     head = "batch", "way", "images an epoch", "images/s", "times plain", "TFLOP/s", "share of the product peak"
     rows: list[tuple[object, ...]] = [head]
