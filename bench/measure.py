@@ -134,10 +134,9 @@ def split_of(options: argparse.Namespace, distinct: int = 32) -> Iterator[Cache]
         made, root = Path(folder) / "set", Path(folder) / "cache"
         synthetic.write(made, count=distinct, positive_share=0.5, height=options.height, width=options.width)
         samples = sorted(layouts.read(made), key=lambda sample: sample.name)
-        kinds = [[n for n, sample in enumerate(samples) if sample.positive is kind] for kind in (True, False)]
-        cache = open_cache(samples, options.height, options.width, root)
-        rows = [row for pair in zip(*kinds, strict=True) for row in pair]
-        yield cache.part(rows, [samples[row] for row in rows])
+        kinds = [[sample for sample in samples if sample.positive is kind] for kind in (True, False)]
+        mixed = [sample for pair in zip(*kinds, strict=True) for sample in pair]
+        yield open_cache(mixed, options.height, options.width, root)
 
 
 def repeated(cache: Cache, count: int) -> Cache:

@@ -51,11 +51,13 @@ def fitting(one: Fast | Plain, cache: Cache, device: torch.device, batch: int, s
     least = max(batch, 2)
     epoch_rate(one, cache, device, least)
     count = least
-    while True:  # an epoch of a few steps says little of a long one
+    while True:  # a short epoch says little of a long one, least where it was held up
         rate = epoch_rate(one, cache, device, count)
-        wanted = min(round(rate * seconds), _MOST_IMAGES) // least * least
+        if count / rate < seconds / 4:
+            rate = max(rate, epoch_rate(one, cache, device, count))
+        wanted = max(least, min(round(rate * seconds), _MOST_IMAGES) // least * least)
         if wanted <= 8 * count:
-            return max(least, wanted)
+            return wanted
         count *= 8
 
 
@@ -64,7 +66,16 @@ def speeds(options: argparse.Namespace, cache: Cache) -> None:
     _, of_image = operations(config_of(options))
     print(f"{of_image / 1e9:.3g} GFLOP an image forward and backward; {options.height}x{options.width} px, "
           f"width {options.width_factor:g}, {options.rounds} rounds\n")  # fmt: skip
-    head = "batch", "way", "images an epoch", "images/s", "times plain", "TFLOP/s", "share of the product peak"
+    head = (
+        "batch",
+        "way",
+        "images an epoch",
+        "images/s",
+        "from, to",
+        "times plain",
+        "TFLOP/s",
+        "share of the product peak",
+    )
     rows: list[tuple[object, ...]] = [head]
     for batch in options.batches:
         config = config_of(options, batch_size=batch)
@@ -83,8 +94,8 @@ def speeds(options: argparse.Namespace, cache: Cache) -> None:
         for name, rates in found.items():
             rate = statistics.median(rates)
             tera = rate * of_image / 1e12
-            rows.append((batch, name, counts[name], f"{rate:.2f}", f"{rate / plain:.2f}", f"{tera:.2f}",
-                         f"{tera / statistics.median(peaks):.1%}"))  # fmt: skip
+            speed = f"{rate:.2f}", f"{min(rates):.2f}, {max(rates):.2f}", f"{rate / plain:.2f}"
+            rows.append((batch, name, counts[name], *speed, f"{tera:.2f}", f"{tera / statistics.median(peaks):.1%}"))
     table(*rows)
 
 

@@ -1,0 +1,157 @@
+"""Trials an hour on one device: so many side by side as processes with a share of it each, and packed as one.
+
+    python -m bench.side_by_side [--counts 1 2 4 8 16] [--width-factors 1 0.25] [--seconds 5] [--device cpu]
+
+A trial is the training of the results page, 50 epochs of 7,908 images at batch 1, of which some seconds are measured
+with all processes at work; starting them and validations are not in it. Times one are the ratio to one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import queue
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.measure import config_of, options_of, split_of, table
+from bench.schedule import EPOCHS, IMAGES
+from bench.training_step import Fast, epoch_rate
+from model.config import RunConfig
+from model.data import Cache, open_cache
+from model.sample import Sample
+from tuner.trial import take_device
+
+HOW = "processes", "packed"
+
+_SECONDS_TO_START = 180
+
+
+class Work(NamedTuple):
+    """What each process gets."""
+
+    config: RunConfig
+    samples: list[Sample]
+    root: Path
+    """of the cache"""
+    gpus: float
+    """its share of the device; 0 is the CPU"""
+    threads: int
+    seconds: float
+
+
+def trial(work: Work, ready: Any, go: Any, stop: Any, answers: Any) -> None:
+    """Trains until it is told to stop; answers with images a second over the epochs that ended before."""
+    device = take_device(work.gpus, work.threads)
+    cache = open_cache(work.samples, work.config.input_height, work.config.input_width, work.root)
+    fast = Fast(work.config, device)
+    count = 2
+    for _ in range(4):  # longer and longer epochs, to warm up and to see what is long enough
+        rate = epoch_rate(fast, cache, device, count)
+        count = max(2, min(8 * count, round(rate * work.seconds / 4)))
+    ready.release()
+    go.wait()
+    began = last = time.perf_counter()
+    done = 0
+    while not done or not stop.is_set():
+        epoch_rate(fast, cache, device, count)
+        if not done or not stop.is_set():
+            done, last = done + count // 2 * 2, time.perf_counter()
+    answers.put(done / (last - began))
+
+
+def processes(work: Work, count: int) -> float:
+    """Images a second of so many processes together. RuntimeError if one of them fails."""
+    spawn = multiprocessing.get_context("spawn")
+    ready, go, stop, answers = spawn.Semaphore(0), spawn.Event(), spawn.Event(), spawn.Queue()
+    started = [spawn.Process(target=trial, args=(work, ready, go, stop, answers), daemon=True) for _ in range(count)]
+    try:
+        for process in started:
+            process.start()
+        _wait(lambda: ready.acquire(timeout=0.5), started)
+        go.set()
+        time.sleep(work.seconds)
+        stop.set()
+        rates: list[float] = []
+
+        def answered() -> bool:
+            with suppress(queue.Empty):
+                rates.append(answers.get(timeout=0.5))
+                return True
+            return False
+
+        _wait(answered, started)
+        for process in started:
+            process.join()
+        return sum(rates)
+    finally:
+        for process in started:
+            if process.pid:
+                process.kill()
+                process.join()
+
+
+def _wait(happened: Any, started: list[Any]) -> None:
+    """Until something has happened once for each process."""
+    end = time.monotonic() + _SECONDS_TO_START
+    for _ in started:
+        while not happened():
+            if failed := [process.exitcode for process in started if process.exitcode]:
+                raise RuntimeError(f"{len(failed)} of {len(started)} processes failed, exit code {failed[0]}")
+            if time.monotonic() > end:
+                raise RuntimeError(f"not all of {len(started)} processes answered within {_SECONDS_TO_START} s")
+
+
+def packed(options: argparse.Namespace, cache: Cache, count: int) -> float | None:  # noqa: ARG001
+    """Images a second of so many trials that are trained as one, together; None where that cannot be done."""
+    return None
+
+
+def compare(options: argparse.Namespace, cache: Cache, width: float) -> None:
+    """Prints a table for a network's width."""
+    on_gpu = options.device.type == "cuda"
+    figures = "images/s", "trials an hour", "times one"
+    rows: list[tuple[object, ...]] = [("trials", *(f"{how}: {name}" for how in HOW for name in figures))]
+    one = None
+    for count in options.counts:
+        gpus = (1.0 if count == 1 else math.floor(1000 / count) / 1000) if on_gpu else 0.0
+        threads = max(1, options.threads // count)
+        config = config_of(options, width=width)
+        work = Work(config, cache.samples, cache.directory.parent, gpus, threads, options.seconds)
+        try:
+            rate = processes(work, count)
+        except RuntimeError as error:
+            rows.append((count, str(error), "", "", "", "", ""))
+            continue
+        one = one or rate / count
+        shown = [cells(rate, one), cells(packed(options, cache, count), one)]
+        rows.append((count, *shown[0], *shown[1]))
+    print(f"\nWidth {width:g}, {options.height}x{options.width} px, batch 1, {options.threads} CPU threads in all\n")
+    table(*rows)
+
+
+def cells(rate: float | None, one: float) -> tuple[str, str, str]:
+    """Of images a second."""
+    if rate is None:
+        return "not there", "", ""
+    return f"{rate:.1f}", f"{rate * 3600 / (EPOCHS * IMAGES):.2f}", f"{rate / one:.2f}"
+
+
+def main() -> None:
+    """Prints Markdown tables."""
+    options = options_of(
+        __doc__,
+        5,
+        counts={"type": int, "nargs": "+", "default": [1, 2, 4, 8, 16], "help": "of trials side by side"},
+        width_factors={"type": float, "nargs": "+", "default": [1.0, 0.25]},
+    )
+    with split_of(options) as cache:
+        for width in options.width_factors:
+            compare(options, cache, width)
+
+
+if __name__ == "__main__":
+    main()
