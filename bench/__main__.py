@@ -50,7 +50,7 @@ class Comparison:
     minutes: float
     """about, on the machine that it is for"""
     needs: str = ""
-    """what it takes beyond PyTorch and its usual company: packages, or GPU, root, data (real images), run (its folder)"""
+    """what it takes beyond PyTorch and its usual company: packages; GPU; root; data, real images; run, its folder"""
     full: str = ""
     """arguments"""
     quick: str | None = ""
@@ -183,8 +183,8 @@ def compare(one: Comparison, options: argparse.Namespace, places: dict[str, Path
     lines: list[str] = []
 
     def say(line: str) -> None:
-        print(line, end="", flush=True)
         lines.append(line)
+        print(line, end="", flush=True)
 
     command = one.command(options.quick, places)
     shown = shlex.join(["python", *command[1:]])
