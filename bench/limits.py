@@ -32,9 +32,10 @@ def measure(device: torch.device, seconds: float, side: int | None = None) -> Li
     """Takes about four times `seconds`."""
     tf32 = None
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
         tf32 = products(device, torch.float32, side, seconds)
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.set_float32_matmul_precision(before)
     return Limits(
         bfloat16=products(device, torch.bfloat16, side, seconds),
         float32=products(device, torch.float32, side, seconds),

@@ -59,7 +59,7 @@ def compare(options: argparse.Namespace, cache: Cache) -> None:
     for batch in options.batches:
         config = config_of(options, batch_size=batch)
         fast = Fast(config, options.device)
-        needed = epoch_rate(fast, cache, options.device, fitting(fast, cache, options.device, batch, options.seconds))
+        needed = epoch_rate(fast, fitting(fast, cache, options.device, options.seconds), options.device)
         rows.append((batch, "(training)", "", f"{needed:.1f}", "1.0"))
         split = repeated(cache, max(1024, 8 * batch))
         for name, fields in AUGMENTATIONS.items():

@@ -21,7 +21,7 @@ from bench.plain import images_in, operations
 from bench.training_step import Fast, epoch_rate, fitting
 from model.config import RunConfig
 from model.data import Cache
-from model.evaluate import predict, score
+from model.evaluate import Scores, predict, score
 
 EPOCHS, IMAGES, VALIDATIONS, VALIDATION_IMAGES = 50, 7908, 11, 1695
 RULES = ("min_of_max", 1), ("pr_curve", 1), ("pr_curve", 10), ("grid", 1)
@@ -43,7 +43,8 @@ class Validation(NamedTuple):
 
 
 def validation(fast: Fast, split: Cache, config: RunConfig, device: torch.device) -> Validation:
-    """As after an epoch of a trial. The forward pass is `model.evaluate.predict` alone, its answers thrown away."""
+    """As after an epoch of a trial. The forward pass is `model.evaluate.predict` alone, its answers thrown away, once
+    before and once after; the shorter one counts."""
     network = fast.training.network
     factors = tuple({factor for _, factor in RULES})
 
@@ -54,13 +55,14 @@ def validation(fast: Fast, split: Cache, config: RunConfig, device: torch.device
     few = repeated(split, min(64, len(split.samples)))
     score(network, few, config, device, factors)  # to warm up
     once = seconds_of(forward, device)
-    found = []
+    found: list[Scores] = []
     whole = seconds_of(lambda: found.append(score(network, split, config, device, factors)), device)
+    once = min(once, seconds_of(forward, device))
     judgement = config.judgement()
     judgements = [judgement._replace(threshold_rule=rule, threshold_factor=factor) for rule, factor in RULES]
     choice = seconds_of(lambda: found[0].figures([found[0].choose(one) for one in judgements]), device)
     share = VALIDATION_IMAGES / len(split.samples)
-    return Validation(once * share, max(0.0, whole - once) * share, choice * share)
+    return Validation(once * share, (whole - once) * share, choice * share)
 
 
 def schedule(options: argparse.Namespace, cache: Cache, limits_here: Limits) -> None:
@@ -75,10 +77,11 @@ def schedule(options: argparse.Namespace, cache: Cache, limits_here: Limits) -> 
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         fast = Fast(config_of(options, batch_size=batch), options.device)
-        count = fitting(fast, cache, options.device, batch, options.seconds)
-        rate = epoch_rate(fast, cache, options.device, count)
+        part = fitting(fast, cache, options.device, options.seconds / 2)
+        fast.epoch(part)
+        rate = epoch_rate(fast, part, options.device)
         held = torch.cuda.max_memory_reserved() // MIB if options.device.type == "cuda" else 0
-        trained[batch] = rate, images_in(repeated(cache, count), config), held
+        trained[batch] = rate, images_in(part, config), held
     split = repeated(cache, options.validation)
     found = validation(fast, split, config, options.device)
     for batch, (rate, count, held) in trained.items():
@@ -98,7 +101,7 @@ def schedule(options: argparse.Namespace, cache: Cache, limits_here: Limits) -> 
         ("all beyond the forward pass", f"{found.beyond:.2f}", ""),
     )
     print(
-        f"\nAssumed: every image takes as long as those measured (one epoch of so many, after shorter ones to "
+        f"\nAssumed: every image takes as long as those measured (the second epoch of so many, after shorter ones to "
         f"warm up; {options.height}x{options.width} px, width {options.width_factor:g}, {of_image / 1e9:.3g} GFLOP an "
         f"image), the images are decoded and in memory ({len(cache.samples)} distinct ones, over and over), no "
         f"augmentation, and nothing between epochs but validation: no checkpoints, previews or logging. One validation "

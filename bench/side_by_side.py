@@ -12,14 +12,16 @@ import argparse
 import math
 import multiprocessing
 import queue
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.measure import config_of, options_of, split_of, table
+from bench.plain import images_in
 from bench.schedule import EPOCHS, IMAGES
-from bench.training_step import Fast, epoch_rate
+from bench.training_step import Fast, fitting
 from model.config import RunConfig
 from model.data import Cache, open_cache
 from model.sample import Sample
@@ -48,18 +50,16 @@ def trial(work: Work, ready: Any, go: Any, stop: Any, answers: Any) -> None:
     device = take_device(work.gpus, work.threads)
     cache = open_cache(work.samples, work.config.input_height, work.config.input_width, work.root)
     fast = Fast(work.config, device)
-    count = 2
-    for _ in range(4):  # longer and longer epochs, to warm up and to see what is long enough
-        rate = epoch_rate(fast, cache, device, count)
-        count = max(2, min(8 * count, round(rate * work.seconds / 4)))
+    split = fitting(fast, cache, device, work.seconds / 4)  # the others warm up meanwhile too
+    fast.epoch(split)
     ready.release()
     go.wait()
     began = last = time.perf_counter()
     done = 0
     while not done or not stop.is_set():
-        epoch_rate(fast, cache, device, count)
+        fast.epoch(split)
         if not done or not stop.is_set():
-            done, last = done + count // 2 * 2, time.perf_counter()
+            done, last = done + images_in(split, work.config), time.perf_counter()
     answers.put(done / (last - began))
 
 
@@ -110,8 +110,8 @@ def packed(options: argparse.Namespace, cache: Cache, count: int) -> float | Non
     return None
 
 
-def compare(options: argparse.Namespace, cache: Cache, width: float) -> None:
-    """Prints a table for a network's width."""
+def compare(options: argparse.Namespace, cache: Cache, width: float) -> bool:
+    """Prints a table for a network's width; whether any processes did their work."""
     on_gpu = options.device.type == "cuda"
     figures = "images/s", "trials an hour", "times one"
     rows: list[tuple[object, ...]] = [("trials", *(f"{how}: {name}" for how in HOW for name in figures))]
@@ -131,6 +131,7 @@ def compare(options: argparse.Namespace, cache: Cache, width: float) -> None:
         rows.append((count, *shown[0], *shown[1]))
     print(f"\nWidth {width:g}, {options.height}x{options.width} px, batch 1, {options.threads} CPU threads in all\n")
     table(*rows)
+    return one is not None
 
 
 def cells(rate: float | None, one: float) -> tuple[str, str, str]:
@@ -140,8 +141,8 @@ def cells(rate: float | None, one: float) -> tuple[str, str, str]:
     return f"{rate:.1f}", f"{rate * 3600 / (EPOCHS * IMAGES):.2f}", f"{rate / one:.2f}"
 
 
-def main() -> None:
-    """Prints Markdown tables."""
+def main() -> int:
+    """Prints Markdown tables; 1 where nothing could be measured."""
     options = options_of(
         __doc__,
         5,
@@ -149,9 +150,9 @@ def main() -> None:
         width_factors={"type": float, "nargs": "+", "default": [1.0, 0.25]},
     )
     with split_of(options) as cache:
-        for width in options.width_factors:
-            compare(options, cache, width)
+        measured = [compare(options, cache, width) for width in options.width_factors]
+    return 0 if all(measured) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

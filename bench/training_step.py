@@ -4,7 +4,8 @@
 
 1. Whole epochs over a split in memory, loading included, of about `--seconds` each: both ways are measured one after
    the other in each round; medians over the rounds. Operations are those of the network's convolutions and products;
-   their share is of what matrix products in bfloat16 reach on this machine in this run (bench/limits.py).
+   their share is of what matrix products in bfloat16 reach on this machine in this run (bench/limits.py). Plain runs
+   with torch's defaults, so on a GPU its convolutions round float32 to TF32.
 2. Both ways from the same weights on the same images in the same order, smaller and narrower: the largest difference of
    the epochs' mean losses, relative to the plain one's. In bfloat16, and in float32, where rounding alone is left.
 """
@@ -32,33 +33,32 @@ class Fast:
     """What trials do."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.training = train.start(config, device)
+        self.config, self.training = config, train.start(config, device)
 
     def epoch(self, cache: Cache) -> float:
         """The next one; the mean total loss."""
         return train.train_epoch(self.training, cache)["loss_total"]
 
 
-def epoch_rate(one: Fast | Plain, cache: Cache, device: torch.device, count: int) -> float:
-    """Images a second of an epoch of so many images."""
-    split = repeated(cache, count)
-    config = one.training.config if isinstance(one, Fast) else one.config
-    return images_in(split, config) / seconds_of(lambda: one.epoch(split), device)
+def epoch_rate(one: Fast | Plain, split: Cache, device: torch.device) -> float:
+    """Images a second of an epoch."""
+    return images_in(split, one.config) / seconds_of(lambda: one.epoch(split), device)
 
 
-def fitting(one: Fast | Plain, cache: Cache, device: torch.device, batch: int, seconds: float) -> int:
-    """How many images an epoch of about so many seconds has, whole batches of them. Shorter epochs warm up before."""
-    least = max(batch, 2)
-    epoch_rate(one, cache, device, least)
-    count = least
+def fitting(one: Fast | Plain, cache: Cache, device: torch.device, seconds: float) -> Cache:
+    """A split of whole batches whose epoch takes about so many seconds. Shorter epochs warm up before."""
+    least = max(one.config.batch_size, 2)
+    split = repeated(cache, least)
+    one.epoch(split)
     while True:  # a short epoch says little of a long one, least where it was held up
-        rate = epoch_rate(one, cache, device, count)
+        count = len(split.samples)
+        rate = epoch_rate(one, split, device)
         if count / rate < seconds / 4:
-            rate = max(rate, epoch_rate(one, cache, device, count))
+            rate = max(rate, epoch_rate(one, split, device))
         wanted = max(least, min(round(rate * seconds), _MOST_IMAGES) // least * least)
         if wanted <= 8 * count:
-            return wanted
-        count *= 8
+            return repeated(cache, wanted)
+        split = repeated(cache, 8 * count)
 
 
 def speeds(options: argparse.Namespace, cache: Cache) -> None:
@@ -83,19 +83,28 @@ def speeds(options: argparse.Namespace, cache: Cache) -> None:
             "plain": Plain(config, options.device),
             "fast": Fast(config, options.device),
         }
-        counts = {name: fitting(one, cache, options.device, batch, options.seconds) for name, one in ways.items()}
+        splits = {name: fitting(one, cache, options.device, options.seconds) for name, one in ways.items()}
         found: dict[str, list[float]] = {name: [] for name in ways}
         peaks = []
         for _ in range(options.rounds):
             peaks.append(limits.products(options.device, torch.bfloat16, None, min(0.3, options.seconds)))
             for name, one in ways.items():
-                found[name].append(epoch_rate(one, cache, options.device, counts[name]))
+                found[name].append(epoch_rate(one, splits[name], options.device))
         plain = statistics.median(found["plain"])
         for name, rates in found.items():
             rate = statistics.median(rates)
             tera = rate * of_image / 1e12
             speed = f"{rate:.2f}", f"{min(rates):.2f}, {max(rates):.2f}", f"{rate / plain:.2f}"
-            rows.append((batch, name, counts[name], *speed, f"{tera:.2f}", f"{tera / statistics.median(peaks):.1%}"))
+            rows.append(
+                (
+                    batch,
+                    name,
+                    len(splits[name].samples),
+                    *speed,
+                    f"{tera:.2f}",
+                    f"{tera / statistics.median(peaks):.1%}",
+                )
+            )
     table(*rows)
 
 
