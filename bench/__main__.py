@@ -184,7 +184,8 @@ def compare(one: Comparison, options: argparse.Namespace, places: dict[str, Path
     lines: list[str] = []
 
     def say(line: str) -> None:
-        lines.append(line)
+        if "\x1b" not in line:  # Ray's warnings come in colours
+            lines.append(line)
         print(line, end="", flush=True)
 
     command = one.command(options.quick, places)

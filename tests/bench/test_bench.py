@@ -23,6 +23,13 @@ def results(tmp_path: Path) -> Path:
     return file
 
 
+def test_the_list_says_what_each_comparison_needs_and_what_is_lacking_here():
+    printed, said = bench("--list").communicate()
+    assert not said
+    assert "training_step  Training as `tuner search` does it" in printed
+    assert "about 3 min; needs run data onnx onnxruntime onnxscript; it needs the folder of a finished run" in printed
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_results_are_added_above_earlier_ones_and_a_failure_does_not_stop_the_others(tmp_path, results):
