@@ -105,8 +105,18 @@ def _wait(happened: Any, started: list[Any]) -> None:
                 raise RuntimeError(f"not all of {len(started)} processes answered within {_SECONDS_TO_START} s")
 
 
-def packed(options: argparse.Namespace, cache: Cache, count: int) -> float | None:  # noqa: ARG001
-    """Images a second of so many trials that are trained as one, together; None where that cannot be done."""
+def packed(
+    config: RunConfig,  # noqa: ARG001
+    cache: Cache,  # noqa: ARG001
+    count: int,  # noqa: ARG001
+    device: torch.device,  # noqa: ARG001
+    seconds: float,  # noqa: ARG001
+) -> float | None:
+    """Images a second of so many trials of a configuration that are trained as one, measured for about so long; those
+    of all trials count. None while there is nothing that does it.
+
+    In this process: where it takes a GPU, the processes before have ended.
+    """
     return None
 
 
@@ -127,7 +137,7 @@ def compare(options: argparse.Namespace, cache: Cache, width: float) -> bool:
             rows.append((count, str(error), "", "", "", "", ""))
             continue
         one = one or rate / count
-        shown = [cells(rate, one), cells(packed(options, cache, count), one)]
+        shown = [cells(rate, one), cells(packed(config, cache, count, options.device, options.seconds), one)]
         rows.append((count, *shown[0], *shown[1]))
     print(f"\nWidth {width:g}, {options.height}x{options.width} px, batch 1, {options.threads} CPU threads in all\n")
     table(*rows)
