@@ -14,6 +14,8 @@ import multiprocessing
 import queue
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,19 +107,17 @@ def _wait(happened: Any, started: list[Any]) -> None:
                 raise RuntimeError(f"not all of {len(started)} processes answered within {_SECONDS_TO_START} s")
 
 
-def packed(
-    config: RunConfig,  # noqa: ARG001
-    cache: Cache,  # noqa: ARG001
-    count: int,  # noqa: ARG001
-    device: torch.device,  # noqa: ARG001
-    seconds: float,  # noqa: ARG001
-) -> float | None:
-    """Images a second of so many trials of a configuration that are trained as one, measured for about so long; those
-    of all trials count. None while there is nothing that does it.
+packed: Callable[[Work, int], float] | None = None
+"""Images a second of so many trials of `Work.config` that are trained as one, those of all trials counted; called in a
+process of its own, with the whole device. None while there is nothing that does it."""
 
-    In this process: where it takes a GPU, the processes before have ended.
-    """
-    return None
+
+def packed_rate(work: Work, count: int) -> float | None:
+    """What `packed` finds in a new process."""
+    if packed is None:
+        return None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(packed, work, count).result()
 
 
 def compare(options: argparse.Namespace, cache: Cache, width: float) -> bool:
@@ -137,7 +137,8 @@ def compare(options: argparse.Namespace, cache: Cache, width: float) -> bool:
             rows.append((count, str(error), "", "", "", "", ""))
             continue
         one = one or rate / count
-        shown = [cells(rate, one), cells(packed(config, cache, count, options.device, options.seconds), one)]
+        whole = work._replace(gpus=float(on_gpu), threads=options.threads)
+        shown = [cells(rate, one), cells(packed_rate(whole, count), one)]
         rows.append((count, *shown[0], *shown[1]))
     print(f"\nWidth {width:g}, {options.height}x{options.width} px, batch 1, {options.threads} CPU threads in all\n")
     table(*rows)
