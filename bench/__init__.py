@@ -1,1 +1,1 @@
-"""Comparisons measured side by side; results in RESULTS.md."""
+"""Comparisons measured side by side: `python -m bench`; results in RESULTS.md."""

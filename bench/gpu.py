@@ -1,10 +1,11 @@
-"""What a search does with GPUs, checked and measured on a machine with one.
+"""What a search does with GPUs, checked on a machine with one.
 
-    python -m bench.gpu [PART...] [--seconds 3] [--minutes 5]
+    python -m bench.gpu [PART...] [--minutes 5]
 
 Prints a Markdown table for each part, the most important ones first; none begins after so many minutes. Each runs in a
 process of its own, within a time limit; one that fails shows its traceback and does not stop the others. Parts with
-`search` in their names need Ray, and say so where it is missing.
+`search` in their names need Ray, and say so where it is missing. Speed is measured elsewhere: bench/training_step.py,
+bench/schedule.py, bench/side_by_side.py.
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ import json
 import math
 import multiprocessing
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,17 +29,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.measure import MIB, machine, table
 from model import layouts, splits, synthetic, train
 from model.config import RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import predict, score
 from model.thresholds import sigmoid
-from tuner import gpu, space_file
+from tuner import gpu
 from tuner.trial import TrialTask, take_device
 
 SIZE = {"input_height": 448, "input_width": 448}
 GPU = torch.device("cuda", 0)
-MIB = 2**20
 _SECONDS_A_PART = 150
 _THREADS = 4
 
@@ -54,6 +53,8 @@ def images_of(folder: Path) -> Cache:
 
 
 def space_of(**parts: Any) -> Any:
+    from tuner import space_file
+
     document = {
         "name": "bench",
         "data": {"height": 448, "width": 448, "validation_share": 0.25, "test_share": 0.25},
@@ -66,14 +67,6 @@ def space_of(**parts: Any) -> Any:
         "budget": {"trials": 90},
     }
     return space_file.parse(document | parts)
-
-
-def table(*rows: tuple[Any, ...]) -> None:
-    """The first row is the head."""
-    for n, row in enumerate(rows):
-        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
-        if n == 0:
-            print("| --- " * len(row) + "|")
 
 
 def allocate_all(step: int = 64 * MIB) -> int:
@@ -119,28 +112,6 @@ def _peak_of(answer: Connection, task: TrialTask, config: RunConfig, share: floa
     answer.send((torch.cuda.max_memory_reserved(device), reports[-1]))
 
 
-def _side_by_side(folder: Path, seconds: float, count: int, threads: int, ready: Any, go: Any, answers: Any) -> None:
-    take_device(math.floor(1000 / count) / 1000, threads)
-    rate = _images_a_second(folder, RunConfig(**SIZE), seconds, lambda: (ready.release(), go.wait(60)))
-    answers.put(rate)
-
-
-def _images_a_second(
-    folder: Path, config: RunConfig, seconds: float, before: Callable[[], object] = lambda: None
-) -> float:
-    cache = images_of(folder)
-    training = train.start(replace(config, learning_rate=1e-3, epochs=10_000), GPU)
-    train.train_epoch(training, cache)
-    images = cache.positive.sum() + min(cache.positive.sum(), (~cache.positive).sum())
-    torch.cuda.synchronize()
-    before()
-    started, done = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        train.train_epoch(training, cache)
-        done += int(images)
-    return done / (time.perf_counter() - started)
-
-
 def _search(name: str, options: tuple[str, ...]) -> None:
     if importlib.util.find_spec("ray") is None:
         print("skipped: no ray here")
@@ -171,8 +142,6 @@ class Bench:
 
     folder: Path
     """a set of 448x448 px"""
-    seconds: float
-    """of each measured speed"""
 
     def fraction(self) -> None:
         """A quarter of a GPU is a quarter, and memory that runs out under a share takes smaller parts of a batch."""
@@ -222,41 +191,6 @@ class Bench:
         score(training.network, cache, training.config, GPU)
         rows.append(("a validation", _beside()))
         table(*rows, ("as a trial's share counts it", gpu.context_bytes(GPU) // MIB))
-
-    def together(self) -> None:
-        """Processes side by side on one GPU."""
-        rows: list[tuple[Any, ...]] = [("processes", "images/s each", "images/s together", "times one process")]
-        alone = None
-        context_of = multiprocessing.get_context("spawn")
-        for count in (1, 2, 4, 8):
-            ready, go, answers = context_of.Semaphore(0), context_of.Event(), context_of.Queue()
-            threads = max(1, (os.cpu_count() or 1) // count)
-            arguments = (self.folder, self.seconds, count, threads, ready, go, answers)
-            processes = [context_of.Process(target=_side_by_side, args=arguments, daemon=True) for _ in range(count)]
-            for process in processes:
-                process.start()
-            for _ in processes:
-                ready.acquire(timeout=60)
-            go.set()
-            each = [answers.get(timeout=60) for _ in processes]
-            for process in processes:
-                process.join()
-            alone = alone or sum(each)
-            rows.append((count, f"{statistics.mean(each):.1f}", f"{sum(each):.1f}", f"{sum(each) / alone:.2f}"))
-        table(*rows)
-
-    def speed(self) -> None:
-        """Training, its loading of images included."""
-        take_device(1.0, os.cpu_count() or 1)
-        rows: list[tuple[Any, ...]] = [("batch", "precision", "images/s", "torch held at its peak, MiB")]
-        for precision in ("float32", "bfloat16"):
-            for batch in (1, 4, 10, 32):
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                config = RunConfig(**SIZE, batch_size=batch, precision=precision)
-                rate = _images_a_second(self.folder, config, self.seconds)
-                rows.append((batch, precision, f"{rate:.1f}", torch.cuda.max_memory_reserved() // MIB))
-        table(*rows)
 
     def search_chosen(self) -> None:
         """A search that chooses the share itself."""
@@ -381,19 +315,6 @@ class Bench:
 PARTS = [name for name in vars(Bench) if callable(getattr(Bench, name)) and not name.startswith("_")]
 
 
-def machine() -> str:
-    """What the figures are of."""
-    driver = "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
-    try:
-        card = subprocess.run(driver, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        card = "no nvidia-smi"
-    return (
-        f"{card}; {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    )
-
-
 def _data() -> Iterator[Path]:
     """A set of 448x448 px, made once."""
     with tempfile.TemporaryDirectory(prefix="segdec-bench-") as folder:
@@ -406,12 +327,11 @@ def main() -> int:
     """Runs the parts that are named, or all of them; how many failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", metavar="PART", nargs="*", choices=[[], *PARTS], help=", ".join(PARTS))
-    parser.add_argument("--seconds", type=float, default=3, help="of each measured speed")
     parser.add_argument("--minutes", type=float, default=5, help="after these no part begins")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.data:  # one part, in this process
-        getattr(Bench(options.data, options.seconds), options.parts[0])()
+        getattr(Bench(options.data), options.parts[0])()
         return 0
     print(machine(), flush=True)
     failed: list[str] = []
@@ -425,7 +345,6 @@ def main() -> int:
             print(f"\n### {name}: {summary}\n", flush=True)
             started = time.perf_counter()
             command = [sys.executable, "-m", "bench.gpu", name, "--data", str(folder)]
-            command += ["--seconds", str(options.seconds)]
             try:
                 code = subprocess.run(command, timeout=_SECONDS_A_PART, stderr=subprocess.STDOUT).returncode  # noqa: S603
             except subprocess.TimeoutExpired:

@@ -1,65 +1,160 @@
-"""One training step of the network, by precision, CPU threads and memory order of the images.
+"""Training as `tuner search` does it against the plain loop of bench/plain.py, in turn: images a second, loss curves.
 
-    python -m bench.training_step [--seconds 5] [--height 320] [--width 480]
+    python -m bench.training_step [--batches 1 4] [--rounds 3] [--seconds 5] [--device cpu] [--height 448] [--width 448]
 
-Prints a Markdown table of medians and of the ratio to float32 with images in torch's default order.
+1. Whole epochs over a split in memory, loading included, of about `--seconds` each: both ways are measured one after
+   the other in each round; medians over the rounds. Operations are those of the network's convolutions and products;
+   their share is of what matrix products in bfloat16 reach on this machine in this run (bench/limits.py). Plain runs
+   with torch's defaults, so on a GPU its convolutions round float32 to TF32.
+2. Both ways from the same weights on the same images in the same order, smaller and narrower: the largest difference of
+   the epochs' mean losses, relative to the plain one's. In bfloat16, and in float32, where rounding alone is left.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
-import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
+from bench import limits
+from bench.measure import config_of, options_of, repeated, seconds_of, split_of, table
+from bench.plain import Plain, images_in, operations
+from model import train
 from model.config import RunConfig
-from model.data import to_input
-from model.evaluate import autocast
-from model.losses import decision_loss, segmentation_loss
-from model.network import build
+from model.data import Cache
+
+_MOST_IMAGES = 8192
 
 
-def step_seconds(config: RunConfig, channels_last: bool, seconds: float) -> float:
-    """Median over as many steps as fit, after two to warm up."""
-    device = torch.device("cpu")
-    network = build(config.architecture, width=config.width)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    pixels = torch.randint(0, 256, (1, config.input_height, config.input_width, 3), dtype=torch.uint8).numpy()
-    target = torch.zeros(1, 1, config.input_height, config.input_width)
-    times = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 5:
-        began = time.perf_counter()
-        images = to_input(pixels, device)
-        with autocast(config, device):
-            decision, segmentation = network(images if channels_last else images.contiguous())
-        loss = segmentation_loss(segmentation, target, torch.ones(1)) + decision_loss(decision, torch.ones(1, 1))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
+class Fast:
+    """What trials do."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.training = config, train.start(config, device)
+
+    def epoch(self, cache: Cache) -> float:
+        """The next one; the mean total loss."""
+        return train.train_epoch(self.training, cache)["loss_total"]
+
+
+def epoch_rate(one: Fast | Plain, split: Cache, device: torch.device) -> float:
+    """Images a second of an epoch."""
+    return images_in(split, one.config) / seconds_of(lambda: one.epoch(split), device)
+
+
+def fitting(one: Fast | Plain, cache: Cache, device: torch.device, seconds: float) -> Cache:
+    """A split of whole batches whose epoch takes about so many seconds. Shorter epochs warm up before."""
+    least = max(one.config.batch_size, 2)
+    split = repeated(cache, least)
+    one.epoch(split)
+    while True:  # a short epoch says little of a long one, least where it was held up
+        count = len(split.samples)
+        rate = epoch_rate(one, split, device)
+        if count / rate < seconds / 4:
+            rate = max(rate, epoch_rate(one, split, device))
+        wanted = max(least, min(round(rate * seconds), _MOST_IMAGES) // least * least)
+        if wanted <= 8 * count:
+            return repeated(cache, wanted)
+        split = repeated(cache, 8 * count)
+
+
+def speeds(options: argparse.Namespace, cache: Cache) -> None:
+    """The first part. The peak is measured in each round too, for other work may share the machine."""
+    _, of_image = operations(config_of(options))
+    print(f"{of_image / 1e9:.3g} GFLOP an image forward and backward; {options.height}x{options.width} px, "
+          f"width {options.width_factor:g}, {options.rounds} rounds\n")  # fmt: skip
+    head = (
+        "batch",
+        "way",
+        "images an epoch",
+        "images/s",
+        "from, to",
+        "times plain",
+        "TFLOP/s",
+        "share of the product peak",
+    )
+    rows: list[tuple[object, ...]] = [head]
+    for batch in options.batches:
+        config = config_of(options, batch_size=batch)
+        ways: dict[str, Fast | Plain] = {
+            "plain": Plain(config, options.device),
+            "fast": Fast(config, options.device),
+        }
+        splits = {name: fitting(one, cache, options.device, options.seconds) for name, one in ways.items()}
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        peaks = []
+        for _ in range(options.rounds):
+            peaks.append(limits.products(options.device, torch.bfloat16, None, min(0.3, options.seconds)))
+            for name, one in ways.items():
+                found[name].append(epoch_rate(one, splits[name], options.device))
+        plain = statistics.median(found["plain"])
+        for name, rates in found.items():
+            rate = statistics.median(rates)
+            tera = rate * of_image / 1e12
+            speed = f"{rate:.2f}", f"{min(rates):.2f}, {max(rates):.2f}", f"{rate / plain:.2f}"
+            rows.append(
+                (
+                    batch,
+                    name,
+                    len(splits[name].samples),
+                    *speed,
+                    f"{tera:.2f}",
+                    f"{tera / statistics.median(peaks):.1%}",
+                )
+            )
+    table(*rows)
+
+
+def curves(options: argparse.Namespace, cache: Cache) -> None:
+    """The second part."""
+    epochs = 10
+    split = repeated(cache, -(-options.steps // epochs))
+    base = config_of(options, epochs=epochs, batch_size=1)
+    ways: dict[str, Callable[[], Fast | Plain]] = {
+        "plain": lambda: Plain(base, options.device),
+        "fast": lambda: Fast(base, options.device),
+        "fast, float32": lambda: Fast(replace(base, precision="float32"), options.device),
+    }
+    found = {name: list(_losses(make(), split, epochs)) for name, make in ways.items()}
+    print(f"\n{images_in(split, base) * epochs} steps of one image, {epochs} epochs, {options.height}x{options.width} "
+          f"px, width {options.width_factor:g}, learning rate {base.learning_rate:g}\n")  # fmt: skip
+    rows: list[tuple[object, ...]] = [("way", "loss of the first epoch", "of the last", "largest difference")]
+    for name, losses in found.items():
+        apart = max(abs(mine / plain - 1) for mine, plain in zip(losses, found["plain"], strict=True))
+        rows.append((name, f"{losses[0]:.5f}", f"{losses[-1]:.5f}", f"{apart:.1e}" if name != "plain" else ""))
+    table(*rows)
+
+
+def _losses(one: Fast | Plain, cache: Cache, epochs: int) -> Iterator[float]:
+    for _ in range(epochs):
+        yield one.epoch(cache)
+        if isinstance(one, Fast):
+            one.training.epochs_done += 1
+        else:
+            one.epochs_done += 1
 
 
 def main() -> None:
-    """Measures every combination in one run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5, help="for each combination")
-    parser.add_argument("--height", type=int, default=320)
-    parser.add_argument("--width", type=int, default=480)
-    options = parser.parse_args()
-    size = {"input_height": options.height, "input_width": options.width}
-    print("| threads | precision | images | s a step | ratio |\n| --- | --- | --- | --- | --- |")
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        plain = None
-        for precision, channels_last in itertools.product(("float32", "bfloat16"), (False, True)):
-            found = step_seconds(RunConfig(width=0.25, precision=precision, **size), channels_last, options.seconds)
-            plain = plain or found
-            order = "channels last" if channels_last else "default"
-            print(f"| {threads} | {precision} | {order} | {found:.3f} | {plain / found:.2f} |", flush=True)
+    """Prints Markdown tables."""
+    options = options_of(
+        __doc__,
+        5,
+        batches={"type": int, "nargs": "+", "help": "images a step"},
+        rounds={"type": int, "default": 3},
+        steps={"type": int, "default": 300, "help": "of the loss curves"},
+    )
+    options.batches = options.batches or ([1, 4, 10, 32] if options.device.type == "cuda" else [1, 4])
+    limits.show(limits.measure(options.device, min(2, options.seconds)), options)
+    print()
+    with split_of(options) as cache:
+        speeds(options, cache)
+    options.height, options.width = (min(side, 128) for side in (options.height, options.width))
+    options.width_factor = min(options.width_factor, 0.25)
+    with split_of(options) as cache:
+        curves(options, cache)
 
 
 if __name__ == "__main__":
