@@ -11,6 +11,9 @@ Shapes: B images, H x W px, C (I in, O out) channels; F = 4 the places in a squa
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,6 +54,12 @@ def forward(network: SegDecNet, images_BCHW: Tensor, dtype: torch.dtype) -> tupl
         map_B1HW = segmentation = unfold(_folded_conv_norm(network.segment, x)).permute(0, 3, 1, 2)
         reduced = F.avg_pool2d(map_B1HW, STRIDE)
     return _decision(network.decision, eighth, reduced, map_B1HW, network.gradient_multiplier), segmentation
+
+
+def lay_out(network: SegDecNet) -> None:
+    """Orders the weights in memory as `forward` wants them: channels last where they are used as they are."""
+    for part in (network.trunk2, network.trunk3, network.trunk4, network.decision.convolve):
+        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def compute_dtype(config: RunConfig, network: SegDecNet) -> torch.dtype:
@@ -94,6 +103,42 @@ def folded_up_weight(weight_IO55: Tensor) -> Tensor:
     # Row p of a square takes the input's row u with weight p + 2 - 2u.
     split = F.pad(weight_IO55, (0, 1, 0, 1)).reshape(ins, outs, 3, 2, 3, 2).flip(2, 4)
     return split.permute(3, 5, 1, 0, 2, 4).reshape(4 * outs, ins, 3, 3)
+
+
+class _Rearranged(torch.autograd.Function):
+    """A weight under one of the two definitions above, in one step each way instead of dozens of small ones."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, definition: Callable[[Tensor], Tensor]) -> Tensor:
+        from_flat, is_zero, back, (outs, ins) = _places(definition, tuple(weight.shape), weight.device)
+        ctx.back, ctx.shape = back, weight.shape
+        values = weight.flatten()[from_flat].masked_fill_(is_zero, 0)
+        return values.view(outs, 3, 3, ins).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        places = gradients[0].permute(0, 2, 3, 1).reshape(-1)
+        return places[ctx.back].sum(dim=0).view(ctx.shape), None
+
+
+@lru_cache(maxsize=256)
+def _places(
+    definition: Callable[[Tensor], Tensor], shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """Where each value of a rearranged weight, channels last, is from and whether it is none; for each value of the
+    weight all the places that it has (places, values); and the channels of the result."""
+    with torch.inference_mode(False):
+        count = math.prod(shape)
+        result = definition(torch.arange(1, count + 1).view(shape))
+        numbers = result.permute(0, 2, 3, 1).flatten()
+        taken = numbers.argsort(stable=True)[int((numbers == 0).sum()) :]
+        back = taken.view(count, -1).t().contiguous()
+        return (
+            (numbers - 1).clamp(min=0).to(device),
+            (numbers == 0).to(device),
+            back.to(device),
+            (result.shape[0], result.shape[1]),
+        )
 
 
 def _conv(x_BHWI: Tensor, weight_OIKK: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -174,7 +219,7 @@ def _conv_norm(block: nn.Module, x_BHWI: Tensor) -> Tensor:
 
 def _folded_conv_norm(block: nn.Module, x_BHWFI: Tensor) -> Tensor:
     conv, norm, relu = _parts(block)
-    x = _conv(x_BHWFI.flatten(3), folded_weight(conv.weight))
+    x = _conv(x_BHWFI.flatten(3), _Rearranged.apply(conv.weight, folded_weight))
     return _norm(norm, x.unflatten(3, (4, -1)), relu)
 
 
@@ -235,7 +280,8 @@ def _gated(skip: Tensor, conv: nn.Conv2d, gate: Gate) -> Tensor:
 
 def _decoder_step(step: DecoderStep, x_BHWI: Tensor, skip_BHWFC: Tensor) -> Tensor:
     assert step.up.bias is not None
-    up = _conv(x_BHWI, folded_up_weight(step.up.weight), step.up.bias.repeat(4)).unflatten(3, (4, -1))
+    weight = _Rearranged.apply(step.up.weight, folded_up_weight)
+    up = _conv(x_BHWI, weight, step.up.bias.repeat(4)).unflatten(3, (4, -1))
     return _folded_blocks(step.convolve, torch.cat([skip_BHWFC, up], dim=4))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from model.arrays import Array, Floats, Ints
 from model.config import RunConfig
 from model.data import Cache, prefetched, step_rows
-from model.fast import compute_dtype, forward
+from model.fast import compute_dtype, forward, lay_out
 from model.losses import balance, decision_loss, segmentation_losses
 from model.network import SegDecNet, build
 from model.parallel import ALONE, Team
@@ -72,7 +72,7 @@ def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build(config.architecture, width=config.width, norm=config.norm).to(device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as convolutions want their weights
+    lay_out(network)
     network.gradient_multiplier = 0.0 if config.gradient_adjustment else 1.0
     training = Training(config, network, _optimizer(config, network, device), team=team)
     if state:

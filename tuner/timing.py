@@ -22,8 +22,8 @@ from model.data import Cache, open_cache
 from model.evaluate import Scores, score
 from model.inspection import Read
 from model.sample import Sample
-from model.step import STEPS_BEFORE_RECORDING
 from model.splits import Splits
+from model.step import STEPS_BEFORE_RECORDING
 from tuner import gpu
 from tuner.shares import cores_each
 from tuner.space import Space
