@@ -5,6 +5,7 @@ going on from a checkpoint gives, on a CPU, the same weights to the bit as never
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,9 @@ from model.sample import Batch
 
 _STEPS_BETWEEN_CHECKS = 50
 """A check for a finite loss waits for the device."""
+
+_SEEDING = threading.Lock()
+"""Torch has one generator a process, and trials may share a process."""
 
 _HARD_AT = (2.0, 1.0, 0.5, 0.0)
 """standard deviations above the mean score at which an image counts as hard; the first that yields enough"""
@@ -62,7 +66,7 @@ class Training:
 def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None = None, team: Team = ALONE) -> Training:
     """A fresh network from the configuration's seed, or one that goes on from `Training.state`, whatever team had come
     so far."""
-    with torch.random.fork_rng(devices=[]):
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build(config.architecture, width=config.width, norm=config.norm).to(device)
     network.gradient_multiplier = 0.0 if config.gradient_adjustment else 1.0
