@@ -73,12 +73,14 @@ class Together:
                 wait_until_free(self._free_bytes, wanted, f"GPU {properties.name}, {self._device}")
             yield
         finally:
-            gc.collect()  # networks hang in circles
-            if on_gpu and torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-            with self._changed:
-                self._hold(self._held - share)
-                self._changed.notify_all()
+            try:
+                gc.collect()  # networks hang in circles
+                if on_gpu:
+                    torch.cuda.empty_cache()
+            finally:
+                with self._changed:
+                    self._hold(self._held - share)
+                    self._changed.notify_all()
 
     def _hold(self, share: float) -> None:
         if self._device.type == "cuda" and share > _ROUNDING:

@@ -21,7 +21,7 @@ from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,11 +29,13 @@ from model.config import RunConfig
 from model.parallel import Traceback, portable
 from tuner import gpu
 from tuner.records import NodeUnfit
-from tuner.trial import Report, Task
+from tuner.trial import Task
 from tuner.use import Meter
 
 PACKED = True
 """whether trials that share a GPU train in one process"""
+
+Found = TypeVar("Found")
 
 _LOOPBACK = "127.0.0.1"
 _CALLERS = 128
@@ -137,7 +139,10 @@ class Host:
         try:
             with self._together.share(asked.share):
                 return self._trained(asked, connection)
-        except (NodeUnfit, RuntimeError) as error:  # there is no share to be had
+        except NodeUnfit as error:
+            return "failed", (error, traceback.format_exc())
+        except RuntimeError as error:  # of CUDA, before the trial began or after its end
+            self._end_if_broken()
             return "failed", (NodeUnfit(str(error)), traceback.format_exc())
 
     def _trained(self, asked: Asked, connection: Connection) -> tuple[str, Any] | None:
@@ -152,42 +157,35 @@ class Host:
 
         try:
             with Meter(self._device) as meter:
-                _train(self._task, asked.config, self._device, asked.threads, asked.resume, report)
+                run = partial(self._task.run, asked.config, self._device, asked.resume, report)
+                _apart(run, self._device, asked.threads)
         except _Gone:
             return None
         except Exception as error:
-            if not gpu.still_answers(self._device):
-                os._exit(1)  # it would train nothing any more: its trials go on from their checkpoints
+            self._end_if_broken()
             return "failed", (portable(error), traceback.format_exc())
         return "done", None
+
+    def _end_if_broken(self) -> None:
+        """Ends this process where it could train nothing any more, before its trials say that they have failed: they
+        go on from their checkpoints."""
+        if not gpu.still_answers(self._device):
+            os._exit(1)
 
 
 class _Gone(BaseException):
     """The process of a trial has gone, or was told to stop it. No error that a trial may take for its own."""
 
 
-def run_side_by_side(
-    task: Task,
-    configs: Sequence[RunConfig],
-    device: torch.device,
-    report: Callable[[int, dict[str, Any], Path | None], None],
-    threads: int = 1,
-) -> None:
-    """Runs trials in this process until all have ended, with CPU threads for each. Their reports come with their number
-    in `configs`, and from all at once. Raises what the first of them raises."""
-    with ThreadPoolExecutor(len(configs)) as pool:
-        running = [
-            pool.submit(_train, task, config, device, threads, None, partial(report, number))
-            for number, config in enumerate(configs)
-        ]
-    for trial in running:
-        trial.result()
+def side_by_side(functions: Sequence[Callable[[], Found]], device: torch.device, threads: int = 1) -> list[Found]:
+    """Calls functions in this process, each in a thread of its own on a stream of its own, with so many CPU threads
+    each; what they return. Raises what the first of them raises, when all have ended."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        running = [pool.submit(_apart, function, device, threads) for function in functions]
+    return [function.result() for function in running]
 
 
-def _train(
-    task: Task, config: RunConfig, device: torch.device, threads: int, resume: Path | None, report: Report
-) -> None:
-    """What a trial's thread does."""
-    torch.set_num_threads(threads)  # of this thread, and of those that begin after it: all trials have as many
+def _apart(function: Callable[[], Found], device: torch.device, threads: int) -> Found:
+    torch.set_num_threads(threads)  # of this thread, and of those that begin after it: all have as many
     with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
-        task.run(config, device, resume, report)
+        return function()

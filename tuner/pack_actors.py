@@ -97,7 +97,8 @@ class _Maker:
                 died, tries = error, tries + 1
                 if self._hosts.get(place) is host:  # else another trial has found the same
                     del self._hosts[place]
-        raise NodeUnfit(f"the process that is to train the trials of GPU {visible} dies as it starts: {died}")
+        said = str(died).strip().splitlines()[-1]  # the rest is a traceback
+        raise NodeUnfit(f"the process that is to train the trials of GPU {visible} dies as it starts: {said}")
 
 
 class _Host:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from model.config import RunConfig
 from tests.tuner.test_search import ScriptedTask
 from tuner import gpu, pack
 from tuner.pack import Asked, Host, HostLost
+from tuner.records import NodeUnfit
 from tuner.trial import TrialTask
 
 CPU = torch.device("cpu")
@@ -150,12 +152,26 @@ def wait_until_nothing_runs(host: Host) -> None:
 @pytest.mark.timeout(240)
 def test_trials_side_by_side_without_a_search(task: TrialTask, alone: list[Kept], tmp_path: Path) -> None:
     found = [Kept(tmp_path / f"{number}") for number in range(len(CONFIGS))]
-    pack.run_side_by_side(task, CONFIGS, CPU, lambda number, progress, folder: found[number](progress, folder))
+    trials = [partial(task.run, config, CPU, None, kept) for config, kept in zip(CONFIGS, found, strict=True)]
+    pack.side_by_side(trials, CPU)
     for kept, wanted in zip(found, alone, strict=True):
         assert_same(kept, wanted)
-    crashing = ScriptedTask(tmp_path, {"0.01": "crash"})
-    with pytest.raises(RuntimeError, match="a bug"):
-        pack.run_side_by_side(crashing, [CONFIG], CPU, lambda *_: None)
+
+
+def test_functions_side_by_side_answer_in_their_order() -> None:
+    met = threading.Barrier(2)
+
+    def answer(number: int) -> int:
+        met.wait(50)
+        return number
+
+    assert pack.side_by_side([partial(answer, 1), partial(answer, 2)], CPU) == [1, 2]
+    with pytest.raises(ValueError, match="not a number"):
+        pack.side_by_side([partial(float, "1"), _fail], CPU)
+
+
+def _fail() -> float:
+    raise ValueError("not a number")
 
 
 def test_the_checkpoint_that_is_handed_over_stays_until_it_was_copied(tmp_path: Path) -> None:
@@ -255,6 +271,14 @@ def test_the_death_of_a_host_is_told_to_all_of_its_trials(tmp_path: Path) -> Non
 @pytest.mark.timeout(240)
 def test_a_device_that_answers_no_more_ends_the_host_before_any_trial_is_called_failed(tmp_path: Path) -> None:
     assert "died" in str(_dead_host(tmp_path, "crash"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_torch_cannot_use_is_a_problem_of_the_node(tmp_path: Path) -> None:
+    host = Host(ScriptedTask(tmp_path), torch.device("cuda", 0))
+    for _ in range(2):  # it gives back what it could not use
+        with pytest.raises(NodeUnfit, match="this trial holds a GPU, but torch finds no CUDA here; install a CUDA"):
+            pack.train_at(host.address, Asked(CONFIG, 1.0, 1, None), lambda *_: None)
 
 
 def test_who_does_not_know_the_key_is_not_heard(tmp_path: Path) -> None:
