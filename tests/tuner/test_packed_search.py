@@ -32,7 +32,7 @@ from tuner.trial import Task, TrialTask
 CPU = torch.device("cpu")
 SHARED = Resources(1, 0.33)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def wait_for(path: Path) -> None:
 
 
 def test_trials_of_a_gpu_end_in_one_process_as_they_do_in_processes_of_their_own(tmp_path: Path) -> None:
-    space = scripted_space([1.0, 2.0, 3.0, 4.0])
+    space = scripted_space([1.0, 2.0, 3.0])
     behaviour = {"1": "diverge", "2": "crash"}
     for name in ("packed", "apart"):
         (tmp_path / name).mkdir()
@@ -131,7 +131,7 @@ def test_trials_of_a_gpu_end_in_one_process_as_they_do_in_processes_of_their_own
     assert crashed["reason"] == "RuntimeError: a bug"
     assert 'raise RuntimeError(does.replace("crash", "a bug"))' in crashed["traceback"]
     assert len({process for trial in processes(tmp_path / "packed").values() for process in trial}) == 1
-    assert len({process for trial in processes(tmp_path / "apart").values() for process in trial}) == 4
+    assert len({process for trial in processes(tmp_path / "apart").values() for process in trial}) == 3
     while alive("_Host") or alive("_Maker"):  # they end with the search
         time.sleep(0.1)
 
