@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,7 +36,7 @@ from model.config import RunConfig
 from model.data import Cache, open_cache
 from model.evaluate import predict, score
 from model.thresholds import sigmoid
-from tuner import gpu
+from tuner import gpu, pack
 from tuner.trial import TrialTask, take_device
 
 SIZE = {"input_height": 448, "input_width": 448}
@@ -110,6 +111,25 @@ def _peak_of(answer: Connection, task: TrialTask, config: RunConfig, share: floa
     reports: list[dict[str, Any]] = []
     task.run(replace(config, learning_rate=0.01), device, None, lambda p, _folder: reports.append(dict(p)))
     answer.send((torch.cuda.max_memory_reserved(device), reports[-1]))
+
+
+class _Broken(TrialTask):
+    """Reads outside of a tensor, which CUDA never gets over."""
+
+    def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Any) -> None:
+        torch.zeros(1, device=device)[torch.tensor([9], device=device)].item()
+
+
+def _host_of_broken(answer: Connection) -> None:
+    answer.send(pack.Host(_Broken([], [], "dice_mean", "objective", {}), GPU).address)
+    time.sleep(120)
+
+
+def _losses_at(address: pack.Address, config: RunConfig) -> list[float]:
+    reports: list[dict[str, Any]] = []
+    asked = pack.Asked(config, 0.2, _THREADS, None)
+    pack.train_at(address, asked, lambda progress, _folder, _use: reports.append(dict(progress)))
+    return [row["loss_total"] for row in reports[-1]["history"]]
 
 
 def _search(name: str, options: tuple[str, ...]) -> None:
@@ -191,6 +211,48 @@ class Bench:
         score(training.network, cache, training.config, GPU)
         rows.append(("a validation", _beside()))
         table(*rows, ("as a trial's share counts it", gpu.context_bytes(GPU) // MIB))
+
+    def packed(self) -> None:
+        """Trials in one host: losses and seconds against one after another, what they leave, and a broken kernel."""
+        samples = samples_in(self.folder)
+        task = TrialTask(samples, samples[:8], "dice_mean", "objective", {})
+        small = RunConfig(**SIZE, width=0.25, epochs=2, precision="float32")
+        configs = [
+            replace(small, learning_rate=rate, dilate=d) for rate, d in ((0.3, 1), (0.1, 1), (0.3, 5), (0.03, 3))
+        ]
+        task.run(replace(small, epochs=1), GPU, None, lambda *_: None)  # what is made once: caches, kernels
+        alone: list[list[float]] = []
+        started = time.perf_counter()
+        for config in configs:
+            task.run(config, GPU, None, lambda p, _: alone.append([row["loss_total"] for row in p["history"]]))
+        one_by_one = time.perf_counter() - started
+        alone = alone[1::2]
+        torch.cuda.empty_cache()
+        host = pack.Host(task, GPU)
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(configs)) as pool:
+            together = list(pool.map(lambda config: _losses_at(host.address, config), configs))
+        packed = time.perf_counter() - started
+        left = torch.cuda.memory_reserved(GPU) // MIB
+        table(
+            ("learning rate, dilation", "losses alone", "losses in a host"),
+            *((f"{c.learning_rate:g}, {c.dilate}", *(", ".join(f"{loss:.6f}" for loss in losses) for losses in both))
+              for c, *both in zip(configs, alone, together, strict=True)),
+        )  # fmt: skip
+        print(
+            f"\nOne after another {one_by_one:.1f} s, in a host {packed:.1f} s; it keeps {left} MiB afterwards.",
+            flush=True,
+        )
+        np.testing.assert_allclose(together, alone, rtol=0.05)
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        broken = multiprocessing.get_context("spawn").Process(target=_host_of_broken, args=(theirs,), daemon=True)
+        broken.start()
+        try:
+            _losses_at(ours.recv(), configs[0])
+        except pack.HostLost as error:
+            print(f"A kernel that goes wrong: {error}", flush=True)
+        else:
+            raise AssertionError("a host outlived its CUDA context")
 
     def search_chosen(self) -> None:
         """A search that chooses the share itself."""

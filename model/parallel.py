@@ -166,14 +166,14 @@ def _listen(
                 del pipes[pipe]
             else:
                 error, trace = value
-                error.__cause__ = _Traceback(trace)
+                error.__cause__ = Traceback(trace)
                 if not isinstance(error, PeerLost):
                     raise error
                 lost, end = error, time.monotonic() + _SECONDS_FOR_THE_CAUSE
                 del pipes[pipe]
 
 
-class _Traceback(Exception):
+class Traceback(Exception):
     """What was raised in another process, as text, where a traceback shows the cause."""
 
     def __str__(self) -> str:
@@ -213,7 +213,7 @@ def _member(
         function(Team(rank, len(devices)), devices[rank], say, *arguments)
         pipe.send(("done", None))
     except Exception as error:
-        pipe.send(("failed", (_portable(error), traceback.format_exc())))
+        pipe.send(("failed", (portable(error), traceback.format_exc())))
     pipe.close()
     os._exit(0)  # at once: leaving the group in order would wait for the others
 
@@ -237,12 +237,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _portable(error: Exception) -> Exception:
-    """The same error, or one that says the same where it cannot be sent."""
+def portable(error: Exception) -> Exception:
+    """The same error as another process gets it, without what its traceback holds; or one that says the same where it
+    cannot be sent."""
     try:
         again = pickle.loads(pickle.dumps(error))  # noqa: S301  (our own)
         assert isinstance(again, Exception)
-        return error
+        return again
     except Exception:
         kind = MemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
         return kind(f"{type(error).__name__}: {error}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from model.step import FiniteCheck, Recorder, own_stream
 
 _STEPS_BETWEEN_CHECKS = 50
 """of the loss, which has to be a finite number"""
+
+_SEEDING = threading.Lock()
+"""Torch has one generator a process, and trials may share a process."""
 
 _HARD_AT = (2.0, 1.0, 0.5, 0.0)
 """standard deviations above the mean score at which an image counts as hard; the first that yields enough"""
@@ -69,7 +73,7 @@ class Training:
 def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None = None, team: Team = ALONE) -> Training:
     """A fresh network from the configuration's seed, or one that goes on from `Training.state`, whatever team had come
     so far."""
-    with torch.random.fork_rng(devices=[]):
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build(config.architecture, width=config.width, norm=config.norm).to(device)
     lay_out(network)

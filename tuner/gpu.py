@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,6 +27,9 @@ _SECONDS_TO_WAIT = 60.0
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
+_ROUNDING = 1e-6
+"""of shares that add up to a GPU"""
+
 
 def take(device: torch.device, share: float) -> None:
     """Waits for the memory of this process's share of a GPU (1 is all of it), and forbids it more. NodeUnfit if others
@@ -33,6 +39,70 @@ def take(device: torch.device, share: float) -> None:
     name = f"GPU {properties.name}, {device}"
     wait_until_free(lambda: _free_bytes(device), wanted_bytes(share, properties.total_memory), name)
     torch.cuda.set_per_process_memory_fraction(limit, device)
+
+
+def check_cuda() -> None:
+    """NodeUnfit where torch cannot use the GPU that a trial holds: a silent CPU would take days."""
+    if not torch.cuda.is_available():
+        raise NodeUnfit("this trial holds a GPU, but torch finds no CUDA here; install a CUDA build of torch")
+
+
+class Together:
+    """The shares of a GPU that trials in one process hold: no trial can be kept from the memory of another, but all of
+    them together from what is not theirs. On a CPU the shares are counted alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held = 0.0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def share(self, share: float) -> Iterator[None]:
+        """Holds a share while a trial runs, and gives back what it took of the memory. It waits for its turn: a trial
+        whose process was killed holds its share until it notices. NodeUnfit as for `take`."""
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            check_cuda()
+        with self._changed:
+            self._changed.wait_for(lambda: self._held + share <= 1 + _ROUNDING)
+            self._hold(self._held + share)
+        try:
+            if on_gpu:
+                properties = torch.cuda.get_device_properties(self._device)
+                wanted = wanted_bytes(share, properties.total_memory)
+                wait_until_free(self._free_bytes, wanted, f"GPU {properties.name}, {self._device}")
+            yield
+        finally:
+            try:
+                gc.collect()  # networks hang in circles
+                if on_gpu:
+                    torch.cuda.empty_cache()
+            finally:
+                with self._changed:
+                    self._hold(self._held - share)
+                    self._changed.notify_all()
+
+    def _hold(self, share: float) -> None:
+        if self._device.type == "cuda" and share > _ROUNDING:
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            torch.cuda.set_per_process_memory_fraction(tensor_share(min(share, 1.0), total), self._device)
+        self._held = share
+
+    def _free_bytes(self) -> int:
+        """With what this process keeps and does not use."""
+        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return _free_bytes(self._device) + kept
+
+
+def still_answers(device: torch.device) -> bool:
+    """Whether a device can be used after an error: what a kernel does wrong ends CUDA for the whole process."""
+    try:
+        torch.zeros(1, device=device).item()
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+    return True
 
 
 def tensor_share(share: float, total_bytes: int) -> float:

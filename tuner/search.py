@@ -15,7 +15,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -28,12 +28,14 @@ from ray.tune import FailureConfig, Stopper, TuneConfig
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuner import checkpoints, cluster
+from tuner import checkpoints, cluster, pack, pack_actors
 from tuner.checkpoints import Torn, Trials, Writer
 from tuner.cluster import Resources, fit_at_once
 from tuner.datasets import DataFailed
 from tuner.mirror import Mirror
 from tuner.nodes import Needs
+from tuner.pack import Asked, HostLost
+from tuner.pack_actors import Hosts
 from tuner.records import NodeUnfit
 from tuner.remote import StorageFailed, Unusable
 from tuner.session import LEAVES, OVER, UNFIT, UNREACHED, Session
@@ -58,9 +60,10 @@ def run_trials(
     trackers: Trackers,
     mirror: Mirror | None = None,
     needs: Needs | None = None,
+    packed: bool = pack.PACKED,
 ) -> str:
     """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped"). A node
-    that joins meanwhile must have what is needed.
+    that joins meanwhile must have what is needed. `packed`: those that share a GPU train in one process.
 
     SearchFailed when trials crash one after another.
     """
@@ -85,8 +88,23 @@ def run_trials(
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
-    experiment = tune.Tuner(
-        tune.with_parameters(_trial_on_worker, task=task, cpus=resources.cpus_per_trial, trials=trials, needs=needs),
+    hosts = pack_actors.opened(task) if packed and 0 < resources.gpus_per_trial < 1 else nullcontext()
+    try:
+        with hosts as opened, _signals_set(session):
+            _experiment(session, task, needs, opened).fit()
+    except Exception as error:
+        session.error = session.error or _cause(error)
+    finally:
+        ended = session.close()
+    return ended
+
+
+def _experiment(session: Session, task: Task, needs: Needs | None, hosts: Hosts | None) -> tune.Tuner:
+    """What Ray Tune runs of a session."""
+    resources, trials = session.resources, session.trials
+    given = {"task": task, "cpus": resources.cpus_per_trial, "trials": trials, "needs": needs, "hosts": hosts}
+    return tune.Tuner(
+        tune.with_parameters(_trial_on_worker, **given),
         tune_config=TuneConfig(
             search_alg=_StudySearcher(session),
             scheduler=_StudyScheduler(session),
@@ -104,14 +122,6 @@ def run_trials(
             verbose=0,
         ),
     )
-    try:
-        with _signals_set(session):
-            experiment.fit()
-    except Exception as error:
-        session.error = session.error or _cause(error)
-    finally:
-        ended = session.close()
-    return ended
 
 
 def _cause(error: Exception) -> Exception:
@@ -225,20 +235,22 @@ class _Stop(Stopper):
         return True
 
 
-def _trial_on_worker(config: dict[str, Any], task: Task, cpus: float, trials: Trials, needs: Needs | None) -> None:
+def _trial_on_worker(
+    config: dict[str, Any], task: Task, cpus: float, trials: Trials, needs: Needs | None, hosts: Hosts | None
+) -> None:
     """What Ray runs: one trial, whose end is always reported, however it comes. NodeUnfit where the trial is to go on
-    elsewhere."""
+    elsewhere, HostLost where it is to go on without a host."""
     from model.config import RunConfig
 
     writer = Writer(trials, config["start"], config["config"])
 
-    def report(progress: dict[str, Any], folder: Path | None) -> None:
+    def report(progress: dict[str, Any], folder: Path | None, use: dict[str, float] | None = None) -> None:
         pictures: dict[str, str] = {}
         if folder:
             writer.write(folder, progress["epochs"], last=progress["status"] != "running")
             if trials.there and has_new_pictures(progress):  # the driver would have to fetch them
                 pictures = {name: base64.b64encode(data).decode() for name, data in previews(folder).items()}
-        use = meter.read() if meter else {}  # not part of the progress: records of equal searches are equal
+        use = use or (meter.read() if meter else {})  # not part of the progress: records of equal searches are equal
         told = {"progress": progress, "use": use, "pictures": pictures}
         where = {"node": node, "prepared": prepared}
         tune.report({name: json.dumps(value) for name, value in told.items()} | where)  # Ray would flatten it
@@ -247,11 +259,18 @@ def _trial_on_worker(config: dict[str, Any], task: Task, cpus: float, trials: Tr
     own = RunConfig.from_dict(config["config"])
     meter = prepared = None
     is_ready = False
+    packs = hosts if config["gpus"] and not config["alone"] else None
     try:
         if node in cluster.draining():  # Ray gave the trial to a process from before the notice
             raise _NodeLeaves
         prepared = needs.make_ready(*task.decoded) if needs else None
         is_ready = True
+        if packs:  # this process asks CUDA for nothing, which would cost it memory of the GPU
+            with tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
+                resume = _fetched(config, own, trials, Path(scratch))
+                asked = Asked(own, config["gpus"], max(1, int(cpus)), resume)
+                pack.train_at(packs.address(), asked, report)
+            return
         device = _device(config["gpus"], int(cpus))
         with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
             resume = _fetched(config, own, trials, Path(scratch))
@@ -259,6 +278,8 @@ def _trial_on_worker(config: dict[str, Any], task: Task, cpus: float, trials: Tr
     except _NodeLeaves:
         report(nothing_yet() | {"status": LEAVES}, None)
         raise  # ends the process, to which Ray would give the next trial
+    except HostLost:
+        raise  # as a process that dies
     except Exception as error:  # a trial that crashes is a result, with its reason
         full = cluster.full_disk(error)
         unreached = isinstance(error, StorageFailed | DataFailed) or not is_ready

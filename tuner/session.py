@@ -180,6 +180,7 @@ class Session:
             "config": proposal.config.to_dict(),
             "checkpoint": found.address if found else None,
             "gpus": self.gpus[key],
+            "alone": self._has_died(proposal.trial),
         }
 
     def _gpus_of_next(self) -> float:
@@ -386,6 +387,12 @@ class Session:
         earlier = sum(before <= stay for before in self._deaths[proposal.trial])
         self._deaths[proposal.trial].append(nodes)
         return earlier + (is_certain and nodes <= stay) >= _DEATHS
+
+    def _has_died(self, trial: str) -> bool:
+        """Whether a process died that trained this trial, on a node that stays. It goes on in one of its own: what
+        trains others beside it would die for all of them once more, if it was this trial's doing."""
+        stay = cluster.nodes_that_stay()
+        return any(before <= stay for before in self._deaths[trial])
 
     def _finish(self, proposal: Proposal, progress: dict[str, Any]) -> None:
         record = {

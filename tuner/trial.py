@@ -32,7 +32,6 @@ from model.sample import Sample
 from model.splits import counts, keep_masks
 from model.thresholds import Thresholds, sigmoid
 from tuner import gpu
-from tuner.records import NodeUnfit
 from tuner.space import DECISION_METRICS, MASK_COSTS, Space
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -282,8 +281,7 @@ def take_device(gpus: float, threads: int) -> torch.device:
     torch.set_num_threads(max(1, threads))
     if gpus == 0:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise NodeUnfit("this trial holds a GPU, but torch finds no CUDA here; install a CUDA build of torch")
+    gpu.check_cuda()
     device = torch.device("cuda", 0)
     if gpus <= 1:
         gpu.take(device, gpus)

@@ -32,7 +32,8 @@ def users_of(package: str) -> set[str]:
 
 
 def test_ray_optuna_and_wandb_stay_where_they_belong() -> None:
-    assert users_of("ray") == {"tuner/cluster.py", "tuner/jobs.py", "tuner/nodes.py", "tuner/search.py"}
+    of_ray = {"tuner/cluster.py", "tuner/jobs.py", "tuner/nodes.py", "tuner/pack_actors.py", "tuner/search.py"}
+    assert users_of("ray") == of_ray
     optuna_users = {name for name in users_of("optuna") if not name.startswith("tuner/tracking/")}
     assert optuna_users == {
         "tuner/draw.py",
@@ -87,6 +88,8 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/cluster.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.session", "tuner.trial")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
         ("tuner/gpu.py", ("ray", "optuna", "wandb", "tuner.trial", "tuner.search")),
+        ("tuner/pack.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.session")),
+        ("tuner/pack_actors.py", ("optuna", "wandb", "tuner.search", "tuner.session")),
         ("tuner/shares.py", ("ray", "optuna", "wandb", "torch")),
         ("tuner/use.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.trial")),
         ("tuner/records.py", ("ray", "optuna", "torch")),

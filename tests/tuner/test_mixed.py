@@ -57,7 +57,7 @@ def test_trials_with_and_without_a_gpu_in_one_search(one_gpu, tmp_path: Path, mo
     def session() -> str:
         study = SearchStudy(space, "abc123", tmp_path / "study.journal")
         task = Placed(tmp_path, behaviour)
-        return search.run_trials(study, task, tmp_path, space.budget, resources, Trackers([]))
+        return search.run_trials(study, task, tmp_path, space.budget, resources, Trackers([]), packed=False)
 
     assert session() == "stopped"
     (tmp_path / "go").touch()

@@ -73,7 +73,7 @@ class ScriptedTask:
                 "seconds": progress["seconds"] + 1.0,
                 "status": "completed" if epoch == config.epochs else "running",
             }
-            folder = self.folder / f"{os.getpid()}-{epoch}"
+            folder = self.folder / f"{os.getpid()}-{config.delta_cls_loss:g}-{epoch}"
             folder.mkdir(exist_ok=True)
             write_json(folder / "progress.json", progress)
             checkpoint.seal(folder)
