@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.measure import config_of, now, options_of, repeated, split_of, table
+from bench.measure import Table, config_of, now, options_of, repeated, split_of
 from bench.training_step import Fast, epoch_rate, fitting
 from model import data
 from model.config import RunConfig
@@ -53,14 +53,15 @@ def loaded(cache: Cache, config: RunConfig, device: torch.device, threads: int, 
 
 
 def compare(options: argparse.Namespace, cache: Cache) -> None:
-    """Prints a table."""
-    rows: list[tuple[object, ...]] = [("batch", "augmentation", "threads", "images/s", "times what training takes")]
+    """One table."""
+    print(f"{options.height}x{options.width} px, width {options.width_factor:g}\n")
+    shown = Table("batch", "augmentation", "threads", "images/s", "times what training takes")
     left_out = {}
     for batch in options.batches:
         config = config_of(options, batch_size=batch)
         fast = Fast(config, options.device)
         needed = epoch_rate(fast, fitting(fast, cache, options.device, options.seconds), options.device)
-        rows.append((batch, "(training)", "", f"{needed:.1f}", "1.0"))
+        shown.add(batch, "(training)", "", f"{needed:.1f}", "1.0")
         split = repeated(cache, max(1024, 8 * batch))
         for name, fields in AUGMENTATIONS.items():
             if "augment_quarter_turns" in fields and options.height != options.width:
@@ -72,9 +73,7 @@ def compare(options: argparse.Namespace, cache: Cache) -> None:
                 except ImportError as error:
                     left_out[name] = str(error)
                     continue
-                rows.append((batch, name, threads, f"{rate:.0f}", f"{rate / needed:.1f}"))
-    print(f"{options.height}x{options.width} px, width {options.width_factor:g}\n")
-    table(*rows)
+                shown.add(batch, name, threads, f"{rate:.0f}", f"{rate / needed:.1f}")
     for name, why in left_out.items():
         print(f"\nAugmentation '{name}' was left out: {why}.")
     print("\nFor the results page's 50 epochs of 7,908 images within 15 minutes, 440 images/s are the least.")
