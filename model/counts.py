@@ -9,8 +9,9 @@ The functions that take `xp` count with numpy or with torch, whichever it is, on
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ ROW = np.dtype([("code", "i2"), ("background", "i4"), ("margin", "i4"), ("truth"
 the tolerance; of the truth; and of the truth with this as the best score within the tolerance."""
 
 _KINDS = ("background", "margin", "truth", "reached")
+
+_ROWS_AT_ONCE = 1 << 17
+"""of a table that are summed up at a time"""
 
 
 def to_half(logits: Any) -> Any:
@@ -71,7 +75,8 @@ def least_codes(thresholds_K: Array) -> Ints:
 def spread(xp: Any, values_HW: Any, distance: int) -> Any:
     """The largest value (uint8 or int16) within a cross with arms of `distance` px, the public code's 5x5 cross for 2.
 
-    Of a 0/1 mask this is the dilated mask; of scores, what the dilated prediction selects at each threshold.
+    Of a 0/1 mask this is the dilated mask; of scores, what the dilated prediction selects at each threshold. With torch
+    also of a batch (B, H, W).
     """
     if distance == 0:
         return values_HW
@@ -81,10 +86,10 @@ def spread(xp: Any, values_HW: Any, distance: int) -> Any:
     best = values_HW + 0
     for step in range(1, distance + 1):
         for shifted, source in (
-            (best[step:], values_HW[:-step]),
-            (best[:-step], values_HW[step:]),
-            (best[:, step:], values_HW[:, :-step]),
-            (best[:, :-step], values_HW[:, step:]),
+            (best[..., step:, :], values_HW[..., :-step, :]),
+            (best[..., :-step, :], values_HW[..., step:, :]),
+            (best[..., step:], values_HW[..., :-step]),
+            (best[..., :-step], values_HW[..., step:]),
         ):
             xp.maximum(shifted, source, out=shifted)
     return best
@@ -210,47 +215,65 @@ class PixelCounts:
 
     def at(self, thresholds_K: Array | float) -> Selected:
         """What thresholds, logits, select in each image."""
-        least = least_codes(np.atleast_1d(np.asarray(thresholds_K, np.float64)))
-        out = np.empty((4, len(self), len(least)), np.int64)
-        whole = np.empty((2, len(self), 1), np.int64)
-        for n in range(len(self)):
-            rows = self.of(n)
-            kinds = np.stack([rows[kind] for kind in _KINDS])
-            # How many pixels lie at or above each row, and 0 above the last.
-            above = np.zeros((4, len(rows) + 1), np.int64)
-            np.cumsum(kinds[:, ::-1], axis=1, out=above[:, -2::-1])
-            background, margin, truth, reached = above[:, np.searchsorted(rows["code"], least)]
-            out[:, n] = background + margin + truth, truth, margin + truth, reached
-            whole[:, n, 0] = above[2, 0], above[:3, 0].sum()
-        return Selected(*out, *whole)
+        least, column_K = np.unique(least_codes(np.atleast_1d(thresholds_K)), return_inverse=True)
+        reached = np.searchsorted(least, np.arange(_LOWEST_CODE, -_LOWEST_CODE), side="right")  # how many, by code
+        sums = np.empty((len(_KINDS), len(self), len(least) + 1), np.int64)
+        for images, rows, image_M in self._chunks():
+            places = image_M * sums.shape[2] + reached[rows["code"].astype(np.int64) - _LOWEST_CODE]
+            shape = len(images), sums.shape[2]
+            for kind, name in enumerate(_KINDS):
+                # The sums are exact: what numpy adds up here is float64, and an image has far less than 2^53 pixels.
+                sums[kind, images] = np.bincount(places, rows[name], math.prod(shape)).reshape(shape)
+        background, margin, truth, grown_truth = sums[:, :, ::-1].cumsum(axis=2)[:, :, ::-1]
+        pixels = background + margin + truth
+        predicted, hits, grown_hits, found = (
+            table[:, 1:][:, column_K] for table in (pixels, truth, margin + truth, grown_truth)
+        )
+        return Selected(predicted, hits, grown_hits, found, truth[:, :1], pixels[:, :1])
+
+    def _chunks(self, images: Ints | None = None) -> Iterator[tuple[Ints, Array, Ints]]:
+        """Some images, rising (all, if none are named), their rows, and which of these images each row is of: so many
+        at a time that memory stays bounded and arithmetic on arrays pays."""
+        images = np.arange(len(self)) if images is None else images
+        lengths = np.diff(self.offsets)[images]
+        chunk = np.cumsum(lengths) // _ROWS_AT_ONCE
+        for part in np.split(np.arange(len(images)), np.flatnonzero(np.diff(chunk)) + 1):
+            if len(part):
+                few = images[part]
+                adjacent = few[-1] - few[0] == len(few) - 1
+                rows = (
+                    self.rows[self.offsets[few[0]] : self.offsets[few[-1] + 1]]
+                    if adjacent
+                    else np.concatenate([self.of(n) for n in few])
+                )
+                yield few, rows, np.repeat(np.arange(len(few)), lengths[part])
 
     def pixel_curve(self, kept_N: Bools) -> Curve:
         """All pixels of all images as one. Those of images that are not kept have no score, -infinity."""
-        return _curve(self._dense(range(len(self)), kept_N))
+        return _curve(self._dense(None, kept_N))
 
     def curves_without(self, kept_N: Bools, groups_N: Ints) -> Iterator[Curve]:
         """The same without one group of images after another, in the order of their codes."""
-        whole = self._dense(range(len(self)), kept_N)
+        whole = self._dense(None, kept_N)
         for group in np.unique(groups_N):
             yield _curve(whole - self._dense(np.flatnonzero(groups_N == group), kept_N))
 
-    def _dense(self, images: Iterable[int], kept_N: Bools) -> Ints:
-        """(2, 65537) pixels inside and outside the truth by score, those without one first."""
+    def _dense(self, images: Ints | None, kept_N: Bools) -> Ints:
+        """(2, 65537) pixels inside and outside the truth by score, those without one first; of all images, if none are
+        named."""
         dense = np.zeros((2, 1 + _CODES), np.int64)
-        for n in images:
-            rows = self.of(n)
-            inside, outside = rows["truth"], rows["background"] + rows["margin"]
-            if kept_N[n]:
-                at = rows["code"].astype(np.int64) - (_LOWEST_CODE - 1)
-                dense[0, at] += inside
-                dense[1, at] += outside
-            else:
-                dense[:, 0] += inside.sum(), outside.sum()
+        for few, rows, image_M in self._chunks(images):
+            at = rows["code"].astype(np.int64) - (_LOWEST_CODE - 1)
+            if not kept_N[few].all():
+                at *= kept_N[few][image_M]
+            dense[0] += np.bincount(at, rows["truth"], 1 + _CODES).astype(np.int64)
+            dense[1] += np.bincount(at, rows["background"] + rows["margin"], 1 + _CODES).astype(np.int64)
         return dense
 
     def truth(self) -> Ints:
         """(N,) pixels of the truth"""
-        return np.array([self.of(n)["truth"].sum(dtype=np.int64) for n in range(len(self))])
+        sums = [np.bincount(image_M, rows["truth"], len(few)) for few, rows, image_M in self._chunks()]
+        return np.concatenate([np.empty(0), *sums]).astype(np.int64)
 
     def largest(self) -> Floats:
         """(N,) the largest score of each image"""
@@ -289,8 +312,12 @@ class CountsBuilder:
         rows = np.empty(len(on_host[0]), ROW)
         for name, column in zip(ROW.names or (), on_host, strict=True):
             rows[name] = column
+        self.extend(rows, [len(rows)])
+
+    def extend(self, rows: Array, lengths: Sequence[int]) -> None:
+        """The rows of the next images, one after another, and how many each has."""
         self._file.write(rows.data)
-        self._lengths.append(len(rows))
+        self._lengths += lengths
 
     def build(self) -> PixelCounts:
         """The tables of all images added so far, mapped from the file."""

@@ -12,9 +12,10 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from numpy.lib.format import open_memmap
 
 from model.arrays import Array, Bools, Floats, Ints
+from model.augment import augmentation
 from model.config import RunConfig
 from model.files import locked
 from model.inspection import Read, decode_image, decode_mask, digest, resize_image
@@ -40,6 +42,9 @@ _USED = "used"
 
 _FORMAT = 2
 """Part of a cache's name: raise it when what is stored changes."""
+
+_SPARE_BATCHES = 3
+"""of those made ahead: one that is copied, one that is due, one that waits"""
 
 _FILES_AT_ONCE = 32
 """So many are read at once, for each may wait for a network; no more are decoded than there are cores."""
@@ -372,64 +377,222 @@ def step_rows(cache: Cache, config: RunConfig, epoch: int, hard_rows: Array | No
         yield rows
 
 
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch in the memory of the host, small as it is stored; page-locked where it is for a GPU."""
+
+    images_BHWC: torch.Tensor
+    """uint8 RGB"""
+    targets_BHW: torch.Tensor
+    """uint8, 0 or 1: the dilated masks; zeros where there is none"""
+    labels_B: torch.Tensor
+    """float32, 0 or 1"""
+    segmented_B: torch.Tensor
+    """float32, 1 for pixel supervision"""
+    weights_BHW: torch.Tensor | None
+    """float32 loss weights, or None for 1"""
+    rows: Ints
+    """(B,) where the images stand in their split"""
+    release: Callable[[torch.cuda.Event | None], None]
+    """Gives its memory back for a batch to come, which is written when the event is over: record it after the copies
+    of this one are queued. Without one, this batch is over at once."""
+
+
+def to_device(host: HostBatch, device: torch.device) -> Batch:
+    """A batch as a training step sees it. Where the host's memory is page-locked, the copies are only queued."""
+
+    def there(values: torch.Tensor) -> torch.Tensor:
+        return values.to(device, non_blocking=True)
+
+    return Batch(
+        images_BCHW=to_input(host.images_BHWC, device),
+        targets_B1HW=there(host.targets_BHW)[:, None].float(),
+        weights_B1HW=None if host.weights_BHW is None else there(host.weights_BHW)[:, None].float(),
+        labels_B1=there(host.labels_B)[:, None],
+        segmented_B=there(host.segmented_B),
+        rows=host.rows,
+    )
+
+
 def loader(cache: Cache, config: RunConfig, epoch: int, device: torch.device) -> Callable[[Ints], Batch]:
     """A function that makes a batch of rows; what it makes of an image depends on the epoch and on no other image."""
-    targets = cache.targets(config.dilate)
-    augment = _augmentation(config)
+    fill, memory = _filling(cache, config, epoch), _memory(cache, config)
 
     def load(rows: Ints) -> Batch:
-        pairs = [augment(cache.images[n], targets[n], (config.seed, epoch, int(n))) for n in rows]
-        segmented = cache.segmented[rows]
-        masks = np.stack([mask for _, mask in pairs]) * segmented[:, None, None].astype(np.uint8)
-        weights = None
-        if config.weighted_loss:
-            weights = np.stack(
-                [distance_weight(m, config.weight_power, config.weight_maximum, config.weight_per) for m in masks]
-            )
-        return Batch(
-            images_BCHW=to_input(np.stack([image for image, _ in pairs]), device),
-            targets_B1HW=torch.from_numpy(masks).to(device)[:, None].float(),
-            weights_B1HW=None if weights is None else torch.from_numpy(weights).to(device)[:, None].float(),
-            labels_B1=torch.from_numpy(cache.positive[rows]).to(device)[:, None].float(),
-            segmented_B=torch.from_numpy(segmented).to(device).float(),
-            rows=rows,
-        )
+        arrays = memory(len(rows), False)
+        for place, row in enumerate(rows):
+            fill(arrays, place, int(row))
+        return to_device(_host_batch(rows, arrays, lambda _: None), device)
 
     return load
 
 
-def to_input(images_BHWC: Array, device: torch.device) -> torch.Tensor:
+def prefetched(
+    cache: Cache, config: RunConfig, epoch: int, device: torch.device, steps: Iterable[Ints], threads: int | None = None
+) -> Generator[Batch]:
+    """The batches of some steps. On a GPU they are made by threads ahead of time and copied while it computes; on a
+    processor here and now, for threads would take it from the training.
+
+    Close it (`contextlib.closing`) if it may not come to its end.
+    """
+    if device.type != "cuda":
+        yield from map(loader(cache, config, epoch, device), steps)
+        return
+    with closing(host_batches(cache, config, epoch, steps, threads, pinned=True)) as made:
+        for host in made:
+            batch = to_device(host, device)
+            copied = torch.cuda.Event()
+            copied.record()
+            host.release(copied)
+            yield batch
+
+
+def host_batches(
+    cache: Cache,
+    config: RunConfig,
+    epoch: int,
+    steps: Iterable[Ints],
+    threads: int | None = None,
+    pinned: bool = False,
+) -> Generator[HostBatch]:
+    """The batches of some steps, made by threads (as many as torch computes with, if not said) ahead of time in bounded
+    memory: `release` each. An error in a thread is raised where its batch is due. Close it if it may not come to its
+    end."""
+    made = _made_ahead(steps, _memory(cache, config), _filling(cache, config, epoch), threads, pinned)
+    with closing(made):
+        for rows, arrays, release in made:
+            yield _host_batch(rows, arrays, release)
+
+
+def input_batches(images_NHWC: Array | Rows, device: torch.device, batch_size: int) -> Iterator[torch.Tensor]:
+    """Images in their order as the networks take them; for a GPU read by threads ahead of time."""
+    rows = np.arange(len(images_NHWC))
+    steps = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    if device.type != "cuda":
+        for step in steps:
+            yield to_input(images_NHWC[step[0] : step[-1] + 1], device)
+        return
+    shape = images_NHWC.shape[1:]
+
+    def memory(size: int, pinned: bool) -> _Arrays:
+        return (torch.empty((size, *shape), dtype=torch.uint8, pin_memory=pinned),)
+
+    def fill(arrays: _Arrays, place: int, row: int) -> None:
+        arrays[0].numpy()[place] = images_NHWC[row]
+
+    with closing(_made_ahead(steps, memory, fill, None, pinned=True)) as made:
+        for _, (images,), release in made:
+            there = to_input(images, device)
+            copied = torch.cuda.Event()
+            copied.record()
+            release(copied)
+            yield there
+
+
+def to_input(images_BHWC: Array | torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 RGB images as the networks take them: (B, 3, H, W) float32 in 0..1, no mean or deviation removed."""
-    images = torch.from_numpy(np.array(images_BHWC)).to(device, non_blocking=True)  # torch wants memory it may write to
-    return images.permute(0, 3, 1, 2).float().div_(255)
+    if not isinstance(images_BHWC, torch.Tensor):
+        images_BHWC = torch.from_numpy(np.array(images_BHWC))  # torch wants memory that it may write to
+    return images_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
 
 
-Augment = Callable[[Array, Array, tuple[int, int, int]], tuple[Array, Array]]
+_Arrays = tuple[torch.Tensor, ...]
+"""images, targets, labels, whether segmented and, where they are weighted, weights of so many places"""
+
+_Memory = Callable[[int, bool], _Arrays]
+"""Makes them for a number of places, page-locked or not."""
+
+_Fill = Callable[[_Arrays, int, int], None]
+"""Writes what belongs to a row to a place in them."""
 
 
-def _augmentation(config: RunConfig) -> Augment:
-    """A function of image, mask and the numbers that fix its random choices."""
-    if not (config.augment_flips or config.augment_quarter_turns or config.augment_brightness or config.augment_color):
-        return lambda image, mask, _: (image, mask)
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would call home on import
-    import albumentations
+def _memory(cache: Cache, config: RunConfig) -> _Memory:
+    height_width = cache.images.shape[1:3]
+    byte, real = torch.uint8, torch.float32
+    kinds = [((*height_width, 3), byte), (height_width, byte), ((), real), ((), real)]
+    if config.weighted_loss:
+        kinds.append((height_width, real))
+    return lambda size, pinned: tuple(torch.empty((size, *of), dtype=kind, pin_memory=pinned) for of, kind in kinds)
 
-    steps: list[albumentations.BasicTransform] = []
-    if config.augment_flips:
-        steps += [albumentations.HorizontalFlip(p=0.5), albumentations.VerticalFlip(p=0.5)]
-    if config.augment_quarter_turns:
-        steps.append(albumentations.RandomRotate90(p=1.0))
-    if limit := config.augment_brightness:
-        steps.append(albumentations.RandomBrightnessContrast((-limit, limit), (-limit, limit), p=1.0))
-    if limit := config.augment_color:
-        steps.append(
-            albumentations.ColorJitter((1.0, 1.0), (1.0, 1.0), (1 - limit, 1 + limit), (-limit / 2, limit / 2), p=1.0)
-        )
-    pipeline = albumentations.Compose(steps)
 
-    def augment(image: Array, mask: Array, numbers: tuple[int, int, int]) -> tuple[Array, Array]:
-        pipeline.set_random_seed(int(np.random.default_rng(numbers).integers(2**31)))
-        changed = pipeline(image=np.asarray(image), mask=np.asarray(mask))
-        return changed["image"], changed["mask"]
+def _filling(cache: Cache, config: RunConfig, epoch: int) -> _Fill:
+    """What an image comes to depends on the epoch and on nothing else; it may be asked in any thread."""
+    masks, augment = cache.targets(config.dilate), augmentation(config)
 
-    return augment
+    def fill(arrays: _Arrays, place: int, row: int) -> None:
+        images, targets, labels, segmented, *weights = (array.numpy() for array in arrays)
+        image, mask = np.asarray(cache.images[row]), np.asarray(masks[row])
+        augment(image, mask, (config.seed, epoch, row), images[place], targets[place])
+        labels[place], segmented[place] = cache.positive[row], cache.segmented[row]
+        targets[place] *= cache.segmented[row]
+        if weights:
+            weights[0][place] = distance_weight(
+                targets[place], config.weight_power, config.weight_maximum, config.weight_per
+            )
+
+    return fill
+
+
+def _host_batch(rows: Ints, arrays: _Arrays, release: Callable[[torch.cuda.Event | None], None]) -> HostBatch:
+    images, targets, labels, segmented, *weights = arrays
+    return HostBatch(images, targets, labels, segmented, weights[0] if weights else None, rows, release)
+
+
+class _Slot:
+    """Memory of a batch, used again and again."""
+
+    def __init__(self) -> None:
+        self.arrays: _Arrays = ()
+        self.copied: torch.cuda.Event | None = None
+        """after which it may be written to"""
+
+    def grow(self, size: int, memory: _Memory, pinned: bool) -> _Arrays:
+        """Room for so many images."""
+        if not self.arrays or len(self.arrays[0]) < size:
+            self.arrays = memory(size, pinned)
+        return tuple(array[:size] for array in self.arrays)
+
+
+def _made_ahead(
+    steps: Iterable[Ints], memory: _Memory, fill: _Fill, threads: int | None, pinned: bool
+) -> Generator[tuple[Ints, _Arrays, Callable[[torch.cuda.Event | None], None]]]:
+    """The rows of each step with what `fill` makes of them, in their order, and a function that gives the memory back;
+    so many ahead that each thread has an image to make while one batch is copied and one is waited for."""
+    threads = threads or torch.get_num_threads()
+    waiting = iter(steps)
+    free: deque[_Slot] = deque()
+    made: deque[tuple[Ints, _Arrays, _Slot, list[Future[None]]]] = deque()
+    slots = 0
+    pool = ThreadPoolExecutor(threads, "images")
+
+    def part(rows: Ints, places: Ints, arrays: _Arrays, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        for place in places:
+            fill(arrays, int(place), int(rows[place]))
+
+    try:
+        rows = next(waiting, None)
+        while rows is not None or made:
+            while rows is not None and (free or slots < _SPARE_BATCHES + -(-threads // max(1, len(rows)))):
+                if not free:
+                    slots += 1
+                slot = free.popleft() if free else _Slot()
+                arrays = slot.grow(len(rows), memory, pinned)
+                parts = np.array_split(np.arange(len(rows)), min(threads, max(1, len(rows))))
+                made.append((rows, arrays, slot, [pool.submit(part, rows, p, arrays, slot.copied) for p in parts]))
+                rows = next(waiting, None)
+            if not made:
+                raise RuntimeError(f"all {slots} batches that are made ahead are still held; release each of them")
+            now, arrays, slot, parts_made = made.popleft()
+            for one in parts_made:
+                one.result()
+
+            def release(copied: torch.cuda.Event | None, slot: _Slot = slot) -> None:
+                assert slot not in free, "a batch is released once"
+                slot.copied = copied
+                free.append(slot)
+
+            yield now, arrays, release
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -5,6 +5,7 @@ L = lambda * L_segmentation + (1 - lambda) * delta * L_decision [1] (papers: mod
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import torch
 from scipy import ndimage
@@ -75,7 +76,7 @@ def distance_weight(mask_HW: Array, p: float, maximum: float, per: str = "image"
     if per not in ("image", "component"):
         raise ValueError(f"per must be 'image' or 'component', found {per!r}")
     mask = np.asarray(mask_HW) > 0
-    distance = ndimage.distance_transform_edt(mask)
+    distance = _distance_to_edge(mask)
     if per == "image":
         largest = np.full_like(distance, distance.max(initial=0))
     else:
@@ -85,3 +86,15 @@ def distance_weight(mask_HW: Array, p: float, maximum: float, per: str = "image"
     weight = np.ones(mask.shape)
     weight[mask] = maximum * (distance[mask] / largest[mask]) ** p
     return weight
+
+
+_LONGEST_EXACT = 1000.0
+"""px: a distance in float32 up to this one gives away which whole number is its square"""
+
+
+def _distance_to_edge(mask_HW: Array) -> Floats:
+    """What scipy's distance_transform_edt says of each pixel, to the bit, in a fraction of its time."""
+    near = cv2.distanceTransform(mask_HW.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    if near.max(initial=0) > _LONGEST_EXACT:  # also where all is defect, so that there is no edge
+        return np.asarray(ndimage.distance_transform_edt(mask_HW))
+    return np.sqrt(np.rint(near.astype(np.float64) ** 2))

@@ -67,6 +67,11 @@ class _ScaleGradient(torch.autograd.Function):
         return gradients[0] * ctx.factor, None
 
 
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x` itself, whose gradient is multiplied by a factor on the way back; with 0 there is none."""
+    return x.detach() if factor == 0 else _ScaleGradient.apply(x, factor)
+
+
 def _conv_norm(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
     """Convolution without bias, Xavier-normal, then FeatureNorm."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
@@ -97,8 +102,11 @@ class Gate(nn.Module):
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        squeezed = x_BCHW.mean(dim=(2, 3), keepdim=True)
-        return torch.sigmoid(self.expand(F.silu(self.reduce(squeezed))))
+        return self.weights(x_BCHW.mean(dim=(2, 3), keepdim=True))
+
+    def weights(self, mean_BC11: Tensor) -> Tensor:
+        """The weights of an image whose channels have these means."""
+        return torch.sigmoid(self.expand(F.silu(self.reduce(mean_BC11))))
 
 
 class DecoderStep(nn.Module):

@@ -47,13 +47,15 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class ThresholdSearch:
-    """Chooses thresholds on the count tables of a split."""
+    """Chooses thresholds on the count tables of a split. What was found once is kept."""
 
     counts: PixelCounts
     strided: Mapping[int, PixelCounts]
     """of every n-th pixel of the flattened split, for the factors above 1 that may be asked for"""
     kept_N: Bools
     """(N,) the images that are not blackened before the search"""
+    like: ThresholdSearch | None = None
+    """a search on the same tables, whose sums over them serve this one too"""
 
     def choose(self, rule: str, factor: int = 1) -> float:
         """The threshold, a logit, that `rule` picks. ValueError if no image has a defect.
@@ -63,12 +65,17 @@ class ThresholdSearch:
         if rule == "min_of_max":
             return float(self.counts.largest()[self._positive & self._kept].min())
         if rule == "pr_curve":
-            return self._on_curve(factor)
+            if factor not in self._on_curve:
+                counts = self.counts if factor == 1 else self.strided[factor]
+                self._on_curve[factor] = best_f_measure(counts.pixel_curve(self._kept))[0]
+            return self._on_curve[factor]
         assert rule == "grid", rule
         return self._on_grid
 
     @cached_property
     def _positive(self) -> Bools:
+        if self.like:
+            return self.like._positive
         positive = self.counts.truth() > 0
         if not positive.any():
             raise ValueError(
@@ -81,14 +88,18 @@ class ThresholdSearch:
     def _kept(self) -> Bools:
         return self.kept_N if (self._positive & self.kept_N).any() else np.ones(len(self.counts), bool)
 
-    def _on_curve(self, factor: int) -> float:
-        counts = self.counts if factor == 1 else self.strided[factor]
-        return best_f_measure(counts.pixel_curve(self._kept))[0]
+    @cached_property
+    def _on_curve(self) -> dict[int, float]:
+        """by factor"""
+        return {}
 
     @cached_property
     def _on_grid(self) -> float:
-        swept = self.counts.at(logit(GRID)).blackened(self._kept)
-        return float(logit(GRID)[swept.dice().mean(axis=0).argmax()])
+        return float(logit(GRID)[self._swept.blackened(self._kept).dice().mean(axis=0).argmax()])
+
+    @cached_property
+    def _swept(self) -> Selected:
+        return self.like._swept if self.like else self.counts.at(logit(GRID))
 
 
 @dataclass(frozen=True)

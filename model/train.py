@@ -4,8 +4,10 @@ going on from a checkpoint gives, on a CPU, the same weights to the bit as never
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +17,16 @@ from torch import Tensor
 
 from model.arrays import Array, Floats, Ints
 from model.config import RunConfig
-from model.data import Cache, loader, step_rows
-from model.evaluate import autocast
+from model.data import Cache, prefetched, step_rows
+from model.fast import compute_dtype, forward
 from model.losses import balance, decision_loss, segmentation_losses
 from model.network import SegDecNet, build
 from model.parallel import ALONE, Team
 from model.sample import Batch
+from model.step import FiniteCheck, Recorder, own_stream
 
 _STEPS_BETWEEN_CHECKS = 50
-"""A check for a finite loss waits for the device."""
+"""of the loss, which has to be a finite number"""
 
 _HARD_AT = (2.0, 1.0, 0.5, 0.0)
 """standard deviations above the mean score at which an image counts as hard; the first that yields enough"""
@@ -44,6 +47,8 @@ class Training:
     hardness: dict[str, float] = field(default_factory=dict)
     """last mining score of each image, by its name"""
     team: Team = ALONE
+    steps: Steps | None = None
+    """made with the first epoch"""
 
     @property
     def device(self) -> torch.device:
@@ -51,9 +56,11 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """What `start` takes to go on from here."""
+        optimizer = self.optimizer.state_dict()
+        groups = [group | {"lr": float(group["lr"])} for group in optimizer["param_groups"]]
         return {
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer | {"param_groups": groups},
             "epochs_done": self.epochs_done,
             "hardness": self.hardness,
         }
@@ -65,15 +72,29 @@ def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build(config.architecture, width=config.width, norm=config.norm).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as convolutions want their weights
     network.gradient_multiplier = 0.0 if config.gradient_adjustment else 1.0
-    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
-    training = Training(config, network, kind(network.parameters(), lr=config.learning_rate), team=team)
+    training = Training(config, network, _optimizer(config, network, device), team=team)
     if state:
         network.load_state_dict(state["network"])
+        made = [dict(group) for group in training.optimizer.param_groups]
         training.optimizer.load_state_dict(state["optimizer"])
+        for group, new in zip(training.optimizer.param_groups, made, strict=True):
+            group.update({name: value for name, value in new.items() if name != "params"})  # how it runs on this device
         training.epochs_done = state["epochs_done"]
         training.hardness = state["hardness"]
     return training
+
+
+def _optimizer(config: RunConfig, network: SegDecNet, device: torch.device) -> torch.optim.Optimizer:
+    if device.type != "cuda":
+        kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
+        return kind(network.parameters(), lr=config.learning_rate)
+    # One kernel for all weights; its step size lies where a recorded step finds it.
+    step_size = torch.tensor(config.learning_rate, device=device)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), lr=step_size, fused=True)
+    return torch.optim.Adam(network.parameters(), lr=step_size, fused=True, capturable=True)
 
 
 def fit(training: Training, cache: Cache) -> Iterator[dict[str, float]]:
@@ -91,34 +112,42 @@ def train_epoch(training: Training, cache: Cache) -> dict[str, float]:
     """One pass over the images of the next epoch; mean losses over images, those of a whole team."""
     config, device, epoch, team = training.config, training.device, training.epochs_done, training.team
     team.meet()  # the first one has kept the epoch before
-    step_losses = _StepLosses(training, cache)
-    for group in training.optimizer.param_groups:
-        group["lr"] = learning_rate(config, epoch)
-    training.network.train()
-    sums, images = torch.zeros(2, device=device), 0
-    load = loader(cache, config, epoch, device)
+    if training.steps is None or training.steps.cache is not cache:
+        training.steps = Steps(training, cache)
     hard = hard_rows(training.hardness, cache, config)
-    for step, rows in enumerate(step_rows(cache, config, epoch, hard), start=1):
-        training.optimizer.zero_grad(set_to_none=True)
-        step_losses.scores.append([])
-        for part in _parts(team.own(rows), config.micro_batch):
-            total, means = step_losses(load(part))
-            (total * (len(part) / len(rows))).backward()
-            sums += means * len(part)
-        team.sum_gradients(training.network.parameters())
-        training.optimizer.step()
-        images += len(rows)
-        if step % _STEPS_BETWEEN_CHECKS == 0:
-            _check_finite(team.summed(sums), epoch)
-    sums = team.summed(sums)
-    _check_finite(sums, epoch)
-    training.hardness.update(team.in_turn(step_losses.scores))
-    of_segmentation, of_decision = (sums / images).tolist()
+    training.network.train()
+    images = 0
+    with own_stream(device):
+        steps = training.steps
+        steps.begin(epoch)
+        check = FiniteCheck(steps.sums)
+        planned = [
+            (len(rows), list(_parts(team.own(rows), config.micro_batch)))
+            for rows in step_rows(cache, config, epoch, hard)
+        ]
+        parts = (part for _, parts in planned for part in parts)
+        with closing(prefetched(cache, config, epoch, device, parts)) as batches:
+            for step, (size, own) in enumerate(planned, start=1):
+                steps.train(size, itertools.islice(batches, len(own)), is_whole=team.ranks == len(own) == 1)
+                images += size
+                if step % _STEPS_BETWEEN_CHECKS == 0 and not check.look():
+                    _diverged(epoch)
+        sums = team.summed(steps.sums).tolist()
+        scores = steps.scores()
+    if not np.isfinite(sums).all():
+        _diverged(epoch)
+    training.hardness.update(team.in_turn(scores))
+    of_segmentation, of_decision = (total / images for total in sums)
+    weights = steps.weights_of(epoch)
     return {
         "loss_segmentation": of_segmentation,
         "loss_decision": of_decision,
-        "loss_total": step_losses.weights[0] * of_segmentation + step_losses.weights[1] * of_decision,
+        "loss_total": weights[0] * of_segmentation + weights[1] * of_decision,
     }
+
+
+def _diverged(epoch: int) -> None:
+    raise TrainingDiverged(f"the loss of epoch {epoch + 1} is not a finite number")
 
 
 def learning_rate(config: RunConfig, epoch: int) -> float:
@@ -130,37 +159,91 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
     return config.learning_rate
 
 
-class _StepLosses:
-    """The losses of a batch in one epoch, with all their weights; notes how hard each image was."""
+class Steps:
+    """The steps of a training on one split, with all weights of the losses; notes how hard each image was."""
 
     def __init__(self, training: Training, cache: Cache) -> None:
-        config = training.config
-        self.training, self.cache = training, cache
-        self.scores: list[list[tuple[str, float]]] = []
-        """name and mining score of each image of each step"""
-        # Without negatives the image label says nothing; one class alone would drive the decision to infinity.
-        delta = config.delta_cls_loss if not cache.positive.all() else 0.0
-        self.weights = balance(training.epochs_done, config.epochs, delta, config.dynamic_balance)
+        config, device = training.config, training.device
+        self.config, self.cache, self.team = config, cache, training.team
+        self.network, self.optimizer = training.network, training.optimizer
+        self.dtype = compute_dtype(config, training.network)
+        self.epoch = 0
         self.pixel_weight = _or_balanced(config.pixel_positive_weight, lambda: _pixel_balance(cache, config.dilate))
         self.image_weight = _or_balanced(
             config.image_positive_weight, lambda: float((~cache.positive).sum() / cache.positive.sum())
         )
+        self.weights = torch.zeros(2, device=device)
+        """of the segmentation and the decision loss in this epoch"""
+        self.sums = torch.zeros(2, device=device)
+        """of both losses without these weights, over images"""
+        self._scores: list[list[tuple[Ints, Tensor]]] = []
+        self._whole_step = Recorder(self._train_whole, device)
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The total loss, and the means (2,) of both parts without their weights in the total."""
-        config = self.training.config
-        with autocast(config, self.training.device):
-            decision, segmentation = self.training.network(batch.images_BCHW)
+    def weights_of(self, epoch: int) -> tuple[float, float]:
+        """The weights of the losses in an epoch counted from 0."""
+        # Without negatives the image label says nothing; one class alone would drive the decision to infinity.
+        delta = self.config.delta_cls_loss if not self.cache.positive.all() else 0.0
+        return balance(epoch, self.config.epochs, delta, self.config.dynamic_balance)
+
+    def begin(self, epoch: int) -> None:
+        """Makes ready for an epoch counted from 0."""
+        self.epoch = epoch
+        self.weights.copy_(torch.tensor(self.weights_of(epoch)))
+        self.sums.zero_()
+        self._scores = []
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate(self.config, epoch))
+            else:
+                group["lr"] = learning_rate(self.config, epoch)
+
+    def train(self, size: int, parts: Iterator[Batch], is_whole: bool) -> None:
+        """One step by a batch of `size` images, of which the parts may be all or what this one of a team takes."""
+        self._scores.append([])
+        if is_whole:
+            batch = next(parts)
+            self._note(batch.rows, self._whole_step(batch))
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in parts:
+            self._note(part.rows, self._add_gradients(part, len(part.rows) / size))
+        self.team.sum_gradients(self.network.parameters())
+        self.optimizer.step()
+
+    def _train_whole(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        scores = self._add_gradients(batch, 1.0)
+        self.optimizer.step()
+        return scores
+
+    def _add_gradients(self, batch: Batch, share: float) -> Tensor:
+        """Those of the total loss of a part of a batch; returns how hard each image was (B,)."""
+        decision, segmentation = forward(self.network, batch.images_BCHW, self.dtype)
         each = segmentation_losses(
             segmentation, batch.targets_B1HW, batch.segmented_B, batch.weights_B1HW, self.pixel_weight
         )
-        if config.hard_mining_places:
-            scores = hardness(config.hard_mining_score, each, decision, segmentation, batch).tolist()
-            names = (self.cache.samples[row].name for row in batch.rows)
-            self.scores[-1] += zip(names, scores, strict=True)
-        of_decision = decision_loss(decision, batch.labels_B1, self.image_weight)
-        total = self.weights[0] * each.mean() + self.weights[1] * of_decision
-        return total, torch.stack([each.mean(), of_decision]).detach()
+        losses = torch.stack([each.mean(), decision_loss(decision, batch.labels_B1, self.image_weight)])
+        ((losses * self.weights).sum() * share).backward()
+        self.sums += losses.detach() * len(each)
+        if not self.config.hard_mining_places:
+            return each.detach()
+        return hardness(self.config.hard_mining_score, each, decision, segmentation, batch)
+
+    def _note(self, rows: Ints, scores: Tensor) -> None:
+        if self.config.hard_mining_places:
+            self._scores[-1].append((rows, scores.clone()))  # read when the epoch is over: to read is to wait
+
+    def scores(self) -> list[list[tuple[str, float]]]:
+        """Name and mining score of each image of each step of the epoch."""
+        names = self.cache.samples
+        return [
+            [
+                (names[row].name, score)
+                for rows, scores in step
+                for row, score in zip(rows, scores.tolist(), strict=True)
+            ]
+            for step in self._scores
+        ]
 
 
 def _or_balanced(value: float | str, balanced: Any) -> float:
@@ -213,8 +296,3 @@ def _parts(rows: Ints, size: int) -> Iterator[Ints]:
     size = size or len(rows)
     for start in range(0, len(rows), size or 1):
         yield rows[start : start + size]
-
-
-def _check_finite(sums: Tensor, epoch: int) -> None:
-    if not torch.isfinite(sums).all():
-        raise TrainingDiverged(f"the loss of epoch {epoch + 1} is not a finite number")

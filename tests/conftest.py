@@ -11,6 +11,10 @@ import pytest
 # Here and not in a fixture: torch reads it once, and the commands that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Kernels for CUDA are tested without a GPU too. Triton reads it when it is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Loaded machines are slow at times; tests have a timeout of their own.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")

@@ -22,6 +22,7 @@ from model.data import Cache, open_cache
 from model.evaluate import Scores, score
 from model.inspection import Read
 from model.sample import Sample
+from model.step import STEPS_BEFORE_RECORDING
 from model.splits import Splits
 from tuner import gpu
 from tuner.shares import cores_each
@@ -161,8 +162,12 @@ def _time_once(
         # A batch holds the hard images as well. So small a step size changes no cost, and diverges nowhere.
         timed = replace(config, batch_size=len(batch), hard_mining_places=0, learning_rate=1e-4)
         training = train.start(timed, device)
-        train.train_epoch(training, cache)  # one step, not timed: the first one loads and compiles
+        for _ in range(1 if device.type == "cpu" else STEPS_BEFORE_RECORDING + 1):
+            train.train_epoch(training, cache)  # one step, not timed: the first ones load, compile and record
         step_seconds = _mean_seconds(lambda: train.train_epoch(training, cache), device)
+        if device.type == "cuda" and len(batch) > 1:  # an epoch may end with fewer, for which a record is no use
+            fewer = replace(training, config=replace(timed, batch_size=len(batch) - 1), steps=None)
+            train.train_epoch(fewer, cache)
         image_seconds, judging_seconds = _time_judging(space, training, validation, config, device)
         started = time.perf_counter()
         checkpoint.save_training(root, training.state())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 from model import counts, metrics, thresholds
+from model.batch_counts import tally_batch, tally_every
 from model.counts import CountsBuilder, PixelCounts
 from tests.tables import count
 
@@ -47,6 +50,82 @@ def test_torch_and_numpy_count_alike(device, truth, logits, tolerance) -> None:
         theirs = counts.tally(torch, counts.to_half(there[0]), there[1], tolerance)
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a, b.cpu().numpy())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(TRUTHS, LOGITS, st.integers(0, 3), st.integers(2, 40), st.integers(0, 5))
+def test_a_batch_is_counted_as_its_images_are(device, truth, logits, tolerance, factor, first_row) -> None:
+    """The bytes themselves, of all pixels and of every n-th one of a split in which the batch begins at some row."""
+    masks, halves = truth.astype(np.uint8), counts.to_half(logits)
+    there = torch.from_numpy(halves).to(device), torch.from_numpy(masks).to(device)
+    whole, strided, theirs = CountsBuilder(), CountsBuilder(), CountsBuilder()
+    theirs_strided = CountsBuilder()
+    for row, (half_HW, mask_HW) in enumerate(zip(halves, masks, strict=True), start=first_row):
+        whole.add(counts.tally(np, half_HW, mask_HW, tolerance))
+        every = slice(-row * mask_HW.size % factor, None, factor)
+        strided.add(counts.tally(np, half_HW.ravel()[None, every], mask_HW.ravel()[None, every], tolerance=0))
+    theirs.extend(*tally_batch(*there, tolerance).on_host())
+    theirs_strided.extend(*tally_every(*there, factor, first_row).on_host())
+    for ours, other in ((whole.build(), theirs.build()), (strided.build(), theirs_strided.build())):
+        np.testing.assert_array_equal(ours.rows, other.rows)
+        np.testing.assert_array_equal(ours.offsets, other.offsets)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_may_hold_every_code(device) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = np.stack([np.where(np.isfinite(every), every, 0), np.zeros(1 << 16)]).astype(np.float16)
+    halves, masks = halves.reshape(2, 256, 256), np.eye(256, dtype=np.uint8)[None].repeat(2, axis=0)
+    ours, theirs = CountsBuilder(), CountsBuilder()
+    for half_HW, mask_HW in zip(halves, masks, strict=True):
+        ours.add(counts.tally(np, half_HW, mask_HW))
+    theirs.extend(*tally_batch(torch.from_numpy(halves).to(device), torch.from_numpy(masks).to(device)).on_host())
+    np.testing.assert_array_equal(ours.build().rows, theirs.build().rows)
+
+
+def _at_image_by_image(tables: PixelCounts, limits: list[float]) -> list[np.ndarray]:
+    """What thresholds select, an image at a time from its rows."""
+    each: list[list[list[int]]] = []
+    for n in range(len(tables)):
+        rows = tables.of(n)
+        kinds = [[int(rows[kind][counts.scores_of(rows["code"]) >= limit].sum()) for limit in limits]
+                 for kind in ("background", "margin", "truth", "reached")]  # fmt: skip
+        each.append(kinds)
+    background, margin, truth, reached = np.array(each).transpose(1, 0, 2)
+    return [background + margin + truth, truth, margin + truth, reached]
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    st.lists(THRESHOLDS, min_size=1, max_size=6),
+    st.integers(0, 2**31),
+    st.sampled_from([1, 5, 10_000]),
+)
+def test_however_many_rows_are_summed_at_a_time_the_sums_are_those_of_each_image(lengths, limits, seed, chunk) -> None:
+    rng = np.random.default_rng(seed)
+    rows = np.zeros(sum(lengths), counts.ROW)
+    offsets = np.cumsum([0, *lengths])
+    for name in ("background", "margin", "truth", "reached"):
+        rows[name] = rng.integers(0, 3, len(rows)) * rng.integers(0, 1 << 20, len(rows))
+    for first, last in itertools.pairwise(offsets):
+        levels = counts.codes(np, counts.to_half(rng.normal(0, 8, 100)))
+        rows["code"][first:last] = np.sort(rng.choice(np.unique(levels), last - first, replace=False))
+    tables, kept = PixelCounts(rows, offsets), rng.random(len(lengths)) > 0.3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counts, "_ROWS_AT_ONCE", chunk)
+        selected, points = tables.at(limits), tables.pixel_curve(kept)
+        truth = tables.truth()
+    for ours, theirs in zip(selected.tables, _at_image_by_image(tables, limits), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(truth, [tables.of(n)["truth"].sum() for n in range(len(tables))])
+    scores = np.where(np.repeat(kept, lengths), counts.scores_of(rows["code"]), -np.inf)
+    assert points.thresholds.tolist() == sorted(set(scores[rows_hold_pixels(rows)].tolist()), reverse=True)
+    for k, threshold in enumerate(points.thresholds):
+        assert points.true_positives[k] == rows["truth"][scores >= threshold].sum()
+
+
+def rows_hold_pixels(rows: np.ndarray) -> np.ndarray:
+    return rows["background"] + rows["margin"] + rows["truth"] > 0
 
 
 def test_codes_keep_the_order_of_all_numbers() -> None:

@@ -1,6 +1,8 @@
 import json
 import multiprocessing
 import os
+import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,3 +242,103 @@ def test_each_augmentation_does_its_own(tmp_path: Path, field: dict) -> None:
         else:
             assert torch.equal(a.targets_B1HW, c.targets_B1HW)
     assert changed > 0
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> data.Cache:
+    """Twenty images, some of whose masks are hidden."""
+    folder = tmp_path_factory.mktemp("wide")
+    synthetic.write(folder / "set", count=20, height=128, width=128)
+    return data.open_cache(splits.keep_masks(layouts.read(folder / "set"), 3), 128, 128, folder / "cache")
+
+
+EVERYTHING = RunConfig(
+    input_height=128, input_width=128, batch_size=3, augment_flips=True, augment_quarter_turns=True,
+    augment_brightness=0.3, augment_color=0.3, weighted_loss=True, dilate=3,
+)  # fmt: skip
+
+
+def threads_that_make_images() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("images")]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("config", [EVERYTHING, replace(EVERYTHING, weighted_loss=False)], ids=["weighted", "plain"])
+def test_batches_made_ahead_are_those_made_one_by_one(wide: data.Cache, threads: int, config: RunConfig) -> None:
+    """In the same order, to the bit, whatever the threads, and though memory is used again."""
+    device = torch.device("cpu")
+    steps = [*data.step_rows(wide, config, 1), np.arange(7), np.arange(1)]  # larger ones too
+    load, memory = data.loader(wide, config, 1, device), set()
+    with closing(data.host_batches(wide, config, 1, iter(steps), threads)) as made:
+        for rows, host in zip(steps, made, strict=True):
+            for ours, theirs in zip(data.to_device(host, device), load(rows), strict=True):
+                if isinstance(theirs, torch.Tensor):
+                    assert torch.equal(ours, theirs)
+                    assert ours.stride() == theirs.stride()
+                else:
+                    np.testing.assert_array_equal(ours, theirs)
+            memory.add(host.images_BHWC.data_ptr())
+            host.release(None)
+    assert len(memory) <= 2 * (data._SPARE_BATCHES + threads)
+    assert not threads_that_make_images()
+
+
+def test_memory_is_written_again_only_when_it_was_copied(wide: data.Cache) -> None:
+    """Each batch is looked at as late as its copy may be: when the event that it was released with is waited for."""
+    config = replace(EVERYTHING, batch_size=1)
+    seen, expected = {}, {}
+
+    class Copy:
+        def __init__(self, n: int, host: data.HostBatch) -> None:
+            self.n, self.host = n, host
+
+        def synchronize(self) -> None:
+            seen[self.n] = self.host.images_BHWC.clone()
+
+    with closing(data.host_batches(wide, config, 0, data.step_rows(wide, config, 0), 2)) as made:
+        for n, host in enumerate(made):
+            expected[n] = host.images_BHWC.clone()
+            host.release(Copy(n, host))
+    assert len(seen) == len(expected) - data._SPARE_BATCHES - 2
+    assert all(torch.equal(image, expected[n]) for n, image in seen.items())
+
+
+def test_an_error_in_a_thread_is_raised_where_its_batch_is_due(wide: data.Cache) -> None:
+    steps = [np.array([0, 1]), np.array([2, 99]), np.array([3, 4])]
+    made = data.host_batches(wide, EVERYTHING, 0, steps, 2)
+    next(made).release(None)
+    with pytest.raises(IndexError, match="99"):
+        next(made)
+    assert not threads_that_make_images()
+
+
+def test_who_stops_early_leaves_no_threads(wide: data.Cache) -> None:
+    made = data.host_batches(wide, EVERYTHING, 0, data.step_rows(wide, EVERYTHING, 0), 3)
+    next(made)
+    assert threads_that_make_images()
+    made.close()
+    assert not threads_that_make_images()
+
+
+def test_who_keeps_all_batches_is_told(wide: data.Cache) -> None:
+    with (
+        closing(data.host_batches(wide, EVERYTHING, 0, [np.arange(3)] * 9, 1)) as made,
+        pytest.raises(RuntimeError, match="all 4 batches that are made ahead are still held; release each of them"),
+    ):
+        list(made)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_given_the_same_batches(wide: data.Cache) -> None:
+    there, here = torch.device("cuda", 0), torch.device("cpu")
+    steps = list(data.step_rows(wide, EVERYTHING, 2)) * 3
+    for ours, theirs in zip(
+        data.prefetched(wide, EVERYTHING, 2, there, steps, 4),
+        data.prefetched(wide, EVERYTHING, 2, here, steps),
+        strict=True,
+    ):
+        for one, other in zip(ours[:-1], theirs[:-1], strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=0, atol=1e-7)
+    images = np.array(wide.images)
+    inputs = torch.cat(list(data.input_batches(images, there, 3))).cpu()
+    torch.testing.assert_close(inputs, data.to_input(images, here), rtol=0, atol=1e-7)

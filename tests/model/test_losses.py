@@ -1,11 +1,14 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 
 from model import losses
 
@@ -25,6 +28,21 @@ def test_distance_weights_equal_the_public_implementation(reference: Path, p, ma
     with np.load(reference / "masks.npz", allow_pickle=False) as golden:
         found = losses.distance_weight(golden["mask"], p, maximum, per="component")
         np.testing.assert_allclose(found, golden[f"distance_weight_p{p}_max{maximum}"], rtol=1e-6)
+
+
+@given(hnp.arrays(np.bool_, st.tuples(st.integers(1, 40), st.integers(1, 40))), st.integers(0, 6))
+def test_distances_are_exact(mask: np.ndarray, grown: int) -> None:
+    """Where there is no edge at all, too."""
+    mask = cv2.dilate(mask.astype(np.uint8), np.ones((2 * grown + 1, 2 * grown + 1), np.uint8)) > 0
+    np.testing.assert_array_equal(losses._distance_to_edge(mask), ndimage.distance_transform_edt(mask))
+
+
+def test_long_distances_are_exact() -> None:
+    mask = np.ones((1100, 900), bool)
+    mask[0, 0] = mask[700, 3] = False
+    np.testing.assert_array_equal(losses._distance_to_edge(mask), ndimage.distance_transform_edt(mask))
+    mask[1000, 850] = False
+    np.testing.assert_array_equal(losses._distance_to_edge(mask), ndimage.distance_transform_edt(mask))
 
 
 def test_distance_weights_per_image_know_one_largest_distance() -> None:

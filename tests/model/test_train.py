@@ -261,7 +261,7 @@ def test_what_is_hard(score: str) -> None:
 
 def test_balanced_weights_count_training_targets(cache: Cache) -> None:
     config = RunConfig(**SMALL, pixel_positive_weight="balanced", image_positive_weight="balanced", dilate=3)
-    losses = train._StepLosses(train.start(config, CPU), cache)
+    losses = train.Steps(train.start(config, CPU), cache)
     targets = np.asarray(cache.targets(3))
     assert losses.pixel_weight == pytest.approx((targets == 0).sum() / (targets == 1).sum())
     assert losses.image_weight == pytest.approx((~cache.positive).sum() / cache.positive.sum())
