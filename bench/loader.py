@@ -3,19 +3,22 @@
     python -m bench.loader [--batches 1 10 32] [--loader-threads 1 4 16] [--seconds 2] [--device cpu]
 
 Images lie decoded in memory, as after a trial's first epoch; batches arrive whole on the device and are thrown away.
-Training is measured on the same split in the same run, without augmentation. On a CPU both want the same cores, so a
-loader that is so many times as fast takes one part in so many of the time.
+Training is measured on the same split in the same run, without augmentation. For a GPU the loader has threads. On a CPU
+it has none of its own, since both want the same cores: one that is so many times as fast takes one part in so many of
+the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 
 import torch
 
-from bench.measure import config_of, now, options_of, repeated, split_of, table
+from bench.measure import Table, config_of, now, options_of, repeated, split_of
 from bench.training_step import Fast, epoch_rate, fitting
 from model import data
 from model.config import RunConfig
@@ -34,49 +37,41 @@ AUGMENTATIONS = {
 }
 
 
-def batches(cache: Cache, config: RunConfig, device: torch.device, threads: int) -> Iterator[Batch]:
+def batches(cache: Cache, config: RunConfig, device: torch.device, threads: int) -> Generator[Batch]:
     """An epoch's, as training has them."""
-    assert threads == 1, "the loader has one thread"
-    return data.batches(cache, config, 0, device)
+    return data.prefetched(cache, config, 0, device, data.step_rows(cache, config, 0), threads)
 
 
 def loaded(cache: Cache, config: RunConfig, device: torch.device, threads: int, seconds: float) -> float:
     """Images a second over whole epochs, after a few batches to warm up."""
-    for _, _batch in zip(range(3), batches(cache, config, device, threads), strict=False):
-        pass
+    with closing(batches(cache, config, device, threads)) as some:
+        list(itertools.islice(some, 3))
     began, done = now(device), 0
     while True:
-        for batch in batches(cache, config, device, threads):
-            done += len(batch.rows)
-            if time.perf_counter() - began > seconds:
-                return done / (now(device) - began)
+        with closing(batches(cache, config, device, threads)) as some:
+            for batch in some:
+                done += len(batch.rows)
+                if time.perf_counter() - began > seconds:
+                    return done / (now(device) - began)
 
 
 def compare(options: argparse.Namespace, cache: Cache) -> None:
-    """Prints a table."""
-    rows: list[tuple[object, ...]] = [("batch", "augmentation", "threads", "images/s", "times what training takes")]
-    left_out = {}
+    """One table."""
+    print(f"{options.height}x{options.width} px, width {options.width_factor:g}\n")
+    shown = Table("batch", "augmentation", "threads", "images/s", "times what training takes")
     for batch in options.batches:
         config = config_of(options, batch_size=batch)
         fast = Fast(config, options.device)
         needed = epoch_rate(fast, fitting(fast, cache, options.device, options.seconds), options.device)
-        rows.append((batch, "(training)", "", f"{needed:.1f}", "1.0"))
+        shown.add(batch, "(training)", "", f"{needed:.1f}", "1.0")
         split = repeated(cache, max(1024, 8 * batch))
         for name, fields in AUGMENTATIONS.items():
             if "augment_quarter_turns" in fields and options.height != options.width:
                 fields = fields | {"augment_quarter_turns": False}
             augmented = config_of(options, batch_size=batch, **fields)
             for threads in options.loader_threads:
-                try:
-                    rate = loaded(split, augmented, options.device, threads, options.seconds)
-                except ImportError as error:
-                    left_out[name] = str(error)
-                    continue
-                rows.append((batch, name, threads, f"{rate:.0f}", f"{rate / needed:.1f}"))
-    print(f"{options.height}x{options.width} px, width {options.width_factor:g}\n")
-    table(*rows)
-    for name, why in left_out.items():
-        print(f"\nAugmentation '{name}' was left out: {why}.")
+                rate = loaded(split, augmented, options.device, threads, options.seconds)
+                shown.add(batch, name, threads, f"{rate:.0f}", f"{rate / needed:.1f}")
     print("\nFor the results page's 50 epochs of 7,908 images within 15 minutes, 440 images/s are the least.")
 
 
@@ -86,9 +81,13 @@ def main() -> None:
         __doc__,
         2,
         batches={"type": int, "nargs": "+", "help": "images a step"},
-        loader_threads={"type": int, "nargs": "+", "default": [1]},
+        loader_threads={"type": int, "nargs": "+", "help": "for a GPU"},
     )
-    options.batches = options.batches or ([1, 10, 32] if options.device.type == "cuda" else [1, 4])
+    on_gpu = options.device.type == "cuda"
+    options.loader_threads = options.loader_threads or [
+        n for n in (1, 4, 16) if n == 1 or (on_gpu and n <= options.threads)
+    ]
+    options.batches = options.batches or ([1, 10, 32] if on_gpu else [1, 4])
     with split_of(options) as cache:
         compare(options, cache)
 

@@ -25,12 +25,23 @@ from model.data import Cache, open_cache
 MIB = 2**20
 
 
+class Table:
+    """Printed row by row, so that what was measured is there when a run is cut short."""
+
+    def __init__(self, *head: object) -> None:
+        self.add(*head)
+        print("| --- " * len(head) + "|", flush=True)
+
+    def add(self, *cells: object) -> None:
+        """A row."""
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
 def table(*rows: tuple[Any, ...]) -> None:
-    """The first row is the head."""
-    for n, row in enumerate(rows):
-        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
-        if n == 0:
-            print("| --- " * len(row) + "|", flush=True)
+    """A whole one; the first row is the head."""
+    shown = Table(*rows[0])
+    for row in rows[1:]:
+        shown.add(*row)
 
 
 def machine() -> str:

@@ -16,7 +16,7 @@ import torch
 
 from bench import limits
 from bench.limits import Limits
-from bench.measure import MIB, config_of, options_of, repeated, seconds_of, split_of, table
+from bench.measure import MIB, Table, config_of, options_of, repeated, seconds_of, split_of, table
 from bench.plain import images_in, operations
 from bench.training_step import Fast, epoch_rate, fitting
 from model.config import RunConfig
@@ -70,8 +70,8 @@ def schedule(options: argparse.Namespace, cache: Cache, limits_here: Limits) -> 
     config = config_of(options)
     forward, of_image = operations(config)
     head = "batch", "images measured", "images/s", "TFLOP/s", "share of the product peak", "torch held at its peak, MiB"
-    rows: list[tuple[object, ...]] = [(*head, "training, min", "with validations, min")]
-    trained: dict[int, tuple[float, int, int]] = {}
+    shown = Table(*head, "all training, min")
+    training: dict[int, float] = {}
     for batch in options.batches:
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -80,26 +80,29 @@ def schedule(options: argparse.Namespace, cache: Cache, limits_here: Limits) -> 
         part = fitting(fast, cache, options.device, options.seconds / 2)
         fast.epoch(part)
         rate = epoch_rate(fast, part, options.device)
-        held = torch.cuda.max_memory_reserved() // MIB if options.device.type == "cuda" else 0
-        trained[batch] = rate, images_in(part, config), held
+        held = torch.cuda.max_memory_reserved() // MIB if options.device.type == "cuda" else ""
+        training[batch] = EPOCHS * IMAGES / rate
+        tera = rate * of_image / 1e12
+        shown.add(batch, images_in(part, config), f"{rate:.1f}", f"{tera:.2f}", f"{tera / limits_here.bfloat16:.1%}",
+                  held, f"{training[batch] / 60:.1f}")  # fmt: skip
     split = repeated(cache, options.validation)
     found = validation(fast, split, config, options.device)
-    for batch, (rate, count, held) in trained.items():
-        tera = rate * of_image / 1e12
-        training = EPOCHS * IMAGES / rate
-        total = training + VALIDATIONS * (found.forward + found.beyond)
-        rows.append((batch, count, f"{rate:.1f}", f"{tera:.2f}", f"{tera / limits_here.bfloat16:.1%}", held or "",
-                     f"{training / 60:.1f}", f"{total / 60:.1f}"))  # fmt: skip
-    table(*rows)
     tera = VALIDATION_IMAGES / found.forward * forward / 1e12
     print()
     table(
-        ("a validation of 1,695 images", "s", "share of the product peak"),
+        (f"a validation of {VALIDATION_IMAGES:,} images", "s", "share of the product peak"),
         ("forward pass", f"{found.forward:.2f}", f"{tera / limits_here.bfloat16:.1%}"),
         ("counting, beyond it", f"{found.counts:.2f}", ""),
         ("choosing thresholds, figures", f"{found.choice:.2f}", ""),
         ("all beyond the forward pass", f"{found.beyond:.2f}", ""),
     )
+    print()
+    validations = VALIDATIONS * (found.forward + found.beyond)
+    table(
+        ("batch", "training, min", "validations, min", "whole schedule, min"),
+        *((batch, f"{seconds / 60:.1f}", f"{validations / 60:.1f}", f"{(seconds + validations) / 60:.1f}")
+          for batch, seconds in training.items()),
+    )  # fmt: skip
     print(
         f"\nAssumed: every image takes as long as those measured (the second epoch of so many, after shorter ones to "
         f"warm up; {options.height}x{options.width} px, width {options.width_factor:g}, {of_image / 1e9:.3g} GFLOP an "

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.measure import config_of, options_of, split_of, table
+from bench.measure import Table, config_of, options_of, split_of
 from bench.plain import images_in
 from bench.schedule import EPOCHS, IMAGES
 from bench.training_step import Fast, fitting
@@ -124,7 +124,8 @@ def compare(options: argparse.Namespace, cache: Cache, width: float) -> bool:
     """Prints a table for a network's width; whether any processes did their work."""
     on_gpu = options.device.type == "cuda"
     figures = "images/s", "trials an hour", "times one"
-    rows: list[tuple[object, ...]] = [("trials", *(f"{how}: {name}" for how in HOW for name in figures))]
+    print(f"\nWidth {width:g}, {options.height}x{options.width} px, batch 1, {options.threads} CPU threads in all\n")
+    shown = Table("trials", *(f"{how}: {name}" for how in HOW for name in figures))
     one = None
     for count in options.counts:
         gpus = (1.0 if count == 1 else math.floor(1000 / count) / 1000) if on_gpu else 0.0
@@ -134,14 +135,11 @@ def compare(options: argparse.Namespace, cache: Cache, width: float) -> bool:
         try:
             rate = processes(work, count)
         except RuntimeError as error:
-            rows.append((count, str(error), "", "", "", "", ""))
+            shown.add(count, error, "", "", "", "", "")
             continue
         one = one or rate / count
         whole = work._replace(gpus=float(on_gpu), threads=options.threads)
-        shown = [cells(rate, one), cells(packed_rate(whole, count), one)]
-        rows.append((count, *shown[0], *shown[1]))
-    print(f"\nWidth {width:g}, {options.height}x{options.width} px, batch 1, {options.threads} CPU threads in all\n")
-    table(*rows)
+        shown.add(count, *cells(rate, one), *cells(packed_rate(whole, count), one))
     return one is not None
 
 

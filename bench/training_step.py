@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 
 from bench import limits
-from bench.measure import config_of, options_of, repeated, seconds_of, split_of, table
+from bench.measure import Table, config_of, options_of, repeated, seconds_of, split_of
 from bench.plain import Plain, images_in, operations
 from model import train
 from model.config import RunConfig
@@ -66,17 +66,8 @@ def speeds(options: argparse.Namespace, cache: Cache) -> None:
     _, of_image = operations(config_of(options))
     print(f"{of_image / 1e9:.3g} GFLOP an image forward and backward; {options.height}x{options.width} px, "
           f"width {options.width_factor:g}, {options.rounds} rounds\n")  # fmt: skip
-    head = (
-        "batch",
-        "way",
-        "images an epoch",
-        "images/s",
-        "from, to",
-        "times plain",
-        "TFLOP/s",
-        "share of the product peak",
-    )
-    rows: list[tuple[object, ...]] = [head]
+    speeds_of = "images an epoch", "images/s", "from, to", "times plain"
+    shown = Table("batch", "way", *speeds_of, "TFLOP/s", "share of the product peak")
     for batch in options.batches:
         config = config_of(options, batch_size=batch)
         ways: dict[str, Fast | Plain] = {
@@ -95,17 +86,8 @@ def speeds(options: argparse.Namespace, cache: Cache) -> None:
             rate = statistics.median(rates)
             tera = rate * of_image / 1e12
             speed = f"{rate:.2f}", f"{min(rates):.2f}, {max(rates):.2f}", f"{rate / plain:.2f}"
-            rows.append(
-                (
-                    batch,
-                    name,
-                    len(splits[name].samples),
-                    *speed,
-                    f"{tera:.2f}",
-                    f"{tera / statistics.median(peaks):.1%}",
-                )
-            )
-    table(*rows)
+            share = f"{tera / statistics.median(peaks):.1%}"
+            shown.add(batch, name, len(splits[name].samples), *speed, f"{tera:.2f}", share)
 
 
 def curves(options: argparse.Namespace, cache: Cache) -> None:
@@ -118,14 +100,15 @@ def curves(options: argparse.Namespace, cache: Cache) -> None:
         "fast": lambda: Fast(base, options.device),
         "fast, float32": lambda: Fast(replace(base, precision="float32"), options.device),
     }
-    found = {name: list(_losses(make(), split, epochs)) for name, make in ways.items()}
     print(f"\n{images_in(split, base) * epochs} steps of one image, {epochs} epochs, {options.height}x{options.width} "
           f"px, width {options.width_factor:g}, learning rate {base.learning_rate:g}\n")  # fmt: skip
-    rows: list[tuple[object, ...]] = [("way", "loss of the first epoch", "of the last", "largest difference")]
-    for name, losses in found.items():
-        apart = max(abs(mine / plain - 1) for mine, plain in zip(losses, found["plain"], strict=True))
-        rows.append((name, f"{losses[0]:.5f}", f"{losses[-1]:.5f}", f"{apart:.1e}" if name != "plain" else ""))
-    table(*rows)
+    shown = Table("way", "loss of the first epoch", "of the last", "largest difference")
+    plain: list[float] = []
+    for name, make in ways.items():
+        losses = list(_losses(make(), split, epochs))
+        plain = plain or losses
+        apart = max(abs(mine / theirs - 1) for mine, theirs in zip(losses, plain, strict=True))
+        shown.add(name, f"{losses[0]:.5f}", f"{losses[-1]:.5f}", f"{apart:.1e}" if losses is not plain else "")
 
 
 def _losses(one: Fast | Plain, cache: Cache, epochs: int) -> Iterator[float]:
