@@ -4,6 +4,7 @@
 
 A trial is the training of the results page, 50 epochs of 7,908 images at batch 1, of which some seconds are measured
 with all processes at work; starting them and validations are not in it. Times one are the ratio to one process.
+Packed trials are threads of one process (tuner/pack.py).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import math
 import multiprocessing
 import queue
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +30,7 @@ from bench.training_step import Fast, fitting
 from model.config import RunConfig
 from model.data import Cache, open_cache
 from model.sample import Sample
+from tuner.pack import side_by_side
 from tuner.trial import take_device
 
 HOW = "processes", "packed"
@@ -107,46 +111,65 @@ def _wait(happened: Any, started: list[Any]) -> None:
                 raise RuntimeError(f"not all of {len(started)} processes answered within {_SECONDS_TO_START} s")
 
 
-packed: Callable[[Work, int], float] | None = None
-"""Images a second of so many trials of `Work.config` that are trained as one, those of all trials counted; called in a
-process of its own, with the whole device. None while there is nothing that does it."""
+def packed(work: Work, counts: Sequence[int]) -> list[float]:
+    """Images a second of so many trials together, each in a thread of this process: for one count after another."""
+    device = take_device(work.gpus, work.threads)
+    cache = open_cache(work.samples, work.config.input_height, work.config.input_width, work.root)
+    first = Fast(work.config, device)
+    split = fitting(first, cache, device, work.seconds / 4)
+    trials = [first, *(Fast(work.config, device) for _ in range(max(counts) - 1))]
+    rates = []
+    for count in counts:
+        met = threading.Barrier(count)
 
+        def one(fast: Fast, met: threading.Barrier = met) -> float:
+            fast.epoch(split)  # the first epoch of a trial records its step
+            met.wait(_SECONDS_TO_START)
+            began, done = time.perf_counter(), 0
+            while (passed := time.perf_counter() - began) < work.seconds or not done:
+                fast.epoch(split)
+                done += images_in(split, work.config)
+            return done / passed if passed else 0.0
 
-def packed_rate(work: Work, count: int) -> float | None:
-    """What `packed` finds in a new process."""
-    if packed is None:
-        return None
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(packed, work, count).result()
+        functions = [partial(one, fast) for fast in trials[:count]]
+        rates.append(sum(side_by_side(functions, device, max(1, work.threads // count))))
+    return rates
 
 
 def compare(options: argparse.Namespace, cache: Cache, width: float) -> bool:
-    """Prints a table for a network's width; whether any processes did their work."""
+    """Prints a table for a network's width; whether any trials did their work."""
     on_gpu = options.device.type == "cuda"
+    config = config_of(options, width=width)
+    whole = Work(config, cache.samples, cache.directory.parent, float(on_gpu), options.threads, options.seconds)
+    found: dict[str, list[float]] = {}
+    if "packed" in options.how:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found["packed"] = pool.submit(packed, whole, options.counts).result()
     figures = "images/s", "trials an hour", "times one"
     print(f"\nWidth {width:g}, {options.height}x{options.width} px, batch 1, {options.threads} CPU threads in all\n")
-    shown = Table("trials", *(f"{how}: {name}" for how in HOW for name in figures))
+    shown = Table("trials", *(f"{how}: {name}" for how in options.how for name in figures))
     one = None
-    for count in options.counts:
-        gpus = (1.0 if count == 1 else math.floor(1000 / count) / 1000) if on_gpu else 0.0
-        threads = max(1, options.threads // count)
-        config = config_of(options, width=width)
-        work = Work(config, cache.samples, cache.directory.parent, gpus, threads, options.seconds)
-        try:
-            rate = processes(work, count)
-        except RuntimeError as error:
-            shown.add(count, error, "", "", "", "", "")
-            continue
-        one = one or rate / count
-        whole = work._replace(gpus=float(on_gpu), threads=options.threads)
-        shown.add(count, *cells(rate, one), *cells(packed_rate(whole, count), one))
+    for n, count in enumerate(options.counts):
+        rates: dict[str, float | RuntimeError] = {how: each[n] for how, each in found.items()}
+        if "processes" in options.how:
+            gpus = (1.0 if count == 1 else math.floor(1000 / count) / 1000) if on_gpu else 0.0
+            try:
+                rates["processes"] = processes(
+                    whole._replace(gpus=gpus, threads=max(1, options.threads // count)), count
+                )
+            except RuntimeError as error:
+                rates["processes"] = error
+        first = rates[options.how[0]]
+        if one is None and not isinstance(first, RuntimeError):
+            one = first / count
+        shown.add(count, *(cell for how in options.how for cell in cells(rates[how], one)))
     return one is not None
 
 
-def cells(rate: float | None, one: float) -> tuple[str, str, str]:
+def cells(rate: float | RuntimeError, one: float | None) -> tuple[str, str, str]:
     """Of images a second."""
-    if rate is None:
-        return "not there", "", ""
+    if isinstance(rate, RuntimeError) or one is None:
+        return str(rate), "", ""
     return f"{rate:.1f}", f"{rate * 3600 / (EPOCHS * IMAGES):.2f}", f"{rate / one:.2f}"
 
 
@@ -157,6 +180,7 @@ def main() -> int:
         5,
         counts={"type": int, "nargs": "+", "default": [1, 2, 4, 8, 16], "help": "of trials side by side"},
         width_factors={"type": float, "nargs": "+", "default": [1.0, 0.25]},
+        how={"nargs": "+", "default": HOW, "choices": HOW, "help": "the first one is what others are compared with"},
     )
     with split_of(options) as cache:
         measured = [compare(options, cache, width) for width in options.width_factors]
