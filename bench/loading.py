@@ -4,7 +4,7 @@
 
 `before` is the way until now: albumentations, one image after another in the thread that trains, copied twice into a
 batch. `now` is what a GPU is fed with: batches that threads write in place as uint8, page-locked where there is a GPU.
-Both make the same images to the bit (tests/model/test_augment.py). CPU ms are those of all cores, an image.
+Both change images in the same ways (tests/model/test_augment.py). CPU ms are those of all cores, an image.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from model import layouts, synthetic
 from model.config import RunConfig
 from model.data import Cache, host_batches, open_cache
-from model.losses import distance_weight
 
 KINDS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -34,6 +34,16 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "none, weighted loss": {"weighted_loss": True},
 }  # fmt: skip
+
+
+def weight_before(mask: np.ndarray, config: RunConfig) -> np.ndarray:
+    """With scipy's distances."""
+    distance = ndimage.distance_transform_edt(mask)
+    weight = np.ones(mask.shape)
+    inside = mask > 0
+    share = distance[inside] / np.full_like(distance, distance.max(initial=0))[inside]
+    weight[inside] = config.weight_maximum * share**config.weight_power
+    return weight
 
 
 def before(cache: Cache, config: RunConfig, steps: Iterator[np.ndarray]) -> Iterator[int]:
@@ -65,7 +75,7 @@ def before(cache: Cache, config: RunConfig, steps: Iterator[np.ndarray]) -> Iter
             pairs.append((image, mask))
         masks = np.stack([mask for _, mask in pairs]) * cache.segmented[rows][:, None, None].astype(np.uint8)
         if config.weighted_loss:
-            np.stack([distance_weight(mask, config.weight_power, config.weight_maximum) for mask in masks])
+            np.stack([weight_before(mask, config) for mask in masks])
         np.array(np.stack([image for image, _ in pairs]))
         yield len(rows)
 

@@ -26,6 +26,7 @@ from model.arrays import Array, Bools, Ints
 from model.config import Judgement, RunConfig
 from model.counts import CountsBuilder, PixelCounts, Selected, least_codes, tally, to_half
 from model.curves import best_f_measure
+from model.data import input_batches, to_input
 from model.evaluate import Scores, _count_batch, _count_images, predict, score
 from model.network import build
 from model.thresholds import Thresholds, ThresholdSearch, select_all, sigmoid
@@ -185,6 +186,9 @@ def whole(count: int, side: int, width: float, precision: str, device: torch.dev
     pixels = rng.integers(0, 256, (len(few), side, side, 3), np.uint8)[np.arange(count) % len(few)]
     masks = np.stack([few[n % len(few)][0] for n in range(count)])
     cache: Any = SimpleNamespace(images=pixels, masks=masks, positive=masks.any(axis=(1, 2)))
+
+    for n, inputs in enumerate(input_batches(pixels, device, BATCH)):  # memory that is used again holds what it should
+        assert torch.equal(inputs, to_input(pixels[n * BATCH : (n + 1) * BATCH], device))
 
     def forward() -> None:
         for _ in predict(network, cache.images, config, device):

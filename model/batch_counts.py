@@ -73,6 +73,6 @@ def _packed(images: int, image_P: Tensor, codes_P: Tensor, kinds_P: Tensor, best
     present_BC = (table_BKC[:, 0] | table_BKC[:, 1] | table_BKC[:, _TRUTH]) != 0
     lengths_B = present_BC.sum(dim=1)
     image_M, code_M = present_BC.nonzero(as_tuple=True)
-    counts_MK = table_BKC.transpose(1, 2)[image_M, code_M]
+    counts_MK = table_BKC.transpose(1, 2)[image_M, code_M].contiguous()
     stored_M1 = (code_M - _CODES // 2).to(torch.int16)[:, None]
     return Packed(torch.cat([stored_M1.view(torch.uint8), counts_MK.view(torch.uint8)], dim=1), lengths_B)

@@ -394,8 +394,8 @@ class HostBatch:
     rows: Ints
     """(B,) where the images stand in their split"""
     release: Callable[[torch.cuda.Event | None], None]
-    """Gives its memory back for a batch to come, which is written when the event is over: record it after the copies
-    of this one are queued. Without one, this batch is over at once."""
+    """Gives its memory back for a batch to come, which is written when the event is over: pass `queued_so_far()` when
+    the copies of this one are queued. Without one, this batch is over at once."""
 
 
 def to_device(host: HostBatch, device: torch.device) -> Batch:
@@ -441,10 +441,15 @@ def prefetched(
     with closing(host_batches(cache, config, epoch, steps, threads, pinned=True)) as made:
         for host in made:
             batch = to_device(host, device)
-            copied = torch.cuda.Event()
-            copied.record()
-            host.release(copied)
+            host.release(queued_so_far())
             yield batch
+
+
+def queued_so_far() -> torch.cuda.Event:
+    """Over when the device has done what the current stream holds now; who waits for it sleeps."""
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event
 
 
 def host_batches(
@@ -483,9 +488,7 @@ def input_batches(images_NHWC: Array | Rows, device: torch.device, batch_size: i
     with closing(_made_ahead(steps, memory, fill, None, pinned=True)) as made:
         for _, (images,), release in made:
             there = to_input(images, device)
-            copied = torch.cuda.Event()
-            copied.record()
-            release(copied)
+            release(queued_so_far())
             yield there
 
 

@@ -19,7 +19,7 @@ from model.batch_counts import tally_batch, tally_every
 from model.centre_lines import CentreLines, trace
 from model.config import Judgement, RunConfig
 from model.counts import CountsBuilder, PixelCounts, tally, to_half
-from model.data import Cache, Rows, input_batches
+from model.data import Cache, Rows, input_batches, queued_so_far
 from model.fast import compute_dtype, forward
 from model.network import SegDecNet
 from model.thresholds import Thresholds, ThresholdSearch, decision_threshold, select_all, sigmoid
@@ -137,7 +137,7 @@ def score(
     count = _count_images if device.type == "cpu" else _count_batch
     lines: list[CentreLines] = []
     decisions: list[float] = []
-    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    beside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # before the next batch
     for (decision, segmentation), queued in _one_behind(predict(network, cache.images, config, device)):
         # Counting waits for its own results: on a stream of its own it does not make the network wait too.
         with torch.cuda.stream(beside) if beside else nullcontext():
@@ -192,8 +192,7 @@ def _one_behind(
         if answer[0].device.type != "cuda":
             yield answer, None
             continue
-        queued = torch.cuda.Event()
-        queued.record()
+        queued = queued_so_far()
         if before:
             yield before
         before = answer, queued
