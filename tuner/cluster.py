@@ -49,6 +49,9 @@ _SECONDS_BETWEEN_LOOKS_AT_NODES = 10.0
 _NODE_DIED = re.compile("Raylet is terminated|has been marked dead")
 """what Ray prints on standard output of each node that dies, with the end of its log"""
 
+_WARM = "tuner.warm"
+"""the module that warm processes import"""
+
 _GPU_KIND = "accelerator_type:"
 """how the resource is named that says of which kind a node's GPUs are"""
 
@@ -81,9 +84,12 @@ class Resources:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None, warm: bool = False) -> Iterator[None]:
     """A Ray that this process is connected to: already, at `address`, or a local one of its own. ValueError if there
-    is none at `address`."""
+    is none at `address`.
+
+    Ray starts a process a core with itself. `warm`: those of a local one import at once what trials need.
+    """
     if ray.is_initialized():
         yield
         return
@@ -98,6 +104,8 @@ def connected(address: str | None) -> Iterator[None]:
     if address:
         # Ray would use the user's token with `auto` alone, and be refused elsewhere; RAY_AUTH_MODE still decides.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    if warm and not address:
+        os.environ.setdefault("RAY_preload_python_modules", _WARM)
     with nullcontext() if address else _on_loopback():
         try:
             ray.init(

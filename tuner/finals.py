@@ -367,10 +367,10 @@ def _example_arrays(
 
 def _architectures(config: RunConfig) -> dict[str, Any]:
     """The stages of the original network and of the one used, read off the modules without computing anything."""
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # made here, then emptied: torch compiles the initialisation of empty ones
         original, used = build("segdecnet"), build(config.architecture, width=config.width, norm=config.norm)
     size = config.input_height, config.input_width
-    return {"original": describe(original, *size), "used": describe(used, *size)}
+    return {"original": describe(original.to("meta"), *size), "used": describe(used.to("meta"), *size)}
 
 
 def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:

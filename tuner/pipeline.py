@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 import model.folds
@@ -78,7 +81,8 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     if run.info["state"] != "finished":
         run.check_version()
-    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, _cluster_if_needed(run):
+    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, ExitStack() as stack:
+        stack.enter_context(_cluster_if_needed(run))
         try:
             state = run.info["state"]
             if state != "finished":
@@ -92,7 +96,8 @@ def go_on(run: Run, console: Console | None = None) -> Run:
                         return run
                     evaluate(run)
                     mirror.changed()
-                report.write(run.directory)
+                with _closed_meanwhile(stack):
+                    report.write(run.directory)
                 tracking.log_report(watched(run), run.options.wandb, run.options.wandb_wait)
         except SearchFailed as failure:
             if run.options.no_report or not run.info["sessions"]:
@@ -118,7 +123,23 @@ def _cluster_if_needed(run: Run) -> AbstractContextManager[None]:
     selected = (run.directory / "evaluation" / "selection.json").exists()
     if run.info["state"] == "finished" and (run.options.no_report or selected):
         return nullcontext()
-    return connected(run.options.address)
+    return connected(run.options.address, warm=run.info["state"] != "finished" and _fills_cores(run.options))
+
+
+def _fills_cores(options: Options) -> bool:
+    """Whether each core of this machine is to have a trial of its own, if they run here."""
+    cores = os.cpu_count() or 1
+    on_cores = options.gpus_per_trial == 0 or (options.gpus_per_trial is None and not torch.cuda.is_available())
+    return on_cores and (options.cpus_per_trial or 1) <= 1 and (options.concurrent or cores) >= cores
+
+
+@contextmanager
+def _closed_meanwhile(stack: ExitStack) -> Iterator[None]:
+    """Leaves the contexts of a stack in a thread: for the end of Ray's processes nobody has to wait."""
+    with ThreadPoolExecutor(1) as thread:
+        closing = thread.submit(stack.close)
+        yield
+    closing.result()
 
 
 @contextmanager

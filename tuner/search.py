@@ -25,6 +25,7 @@ import torch
 from ray import cloudpickle, tune
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.tune import FailureConfig, Stopper, TuneConfig
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -85,6 +86,11 @@ def run_trials(
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
+    # With an environment of its own, which here is of another library, a trial could have none of the processes that
+    # Ray has ready. Those of this machine alone have the driver's environment anyhow.
+    class_cache.DEFAULT_ENV_VARS = {}
+    if needs is not None and needs.place is None:
+        class_cache.ENV_VARS_TO_PROPAGATE = set()
     experiment = tune.Tuner(
         tune.with_parameters(_trial_on_worker, task=task, cpus=resources.cpus_per_trial, trials=trials, needs=needs),
         tune_config=TuneConfig(
