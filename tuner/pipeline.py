@@ -183,7 +183,9 @@ def repeat(run: Run, mirror: Mirror, console: Console | None = None, seeds: int 
     state = "failed"
     try:
         with storage.explained(run.study):
-            state = run_trials(study, task, run.directory, study.space.budget, resources, trackers, mirror, needs)
+            state = run_trials(
+                study, task, run.directory, study.space.budget, resources, trackers, mirror, needs, run.options.profile
+            )
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"
         raise
@@ -263,7 +265,9 @@ def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     state = "failed"
     went_well = False
     try:
-        state = run_trials(study, task, run.directory, space.budget, resources, trackers, mirror, needs)
+        state = run_trials(
+            study, task, run.directory, space.budget, resources, trackers, mirror, needs, options.profile
+        )
         went_well = True
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"

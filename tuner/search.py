@@ -29,7 +29,7 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuner import checkpoints, cluster
+from tuner import checkpoints, cluster, tracing
 from tuner.checkpoints import Torn, Trials, Writer
 from tuner.cluster import Resources, fit_at_once
 from tuner.datasets import DataFailed
@@ -59,15 +59,17 @@ def run_trials(
     trackers: Trackers,
     mirror: Mirror | None = None,
     needs: Needs | None = None,
+    profile: bool = False,
 ) -> str:
     """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped"). A node
-    that joins meanwhile must have what is needed.
+    that joins meanwhile must have what is needed. `profile`: a trace of the first trial is left in the run's directory,
+    unless there is one.
 
     SearchFailed when trials crash one after another.
     """
     mirror = mirror or Mirror(run_directory)
     trials = mirror.trials
-    session = Session(study, trials, budget, resources, trackers, mirror, needs.source if needs else None)
+    session = Session(study, trials, budget, resources, trackers, mirror, needs.source if needs else None, profile)
     if session.nothing_left():
         return session.close()
     fit, why = fit_at_once(resources)
@@ -188,6 +190,8 @@ class _StudyScheduler(FIFOScheduler):
                 logger.warning("%s; it had joined late", result["prepared"])
             progress, use, pictures = (json.loads(result[name]) for name in ("progress", "use", "pictures"))
             pictures = {name: base64.b64decode(data) for name, data in pictures.items()}
+            if trace := json.loads(result["trace"]):
+                self._session.traced(trial.trial_id, {name: base64.b64decode(data) for name, data in trace.items()})
             if not self._session.reported(trial.trial_id, progress, result["node"], use, pictures):
                 return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
@@ -213,7 +217,8 @@ class _Began(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        result.pop("pictures", None)  # Ray keeps the last result of every trial
+        for name in ("pictures", "trace"):
+            result.pop(name, None)  # Ray keeps the last result of every trial
 
 
 class _Stop(Stopper):
@@ -237,15 +242,22 @@ def _trial_on_worker(config: dict[str, Any], task: Task, cpus: float, trials: Tr
     from model.config import RunConfig
 
     writer = Writer(trials, config["start"], config["config"])
+    trace_folder: Path | None = None
+    """where a trace is left that was not reported yet"""
 
     def report(progress: dict[str, Any], folder: Path | None) -> None:
+        nonlocal trace_folder
         pictures: dict[str, str] = {}
         if folder:
             writer.write(folder, progress["epochs"], last=progress["status"] != "running")
             if trials.there and has_new_pictures(progress):  # the driver would have to fetch them
                 pictures = {name: base64.b64encode(data).decode() for name, data in previews(folder).items()}
+        trace = tracing.files(trace_folder) if trace_folder else {}
+        if trace:
+            trace_folder = None
         use = meter.read() if meter else {}  # not part of the progress: records of equal searches are equal
         told = {"progress": progress, "use": use, "pictures": pictures}
+        told["trace"] = {name: base64.b64encode(data).decode() for name, data in trace.items()}
         where = {"node": node, "prepared": prepared}
         tune.report({name: json.dumps(value) for name, value in told.items()} | where)  # Ray would flatten it
 
@@ -261,6 +273,10 @@ def _trial_on_worker(config: dict[str, Any], task: Task, cpus: float, trials: Tr
         device = _device(config["gpus"], int(cpus))
         with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
             resume = _fetched(config, own, trials, Path(scratch))
+            if config["traced"]:
+                trace_folder = Path(scratch) / tracing.FOLDER
+                trace_folder.mkdir()
+                task = task.traced(trace_folder)
             run_on(task, own, device, config["gpus"], resume, report)
     except _NodeLeaves:
         report(nothing_yet() | {"status": LEAVES}, None)

@@ -86,6 +86,7 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/jobs.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.cluster", "tuner.pipeline")),
         ("tuner/cluster.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.session", "tuner.trial")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
+        ("tuner/tracing.py", ("ray", "optuna", "wandb", "tuner.trial", "tuner.search", "tuner.run")),
         ("tuner/gpu.py", ("ray", "optuna", "wandb", "tuner.trial", "tuner.search")),
         ("tuner/shares.py", ("ray", "optuna", "wandb", "torch")),
         ("tuner/use.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.trial")),
