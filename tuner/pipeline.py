@@ -123,7 +123,7 @@ def _cluster_if_needed(run: Run) -> AbstractContextManager[None]:
     selected = (run.directory / "evaluation" / "selection.json").exists()
     if run.info["state"] == "finished" and (run.options.no_report or selected):
         return nullcontext()
-    return connected(run.options.address, warm=run.info["state"] != "finished" and _fills_cores(run.options))
+    return connected(run.options.address, for_trials=run.info["state"] != "finished" and _fills_cores(run.options))
 
 
 def _fills_cores(options: Options) -> bool:

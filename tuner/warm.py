@@ -1,16 +1,18 @@
-"""What the process of a trial imports, in one go: some processes do that as they start, while the driver still looks at
-the data, and not when a trial waits for it.
+"""What the process of a trial imports, in one go: the first processes of a local Ray do that as they start, while the
+driver still looks at the data, and not when a trial waits for it. Later ones may be for something else.
 """
 
 import gc
+import importlib
+import os
+import time
 
-gc.disable()  # what is imported stays: to look through it over and over takes a quarter longer
+UNTIL = "SEGDEC_TUNER_WARM_UNTIL"
+"""the environment variable that says up to when, in seconds since the epoch"""
 
-import torch._dynamo  # noqa: E402, F401  (torch imports it when the first optimizer is made)
-
-import tuner.plan  # noqa: E402
-import tuner.search  # noqa: E402
-import tuner.timing  # noqa: E402, F401
-
-gc.enable()
-gc.freeze()
+if time.time() < float(os.environ.get(UNTIL, "0")):
+    gc.disable()  # what is imported stays: to look through it over and over takes a quarter longer
+    for _name in ("torch._dynamo", "tuner.search", "tuner.plan", "tuner.timing"):  # the first with the first optimizer
+        importlib.import_module(_name)
+    gc.enable()
+    gc.freeze()
