@@ -52,7 +52,7 @@ _DESCRIPTION = "Hyperparameter search for surface-defect segmentation: search a 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code."""
-    gc.set_threshold(100_000, 20, 50)  # what is imported stays; to look through it over and over takes a quarter longer
+    gc.set_threshold(100_000, 20, 50)  # what is imported stays: to look through it over and over takes longer
     atexit.register(gc.freeze)  # nor need it be looked through at the end, which takes a second
     parser = _parser()
     options = parser.parse_args(arguments)

@@ -11,7 +11,7 @@ UNTIL = "SEGDEC_TUNER_WARM_UNTIL"
 """the environment variable that says up to when, in seconds since the epoch"""
 
 if time.time() < float(os.environ.get(UNTIL, "0")):
-    gc.disable()  # what is imported stays: to look through it over and over takes a quarter longer
+    gc.disable()  # what is imported stays: to look through it over and over takes longer
     for _name in ("torch._dynamo", "tuner.search", "tuner.plan", "tuner.timing"):  # the first with the first optimizer
         importlib.import_module(_name)
     gc.enable()
