@@ -32,6 +32,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 _FOLDER = "SEGDEC_TUNER_BENCH_MARKS"
 
+WAITING = "report, wait for the driver"
+_SECONDS_OF_AN_ANSWER = 5.0
+"""The driver answers in less; a trial that is stopped waits in its report until its process ends."""
+
 WRAPPED = {
     "tuner.cli": {"main": "command"},
     "ray": {"init": "Ray: start", "shutdown": "Ray: end"},
@@ -60,7 +64,7 @@ WRAPPED = {
     },
     "model.checkpoint": {"save_training": "checkpoint: written"},
     "tuner.checkpoints": {"Writer.write": "checkpoint: copied to its place"},
-    "ray.tune": {"report": "report, wait for the driver"},
+    "ray.tune": {"report": WAITING},
 }
 """functions by module, and under which words their own time counts"""
 
@@ -205,7 +209,8 @@ def tables(began: float, ended: float, busy: float, spans: dict[str, list[Span]]
     for pid, found in workers.items():
         for what, _, start, _, own in own_times(spans[pid]):
             if any(trial[2] <= start <= trial[3] for trial in found):
-                used[what] += own
+                is_over = what == WAITING and own > _SECONDS_OF_AN_ANSWER  # it was stopped, and nothing came after it
+                used["no trial on the place" if is_over else what] += own
         for _, _, search_began, search_ended in searches:
             own_trials = [s for s in found if search_began <= s[2] <= search_ended]
             count += len(own_trials)
@@ -214,7 +219,7 @@ def tables(began: float, ended: float, busy: float, spans: dict[str, list[Span]]
                     max(0.0, b[2] - a[3]) for a, b in itertools.pairwise(own_trials)
                 )
     of_searches = sum(search[3] - max(first, search[2]) for search in searches)
-    used["no trial on the place"] = places * of_searches - sum(used.values())
+    used["no trial on the place"] += places * of_searches - sum(used.values())
     total = places * wall
     used["outside of search and repeats"] = total - places * of_searches
     lines += ["", f"| {places} places x wall time | s | share |", "| --- | ---: | ---: |"]

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 a run that failed, 2 bad input, 130 stopped by the user.
 from __future__ import annotations
 
 import argparse
-import atexit
 import gc
 import json
 import logging
@@ -53,7 +52,6 @@ _DESCRIPTION = "Hyperparameter search for surface-defect segmentation: search a 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code."""
     gc.set_threshold(100_000, 20, 50)  # what is imported stays: to look through it over and over takes longer
-    atexit.register(gc.freeze)  # nor need it be looked through at the end, which takes a second
     parser = _parser()
     options = parser.parse_args(arguments)
     options.console = Console(stderr=True)

@@ -25,7 +25,6 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray._private.ray_logging import stdout_deduplicator
 
 from model.files import FULL_DISK
-from tuner import warm
 from tuner.records import NodeUnfit, SearchFailed
 from tuner.shares import cores_each, most_on_a_gpu, part_of_gpu, places
 
@@ -49,9 +48,6 @@ _SECONDS_BETWEEN_LOOKS_AT_NODES = 10.0
 
 _NODE_DIED = re.compile("Raylet is terminated|has been marked dead")
 """what Ray prints on standard output of each node that dies, with the end of its log"""
-
-_SECONDS_TO_BEGIN = 30.0
-"""about so long it takes, at most, until the first trials have a process"""
 
 _GPU_KIND = "accelerator_type:"
 """how the resource is named that says of which kind a node's GPUs are"""
@@ -85,12 +81,9 @@ class Resources:
 
 
 @contextmanager
-def connected(address: str | None, for_trials: bool = False) -> Iterator[None]:
+def connected(address: str | None) -> Iterator[None]:
     """A Ray that this process is connected to: already, at `address`, or a local one of its own. ValueError if there
-    is none at `address`.
-
-    Ray starts a process a core with itself. `for_trials`: those of a local one import at once what trials need.
-    """
+    is none at `address`."""
     if ray.is_initialized():
         yield
         return
@@ -105,9 +98,6 @@ def connected(address: str | None, for_trials: bool = False) -> Iterator[None]:
     if address:
         # Ray would use the user's token with `auto` alone, and be refused elsewhere; RAY_AUTH_MODE still decides.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    if for_trials and not address:
-        os.environ.setdefault("RAY_preload_python_modules", warm.__name__)
-        os.environ[warm.UNTIL] = str(time.time() + _SECONDS_TO_BEGIN)
     with nullcontext() if address else _on_loopback():
         try:
             ray.init(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 import model.folds
@@ -123,14 +121,7 @@ def _cluster_if_needed(run: Run) -> AbstractContextManager[None]:
     selected = (run.directory / "evaluation" / "selection.json").exists()
     if run.info["state"] == "finished" and (run.options.no_report or selected):
         return nullcontext()
-    return connected(run.options.address, for_trials=run.info["state"] != "finished" and _fills_cores(run.options))
-
-
-def _fills_cores(options: Options) -> bool:
-    """Whether each core of this machine is to have a trial of its own, if they run here."""
-    cores = os.cpu_count() or 1
-    on_cores = options.gpus_per_trial == 0 or (options.gpus_per_trial is None and not torch.cuda.is_available())
-    return on_cores and (options.cpus_per_trial or 1) <= 1 and (options.concurrent or cores) >= cores
+    return connected(run.options.address)
 
 
 @contextmanager

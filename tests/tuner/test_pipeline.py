@@ -49,7 +49,7 @@ class NoNodes:
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch) -> None:
     """No cluster, no trials; a baseline takes half an hour, and its device is two cores."""
-    monkeypatch.setattr(pipeline, "connected", lambda address, **_: nullcontext())
+    monkeypatch.setattr(pipeline, "connected", lambda address: nullcontext())
     monkeypatch.setattr(pipeline, "default_resources", lambda *asked: Resources(cpus_per_trial=2.0))
     monkeypatch.setattr(pipeline, "nodes", NoNodes())
     monkeypatch.setattr(pipeline, "run_trials", lambda *_: "finished")
@@ -270,7 +270,7 @@ def test_importance_is_written_when_a_search_fails_and_not_at_a_second_ctrl_c(
 
 def test_a_run_goes_on_at_another_address_and_asks_no_cluster_when_nothing_is_left(data, tmp_path, monkeypatch) -> None:
     asked: list[str | None] = []
-    monkeypatch.setattr(pipeline, "connected", lambda address, **_: nullcontext(asked.append(address)))
+    monkeypatch.setattr(pipeline, "connected", lambda address: nullcontext(asked.append(address)))
     run = search(data, tmp_path, {"trials": 2}, address="gone:6379")
     pipeline.go_on(runs.load(run.directory))
     assert asked == ["gone:6379"]  # for the search alone
