@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a run that failed, 2 bad input, 130 stopped by the user.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -50,6 +51,7 @@ _DESCRIPTION = "Hyperparameter search for surface-defect segmentation: search a 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code."""
+    gc.set_threshold(100_000, 20, 50)  # what is imported stays: to look through it over and over takes longer
     parser = _parser()
     options = parser.parse_args(arguments)
     options.console = Console(stderr=True)
@@ -98,7 +100,7 @@ def search(options: argparse.Namespace) -> int:
 
     names = ("name", "runs", "no_report", "trials", "hours", "concurrent", "cpus_per_trial", "gpus_per_trial",
              "cpu_trials", "address", "wandb", "wandb_wait", "tensorboard", "seed", "warm_start", "study",
-             "storage")  # fmt: skip
+             "storage", "profile")  # fmt: skip
     chosen = {name: getattr(options, name) for name in names}
     if DASHBOARD.holds(options.address):
         from tuner import jobs
@@ -252,7 +254,7 @@ def next_masks(options: argparse.Namespace) -> int:
 def trial(options: argparse.Namespace) -> int:
     from tuner.single import run_trial
 
-    names = ("name", "runs", "seed", "cpus_per_trial", "gpus_per_trial", "wandb")
+    names = ("name", "runs", "seed", "cpus_per_trial", "gpus_per_trial", "wandb", "profile")
     chosen = {name: getattr(options, name) for name in names}
     outcome = run_trial(options.space, _data(options), options.set or (), console=options.console, **chosen)
     if not outcome.completed:
@@ -452,6 +454,11 @@ def _parser() -> argparse.ArgumentParser:
         help="write checkpoints to URI/NAME and mirror the run there, so that `tuner resume URI/NAME` goes on on "
         "another machine: a path, s3://BUCKET/FOLDER, or what else fsspec or pyarrow know; never with credentials",
     )
+    made.add_argument(
+        "--profile", action="store_true",
+        help="record the first trial for some training steps, a validation and a checkpoint: RUN/profile/ then holds "
+        "where the time went, as a table and as a trace for ui.perfetto.dev",
+    )  # fmt: skip
     made.add_argument("--no-report", action="store_true", help="search alone; the test split stays sealed")
 
     made = verb(trial, "trial", "train and judge one point of a space, outside any search; the program of a W&B sweep",
@@ -482,6 +489,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=("off", "offline", "online"),
         help="log to Weights & Biases; if not given, online where `wandb agent` runs this, else offline",
     )
+    made.add_argument(
+        "--profile", action="store_true",
+        help="leave a table and a trace of some training steps, a validation and a checkpoint in the trial's profile/",
+    )  # fmt: skip
 
     made = verb(resume, "resume", "go on with a run after any kind of stop", "tuner resume runs/demo")
     made.add_argument(

@@ -10,6 +10,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,15 +125,17 @@ def evaluate(
     others = [*{one.trial: one for one in (*of_winner, *of_baseline)}.values()] if is_repeated else []
     names = [finalist.trial for finalist in (*finalists.values(), *others)]
     _note_opening(evaluation, list(dict.fromkeys(names)), fingerprint_of_test(splits), open_test)
-    try:
-        files, applied, sizes, by_seed = run_on_worker(
-            _evaluate_on_worker, resources, finalists, others, splits, dealt, metric, resources, open_test, read
-        )
-    except Torn as error:  # not what somebody has asked for
-        raise SearchFailed(str(error)) from error
+    with ThreadPoolExecutor(1) as meanwhile:  # torch imports its compiler for networks without content: a second
+        architectures = meanwhile.submit(_architectures, winner.config)
+        try:
+            files, applied, sizes, by_seed = run_on_worker(
+                _evaluate_on_worker, resources, finalists, others, splits, dealt, metric, resources, open_test, read
+            )
+        except Torn as error:  # not what somebody has asked for
+            raise SearchFailed(str(error)) from error
     for name, arrays in files.items():
         _write_arrays(target / name, arrays)
-    write_json(target / "architecture.json", _architectures(winner.config))
+    write_json(target / "architecture.json", architectures.result())
     finalists = {role: replace(finalist, thresholds=applied[role]) for role, finalist in finalists.items()}
     if not open_test:
         _write_best(run_directory / "best", finalists["winner"], sizes)

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -75,6 +75,10 @@ class FoldsTask:
     @property
     def decoded(self) -> list[list[Sample]]:
         return [self.pool]
+
+    def traced(self, folder: Path) -> FoldsTask:
+        """Of the first training."""
+        return replace(self, plain=self.plain.traced(folder))
 
     def part(self, n: int) -> _FoldTask:
         """The plain trial of a fold, counted from 0."""

@@ -76,6 +76,7 @@ _RULES = {
     "wandb_wait": WAIT,
     "tensorboard": YES_OR_NO,
     "seed": SEED,
+    "profile": YES_OR_NO,
     "no_report": YES_OR_NO,
 }
 
@@ -106,6 +107,8 @@ class Options:
     """the URL of the database that keeps the study, without a password, or the word env; a journal if None"""
     storage: str | None = None
     """where checkpoints lie and the run is mirrored: a path or an address, without credentials (tuner/remote.py)"""
+    profile: bool = False
+    """whether a trace of the first trial is recorded (tuner/tracing.py)"""
     no_report: bool = False
     """the search alone: the test split stays sealed, also when the run is resumed"""
 

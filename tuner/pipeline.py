@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def go_on(run: Run, console: Console | None = None) -> Run:
     """Does what is left of a run: trials, finals, report. A search that was stopped ends before the finals."""
     if run.info["state"] != "finished":
         run.check_version()
-    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, _cluster_if_needed(run):
+    with run.locked(), full_disk_explained(run), mirrored(run, console) as mirror, ExitStack() as stack:
+        stack.enter_context(_cluster_if_needed(run))
         try:
             state = run.info["state"]
             if state != "finished":
@@ -92,7 +94,8 @@ def go_on(run: Run, console: Console | None = None) -> Run:
                         return run
                     evaluate(run)
                     mirror.changed()
-                report.write(run.directory)
+                with _closed_meanwhile(stack):
+                    report.write(run.directory)
                 tracking.log_report(watched(run), run.options.wandb, run.options.wandb_wait)
         except SearchFailed as failure:
             if run.options.no_report or not run.info["sessions"]:
@@ -119,6 +122,15 @@ def _cluster_if_needed(run: Run) -> AbstractContextManager[None]:
     if run.info["state"] == "finished" and (run.options.no_report or selected):
         return nullcontext()
     return connected(run.options.address)
+
+
+@contextmanager
+def _closed_meanwhile(stack: ExitStack) -> Iterator[None]:
+    """Leaves the contexts of a stack in a thread: for the end of Ray's processes nobody has to wait."""
+    with ThreadPoolExecutor(1) as thread:
+        closing = thread.submit(stack.close)
+        yield
+    closing.result()
 
 
 @contextmanager
@@ -162,7 +174,9 @@ def repeat(run: Run, mirror: Mirror, console: Console | None = None, seeds: int 
     state = "failed"
     try:
         with storage.explained(run.study):
-            state = run_trials(study, task, run.directory, study.space.budget, resources, trackers, mirror, needs)
+            state = run_trials(
+                study, task, run.directory, study.space.budget, resources, trackers, mirror, needs, run.options.profile
+            )
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"
         raise
@@ -242,7 +256,9 @@ def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     state = "failed"
     went_well = False
     try:
-        state = run_trials(study, task, run.directory, space.budget, resources, trackers, mirror, needs)
+        state = run_trials(
+            study, task, run.directory, space.budget, resources, trackers, mirror, needs, options.profile
+        )
         went_well = True
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"

@@ -25,10 +25,11 @@ import torch
 from ray import cloudpickle, tune
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.tune import FailureConfig, Stopper, TuneConfig
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuner import checkpoints, cluster, pack, pack_actors
+from tuner import checkpoints, cluster, pack, pack_actors, tracing
 from tuner.checkpoints import Torn, Trials, Writer
 from tuner.cluster import Resources, fit_at_once
 from tuner.datasets import DataFailed
@@ -61,15 +62,17 @@ def run_trials(
     mirror: Mirror | None = None,
     needs: Needs | None = None,
     packed: bool = pack.PACKED,
+    profile: bool = False,
 ) -> str:
     """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped"). A node
-    that joins meanwhile must have what is needed. `packed`: those that share a GPU train in one process.
+    that joins meanwhile must have what is needed. `packed`: those that share a GPU train in one process. `profile`: a
+    trace of the first trial is left in the run's directory, unless there is one.
 
     SearchFailed when trials crash one after another.
     """
     mirror = mirror or Mirror(run_directory)
     trials = mirror.trials
-    session = Session(study, trials, budget, resources, trackers, mirror, needs.source if needs else None)
+    session = Session(study, trials, budget, resources, trackers, mirror, needs.source if needs else None, profile)
     if session.nothing_left():
         return session.close()
     fit, why = fit_at_once(resources)
@@ -89,6 +92,11 @@ def run_trials(
         "RAY_AIR_NEW_OUTPUT": "0",
     }
     hosts = pack_actors.opened(task) if packed and 0 < resources.gpus_per_trial < 1 else nullcontext()
+    # With an environment of its own, which here is of another library, a trial could have none of the processes that
+    # Ray has ready. Those of this machine alone have the driver's environment anyhow.
+    class_cache.DEFAULT_ENV_VARS = {}
+    if needs is not None and needs.place is None:
+        class_cache.ENV_VARS_TO_PROPAGATE = set()
     try:
         with hosts as opened, _signals_set(session):
             _experiment(session, task, needs, opened).fit()
@@ -192,6 +200,8 @@ class _StudyScheduler(FIFOScheduler):
                 logger.warning("%s; it had joined late", result["prepared"])
             progress, use, pictures = (json.loads(result[name]) for name in ("progress", "use", "pictures"))
             pictures = {name: base64.b64decode(data) for name, data in pictures.items()}
+            if trace := json.loads(result["trace"]):
+                self._session.traced(trial.trial_id, {name: base64.b64decode(data) for name, data in trace.items()})
             if not self._session.reported(trial.trial_id, progress, result["node"], use, pictures):
                 return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
@@ -217,7 +227,8 @@ class _Began(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        result.pop("pictures", None)  # Ray keeps the last result of every trial
+        for name in ("pictures", "trace"):
+            result.pop(name, None)  # Ray keeps the last result of every trial
 
 
 class _Stop(Stopper):
@@ -243,15 +254,22 @@ def _trial_on_worker(
     from model.config import RunConfig
 
     writer = Writer(trials, config["start"], config["config"])
+    trace_folder: Path | None = None
+    """where a trace is left that was not reported yet"""
 
     def report(progress: dict[str, Any], folder: Path | None, use: dict[str, float] | None = None) -> None:
+        nonlocal trace_folder
         pictures: dict[str, str] = {}
         if folder:
             writer.write(folder, progress["epochs"], last=progress["status"] != "running")
             if trials.there and has_new_pictures(progress):  # the driver would have to fetch them
                 pictures = {name: base64.b64encode(data).decode() for name, data in previews(folder).items()}
+        trace = tracing.files(trace_folder) if trace_folder else {}
+        if trace:
+            trace_folder = None
         use = use or (meter.read() if meter else {})  # not part of the progress: records of equal searches are equal
         told = {"progress": progress, "use": use, "pictures": pictures}
+        told["trace"] = {name: base64.b64encode(data).decode() for name, data in trace.items()}
         where = {"node": node, "prepared": prepared}
         tune.report({name: json.dumps(value) for name, value in told.items()} | where)  # Ray would flatten it
 
@@ -259,7 +277,7 @@ def _trial_on_worker(
     own = RunConfig.from_dict(config["config"])
     meter = prepared = None
     is_ready = False
-    packs = hosts if config["gpus"] and not config["alone"] else None
+    packs = hosts if config["gpus"] and not (config["alone"] or config["traced"]) else None
     try:
         if node in cluster.draining():  # Ray gave the trial to a process from before the notice
             raise _NodeLeaves
@@ -274,6 +292,10 @@ def _trial_on_worker(
         device = _device(config["gpus"], int(cpus))
         with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
             resume = _fetched(config, own, trials, Path(scratch))
+            if config["traced"]:
+                trace_folder = Path(scratch) / tracing.FOLDER
+                trace_folder.mkdir()
+                task = task.traced(trace_folder)
             run_on(task, own, device, config["gpus"], resume, report)
     except _NodeLeaves:
         report(nothing_yet() | {"status": LEAVES}, None)

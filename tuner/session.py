@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from model.config import RunConfig
-from tuner import checkpoints, cluster, records, schedulers
+from tuner import checkpoints, cluster, records, schedulers, tracing
 from tuner.checkpoints import Found, Trials
 from tuner.cluster import Resources
 from tuner.datasets import Source
@@ -70,9 +70,14 @@ class Session:
         trackers: Trackers,
         mirror: Mirror,
         source: Source | None = None,
+        profile: bool = False,
     ) -> None:
         self.study, self.trials, self.budget, self.resources, self.trackers = study, trials, budget, resources, trackers
         self.mirror, self.source = mirror, source
+        self._profile = trials.local.parent / tracing.FOLDER if profile else None
+        """where the trace of a trial is to lie, if one is asked for"""
+        self._traced: str | None = None
+        """the trial that makes one"""
         self.attempt = 1
         """the number of this session among all that wrote checkpoints"""
         self.live: dict[str, Proposal] = {}
@@ -173,6 +178,8 @@ class Session:
         folder = proposal.trial if again == 1 else f"{proposal.trial}.{again}"
         self.folders[key] = f"attempt-{self.attempt}/{folder}"
         self.mirror.changed()
+        if self._profile and self._traced is None and not self._profile.exists():
+            self._traced = key
         return {
             "trial": proposal.trial,
             "folder": folder,
@@ -181,6 +188,7 @@ class Session:
             "checkpoint": found.address if found else None,
             "gpus": self.gpus[key],
             "alone": self._has_died(proposal.trial),
+            "traced": self._traced == key,
         }
 
     def _gpus_of_next(self) -> float:
@@ -278,6 +286,12 @@ class Session:
         # Where a node goes before a further epoch is done, the trial goes on elsewhere at once.
         return reason is None and cluster.draining().get(node, math.inf) > lasted
 
+    def traced(self, key: str, files: dict[str, bytes]) -> None:
+        """Takes in the trace of a trial."""
+        assert self._profile is not None
+        tracing.keep(self._profile, self.live[key].trial, files)
+        self.mirror.changed()
+
     def _blame(self, node: str, progress: dict[str, Any]) -> None:
         """A node takes no more trials, unless it failed at what fails here too: its trial waits, and so do others that
         have begun, until that is over. Then a node that is unfit all the same says so again."""
@@ -354,6 +368,7 @@ class Session:
         nodes, started = self.nodes.pop(key), self.started.pop(key, None)
         self.gpus.pop(key)
         self.folders.pop(key)
+        self._traced = None if self._traced == key else self._traced
         self._last_epoch.pop(key, None)
         self.mirror.changed()
         status, reason = progress["status"], progress["reason"]

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from model.config import DEFAULTS
-from tuner import collection, folds, records, tracking
+from tuner import collection, folds, records, tracing, tracking
 from tuner.options import Options
 from tuner.point import Point, parse
 from tuner.records import Proposal, Status
@@ -92,6 +92,7 @@ def run_trial(
     cpus_per_trial: float | None = None,
     gpus_per_trial: float | None = None,
     wandb: Literal["off", "offline", "online"] | None = None,
+    profile: bool = False,
 ) -> Outcome:
     """Trains and judges one point of a space, and adds its record to the collection RUNS/NAME.
 
@@ -103,7 +104,11 @@ def run_trial(
     words = [f"{key}={value}" for key, value in params.items()] if isinstance(params, Mapping) else params
     chosen = parse(space, words)
     options = Options(
-        seed=seed, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial, wandb=wandb or _usual_mode()
+        seed=seed,
+        cpus_per_trial=cpus_per_trial,
+        gpus_per_trial=gpus_per_trial,
+        wandb=wandb or _usual_mode(),
+        profile=profile,
     )
     if options.wandb == "online":
         tracking.check_online()
@@ -120,6 +125,9 @@ def run_trial(
     config = run.space.config(chosen.params, baseline.seed)
     with _signals(_interrupt), collection.reserved(run) as (number, folder):
         trial = records.trial_id(run.info["id"], number)
+        if options.profile:
+            (folder / tracing.FOLDER).mkdir()
+            task = task.traced(folder / tracing.FOLDER)
         proposal = Proposal(trial, number, chosen.params, config, config == baseline)
         lines = [LinesTracker(console)] if console else []
         trackers = Trackers([tracking.build(options.wandb, tensorboard=False, terminal=False), *lines])

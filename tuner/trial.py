@@ -31,8 +31,9 @@ from model.parallel import ALONE, Team
 from model.sample import Sample
 from model.splits import counts, keep_masks
 from model.thresholds import Thresholds, sigmoid
-from tuner import gpu
+from tuner import gpu, tracing
 from tuner.space import DECISION_METRICS, MASK_COSTS, Space
+from tuner.tracing import mark
 
 Report = Callable[[dict[str, Any], Path | None], None]
 """Takes the progress (keys: `TrialTask.run`) and a sealed checkpoint folder, which it must copy."""
@@ -60,6 +61,8 @@ class TrialTask:
     """how the samples' files are read"""
     labels_cost: bool = False
     """whether the space gives a price to a label"""
+    trace: Path | None = None
+    """an empty folder, where a trace of the training is left (tuner/tracing.py)"""
 
     @classmethod
     def of(cls, space: Space, train: list[Sample], validation: list[Sample], read: Read = Path.read_bytes) -> TrialTask:
@@ -75,6 +78,9 @@ class TrialTask:
             read,
             space.labelling is not None,
         )
+
+    def traced(self, folder: Path) -> TrialTask:
+        return replace(self, trace=folder)
 
     def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
         """Trains to the end, from the checkpoint folder `resume` if there is one, reporting every epoch.
@@ -130,13 +136,22 @@ class TrialTask:
         cache, validation = self.training_cache(config), self.validation_cache(config)
         training = train.start(config, device, keeper.training_state(device), team)
         factors = tuple({judgement.threshold_factor for judgement in keeper.judgements})
-        for losses in train.fit(training, cache):
-            scores = score(training.network, validation, config, device, factors)
-            keeper.add(training, losses, scores, validation)
-            keeper.progress["seconds"] = before + time.monotonic() - started
-            done = training.epochs_done == config.epochs
-            keeper.progress["status"] = "completed" if done else "running"
-            report(keeper.progress, keeper.checkpoint(done))
+        with tracing.recorded(self.trace, training, cache) as recorder:
+            for losses in train.fit(training, cache):
+                with mark("validation"):
+                    scores = score(training.network, validation, config, device, factors)
+                keeper.add(training, losses, scores, validation)
+                keeper.progress["seconds"] = before + time.monotonic() - started
+                done = training.epochs_done == config.epochs
+                keeper.progress["status"] = "completed" if done else "running"
+                with mark("checkpoint"):
+                    folder = keeper.checkpoint(done)
+                if done:  # what is recorded travels with a report, and no other follows
+                    recorder.epoch_ended()
+                with mark("report"):
+                    report(keeper.progress, folder)
+                if not done:
+                    recorder.epoch_ended()
 
     @property
     def decoded(self) -> list[list[Sample]]:
@@ -214,6 +229,9 @@ class Task(Protocol):
     @property
     def decoded(self) -> list[list[Sample]]:
         """What a node must have decoded, a cache each."""
+
+    def traced(self, folder: Path) -> Task:
+        """The same task, whose trial leaves a trace of its training in an empty folder."""
 
     def run(self, config: RunConfig, device: torch.device, resume: Path | None, report: Report) -> None:
         """A trial on one device."""
@@ -343,8 +361,9 @@ class _Keeper:
         epoch = training.epochs_done
         highest_yet = [dict(highest) for highest in self.highest]
         replays = [dict(replay) for replay in self.progress["replays"]]
-        found = [scores.choose(Judgement.of(replay)) for replay in replays]
-        judged = scores.figures(found)
+        with mark("thresholds"):
+            found = [scores.choose(Judgement.of(replay)) for replay in replays]
+            judged = scores.figures(found)
         decision_f1 = scores.decision[1]
         constrained = [self._constrained(scores, figures) for figures in judged]
         for replay, highest, thresholds, figures, bounded in zip(
@@ -359,11 +378,14 @@ class _Keeper:
         own = replays[0]
         history_row = {"epoch": epoch, "value": judged[0][self.metric] or 0.0} | losses | judged[0]
         history_row["compared"] = self._compared(scores, judged[0])
-        self._keep_weights(training, replays, found[0])
+        with mark("weights"):
+            self._keep_weights(training, replays, found[0])
         if own["epoch"] == epoch:
-            self._draw(training, validation, found[0])
+            with mark("pictures"):
+                self._draw(training, validation, found[0])
         if epoch < self.config.epochs:
-            checkpoint.save_training(self.directory, training.state())
+            with mark("training state"):
+                checkpoint.save_training(self.directory, training.state())
         self.highest = highest_yet
         self.progress |= {
             "epochs": epoch,

@@ -87,6 +87,7 @@ def test_the_model_knows_nothing_of_the_tuner() -> None:
         ("tuner/jobs.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.cluster", "tuner.pipeline")),
         ("tuner/cluster.py", ("optuna", "wandb", "torch", "tuner.search", "tuner.session", "tuner.trial")),
         ("tuner/trial.py", ("ray", "optuna", "wandb")),
+        ("tuner/tracing.py", ("ray", "optuna", "wandb", "tuner.trial", "tuner.search", "tuner.run")),
         ("tuner/gpu.py", ("ray", "optuna", "wandb", "tuner.trial", "tuner.search")),
         ("tuner/pack.py", ("ray", "optuna", "wandb", "tuner.search", "tuner.session")),
         ("tuner/pack_actors.py", ("optuna", "wandb", "tuner.search", "tuner.session")),

@@ -6,7 +6,8 @@ import base64
 import html as html_text
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +29,18 @@ def html(page: Page, folder: Path) -> str:
             data, kind = cv2.imencode(".webp", pixels, [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes(), "webp"
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
-    return _environment().get_template("page.html.j2").render(page=page, data_uri=data_uri)
+    pictures = [picture for section in page.sections for picture in _pictures(section.blocks)]
+    with ThreadPoolExecutor() as pool:  # encoding releases the interpreter's lock
+        found = dict(zip((picture.file for picture in pictures), pool.map(data_uri, pictures), strict=True))
+    return _environment().get_template("page.html.j2").render(page=page, data_uri=lambda picture: found[picture.file])
+
+
+def _pictures(blocks: Sequence[Block]) -> Iterator[Picture]:
+    for block in blocks:
+        if isinstance(block, Pictures):
+            yield from block.pictures
+        if isinstance(block, Fold):
+            yield from _pictures(block.blocks)
 
 
 @cache
