@@ -21,6 +21,9 @@ from model.sample import Batch
 STEPS_BEFORE_RECORDING = 3
 """of a size: libraries choose their algorithms in the first, and a size that is rare is not worth it"""
 
+_POSITIONS_TO_TRY_WITH = 448 * 448
+"""px of a batch"""
+
 _recording = threading.Lock()
 """Several networks may be trained in one process; two recordings at once cannot be."""
 
@@ -45,9 +48,22 @@ class Recorder:
         if (recorded := self._recorded.get(size)) is None:
             self._seen[size] = self._seen.get(size, 0) + 1
             if self._seen[size] <= STEPS_BEFORE_RECORDING:
-                return self._function(batch)
+                with _best_algorithms(batch):
+                    return self._function(batch)
             recorded = self._recorded[size] = _record(self._function, batch)
         return recorded.play(batch)
+
+
+@contextmanager
+def _best_algorithms(batch: Batch) -> Iterator[None]:
+    """Lets cuDNN try its algorithms for convolutions that it has not seen yet, where that takes seconds. On few
+    positions its guesses are bad; for many, to try takes minutes."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or batch.targets_B1HW.numel() <= _POSITIONS_TO_TRY_WITH
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True)

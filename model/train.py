@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,8 @@ class Training:
     team: Team = ALONE
     steps: Steps | None = None
     """made with the first epoch"""
+    after_step: Callable[[], object] | None = None
+    """told of every step, for who measures"""
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +136,8 @@ def train_epoch(training: Training, cache: Cache) -> dict[str, float]:
             for step, (size, own) in enumerate(planned, start=1):
                 steps.train(size, itertools.islice(batches, len(own)), is_whole=team.ranks == len(own) == 1)
                 images += size
+                if training.after_step:
+                    training.after_step()
                 if step % _STEPS_BETWEEN_CHECKS == 0 and not check.look():
                     _diverged(epoch)
         sums = team.summed(steps.sums).tolist()

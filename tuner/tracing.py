@@ -51,7 +51,7 @@ class Recorder:
         self._profile: profile | None = None
         self._began = 0.0
         self._step: Any = None
-        self._hook = training.optimizer.register_step_post_hook(lambda *_: self._stepped())
+        training.after_step = self._stepped
         self._await_epoch()
 
     def _await_epoch(self) -> None:
@@ -102,7 +102,7 @@ class Recorder:
         recorded, self._profile = self._profile, None
         recorded.stop()
         self._is_over = True
-        self._hook.remove()
+        self._training.after_step = None
         self._write(recorded, seconds)
 
     def _write(self, recorded: profile, seconds: float) -> None:
@@ -139,7 +139,7 @@ class Recorder:
 
     def close(self) -> None:
         """Leaves the training as it was, and records nothing more."""
-        self._hook.remove()
+        self._training.after_step = None
         self._close_step()
         if self._profile is not None:
             self._profile.stop()
