@@ -337,6 +337,27 @@ class Bench:
         table(*rows)
         np.testing.assert_allclose(first, cpu, rtol=0.05)
 
+    def recorded(self) -> None:
+        """Losses of steps that are recorded and played back, and of the same steps kernel by kernel."""
+        cache = open_cache(samples_in(self.folder), 128, 128)
+        rows: list[tuple[Any, ...]] = [("training", "recorded", "kernel by kernel")]
+        found = []
+        for more in (
+            {"learning_rate": 0.1},
+            {"optimizer": "adam", "learning_rate": 1e-3, "hard_mining_places": 2, "weighted_loss": True},
+            {"learning_rate": 0.1, "schedule": "cosine", "gradient_adjustment": False, "batch_size": 1},
+        ):
+            config = RunConfig(**{**SIZE, "width": 0.25, "epochs": 4, "batch_size": 4, **more})
+            config = replace(config, input_height=128, input_width=128)
+            both = [
+                [epoch["loss_total"] for epoch in train.fit(train.start(one, GPU), cache)]
+                for one in (config, replace(config, cuda_graphs=False))
+            ]
+            found.append(both)
+            rows.append((more, *(", ".join(f"{loss:.6f}" for loss in losses) for losses in both)))
+        table(*rows)
+        np.testing.assert_allclose(*zip(*found, strict=True), rtol=1e-3)
+
     def parity(self) -> None:
         """A network trained and judged on the GPU, and its ONNX file on the processor (model/parity.py)."""
         if missing := [n for n in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(n) is None]:

@@ -183,6 +183,11 @@ class RunConfig:
     precision: str = _field(
         "auto", str, "auto is bfloat16 where the device computes in it", choices=("auto", "float32", "bfloat16")
     )
+    cuda_graphs: bool = _field(
+        True,
+        bool,
+        "record a training step on CUDA and play it back; false runs its kernels one by one, to the same end",
+    )
     seed: int = _field(0, int, "fixes initial weights, order and augmentation", low=0, high=2**31 - 1)
 
     def __post_init__(self) -> None:

@@ -32,17 +32,17 @@ StepFunction = Callable[[Batch], Tensor]
 
 
 class Recorder:
-    """Runs a function of a batch that trains, on CUDA by playing back what it did before."""
+    """Runs a function of a batch that trains, where `records` by playing back what it did before."""
 
-    def __init__(self, function: StepFunction, device: torch.device) -> None:
+    def __init__(self, function: StepFunction, records: bool) -> None:
         self._function = function
-        self._on_cuda = device.type == "cuda"
+        self._records = records
         self._seen: dict[int, int] = {}
         self._recorded: dict[int, _Recorded] = {}
 
     def __call__(self, batch: Batch) -> Tensor:
         """What the function returns; valid until the next call."""
-        if not self._on_cuda:
+        if not self._records:
             return self._function(batch)
         size = len(batch.images_BCHW)
         if (recorded := self._recorded.get(size)) is None:

@@ -185,7 +185,7 @@ class Steps:
         self.sums = torch.zeros(2, device=device)
         """of both losses without these weights, over images"""
         self._scores: list[list[tuple[Ints, Tensor]]] = []
-        self._whole_step = Recorder(self._train_whole, device)
+        self._whole_step = Recorder(self._train_whole, device.type == "cuda" and config.cuda_graphs)
 
     def weights_of(self, epoch: int) -> tuple[float, float]:
         """The weights of the losses in an epoch counted from 0."""

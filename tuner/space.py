@@ -35,7 +35,7 @@ CONSTRAINED_METRICS = (
 )  # fmt: skip
 """Figures of an epoch on validation that may be bounded; each lies between 0 and 1."""
 
-SHARED_WITH_BASELINE = ("width", "epochs", "batch_size", "micro_batch", "precision")
+SHARED_WITH_BASELINE = ("width", "epochs", "batch_size", "micro_batch", "precision", "cuda_graphs")
 """What the baseline takes over from a space, besides data and input size; so these cannot be searched."""
 
 BASELINE = {name: value for name, value in DEFAULTS.items() if name not in SHARED_WITH_BASELINE} | {
