@@ -53,7 +53,7 @@ WRAPPED = {
     "tuner.plan": {"baseline_seconds": "baseline timed"},
     "tuner.finals": {"_evaluate_on_worker": "finals: on the worker"},
     "model.train": {"start": "trial: network", "train_epoch": "training steps"},
-    "model.data": {"open_cache": "trial: caches", "_augmentation": "augmentation made"},
+    "model.data": {"open_cache": "trial: caches"},
     "tuner.trial": {
         "score": "validation: forward, count tables",
         "_Keeper.__init__": "trial: start",
