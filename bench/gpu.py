@@ -345,7 +345,14 @@ class Bench:
         for more in (
             {"learning_rate": 0.1},
             {"optimizer": "adam", "learning_rate": 1e-3, "hard_mining_places": 2, "weighted_loss": True},
-            {"learning_rate": 0.1, "schedule": "cosine", "gradient_adjustment": False, "batch_size": 1},
+            {
+                "learning_rate": 0.1,
+                "schedule": "cosine",
+                "gradient_adjustment": False,
+                "batch_size": 1,
+                "pixel_positive_weight": "balanced",
+                "image_positive_weight": "balanced",
+            },
         ):
             config = RunConfig(**{**SIZE, "width": 0.25, "epochs": 4, "batch_size": 4, **more})
             config = replace(config, input_height=128, input_width=128)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,7 +47,7 @@ def decision_loss(logits_B1: Tensor, labels_B1: Tensor, positive_weight: float =
 
 
 def _factor(value: float, like: Tensor) -> Tensor | None:
-    return None if value == 1.0 else torch.tensor(value, dtype=like.dtype, device=like.device)
+    return None if value == 1.0 else like.new_full((), value)  # no copy from the host, which cannot be recorded
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -89,8 +89,13 @@ def _record(function: StepFunction, batch: Batch) -> _Recorded:
         segmented_B=batch.segmented_B.clone(),
     )
     graph = torch.cuda.CUDAGraph()
-    with _recording, torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        result = function(places)
+    stream = torch.cuda.current_stream()
+    try:
+        with _recording, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = function(places)
+    except RuntimeError as error:
+        earlier = error.__context__  # an end of recording that fails hides why it came
+        raise earlier if isinstance(earlier, torch.OutOfMemoryError) else error from None
     return _Recorded(graph, places, result)
 
 
@@ -107,9 +112,11 @@ def own_stream(device: torch.device) -> Iterator[None]:
         return
     outer, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     stream.wait_stream(outer)
-    with torch.cuda.stream(stream):
-        yield
-    outer.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outer.wait_stream(stream)
 
 
 class FiniteCheck:

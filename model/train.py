@@ -83,10 +83,9 @@ def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None 
     training = Training(config, network, _optimizer(config, network, device), team=team)
     if state:
         network.load_state_dict(state["network"])
-        made = [dict(group) for group in training.optimizer.param_groups]
-        training.optimizer.load_state_dict(state["optimizer"])
-        for group, new in zip(training.optimizer.param_groups, made, strict=True):
-            group.update({name: value for name, value in new.items() if name != "params"})  # how it runs on this device
+        # The groups say how an optimizer runs on its device, which may be another one than before.
+        groups = training.optimizer.state_dict()["param_groups"]
+        training.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         training.epochs_done = state["epochs_done"]
         training.hardness = state["hardness"]
     return training
