@@ -22,6 +22,7 @@ from model.counts import CountsBuilder, PixelCounts, tally, to_half
 from model.data import Cache, Rows, input_batches, queued_so_far
 from model.fast import compute_dtype, forward
 from model.network import SegDecNet
+from model.step import first_of_its_shape
 from model.thresholds import Thresholds, ThresholdSearch, decision_threshold, select_all, sigmoid
 
 
@@ -107,8 +108,11 @@ def predict(
     dtype = compute_dtype(config, network)
     batch_size = batch_size or (8 if device.type == "cpu" else 16)
     finite = torch.ones((), dtype=torch.bool, device=device)
+    sizes: set[int] = set()
     for inputs in input_batches(images_NHWC, device, batch_size):
-        with torch.inference_mode():
+        is_new = device.type == "cuda" and len(inputs) not in sizes
+        sizes.add(len(inputs))
+        with torch.inference_mode(), first_of_its_shape(tries=False) if is_new else nullcontext():
             answers = forward(network, inputs, dtype)
         decision, segmentation = (answer[:, 0].float() for answer in answers)
         finite = finite & decision.isfinite().all() & segmentation.isfinite().all()

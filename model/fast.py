@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ class _Rearranged(torch.autograd.Function):
         return places[ctx.back].sum(dim=0).view(ctx.shape), None
 
 
-@lru_cache(maxsize=256)
+@cache  # recorded steps read these tables
 def _places(
     definition: Callable[[Tensor], Tensor], shape: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:

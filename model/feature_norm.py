@@ -14,7 +14,8 @@ Shapes: B images, P positions, C channels; maps lie with their channels last.
 
 from __future__ import annotations
 
-import importlib.util
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ EPSILON = 0.001
 _LEAST_STD = 1e-12
 """A channel that is constant has nothing to divide by: its gradient is as if it had this much."""
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+logger = logging.getLogger(__name__)
 
 
 def feature_norm(x_BPC: Tensor, scale_C: Tensor, bias_C: Tensor, kind: str, relu: bool) -> Tensor:
@@ -77,7 +78,21 @@ class _FeatureNorm(torch.autograd.Function):
 
 def has_kernels(x: Tensor) -> bool:
     """Whether model/cuda_kernels.py can take a map."""
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _HAS_TRITON
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _triton_works(x.device)
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Tried once: Triton needs a C compiler and Python's headers on the machine, and a GPU that is not too old."""
+    try:
+        from model import cuda_kernels
+
+        one = torch.ones(1, device=device)
+        cuda_kernels.norm_forward(torch.ones(1, 2, 1, device=device), one, one, EPSILON, _LEAST_STD, True, True)
+    except Exception as error:
+        logger.warning("Triton does not work here, so training on %s takes longer: %s", device, error)
+        return False
+    return True
 
 
 def _forward(x_BPC: Tensor, scale_C: Tensor, bias_C: Tensor, is_root: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,7 +70,7 @@ class Team:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         whole = _sum_in_place(torch.cat([part.flatten() for part in parts]))
         for parameter, part in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+            parameter.grad = torch.empty_like(parameter).copy_(part.view_as(parameter))  # in its order in memory
 
     def in_turn(self, of_steps: Sequence[Sequence[Item]]) -> Iterator[Item]:
         """What all processes noted of their rows, step by step, in the order that the rows have in the batches."""

@@ -86,6 +86,7 @@ def start(config: RunConfig, device: torch.device, state: dict[str, Any] | None 
         # The groups say how an optimizer runs on its device, which may be another one than before.
         groups = training.optimizer.state_dict()["param_groups"]
         training.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        _lay_out_state(training.optimizer)
         training.epochs_done = state["epochs_done"]
         training.hardness = state["hardness"]
     return training
@@ -99,7 +100,17 @@ def _optimizer(config: RunConfig, network: SegDecNet, device: torch.device) -> t
     step_size = torch.tensor(config.learning_rate, device=device)
     if config.optimizer == "sgd":
         return torch.optim.SGD(network.parameters(), lr=step_size, fused=True)
-    return torch.optim.Adam(network.parameters(), lr=step_size, fused=True, capturable=True)
+    adam = torch.optim.Adam(network.parameters(), lr=step_size, fused=True, capturable=config.cuda_graphs)
+    adam._warned_capturable_if_run_uncaptured = True  # of its first steps, as is meant
+    return adam
+
+
+def _lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Orders what an optimizer keeps of each weight in memory as the weight itself, which one kernel for all wants."""
+    for weight, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if value.shape == weight.shape:
+                kept[name] = torch.empty_like(weight).copy_(value)
 
 
 def fit(training: Training, cache: Cache) -> Iterator[dict[str, float]]:
@@ -184,7 +195,7 @@ class Steps:
         self.sums = torch.zeros(2, device=device)
         """of both losses without these weights, over images"""
         self._scores: list[list[tuple[Ints, Tensor]]] = []
-        self._whole_step = Recorder(self._train_whole, device.type == "cuda" and config.cuda_graphs)
+        self._whole_step = Recorder(device.type == "cuda" and config.cuda_graphs)
 
     def weights_of(self, epoch: int) -> tuple[float, float]:
         """The weights of the losses in an epoch counted from 0."""
@@ -209,7 +220,7 @@ class Steps:
         self._scores.append([])
         if is_whole:
             batch = next(parts)
-            self._note(batch.rows, self._whole_step(batch))
+            self._note(batch.rows, self._whole_step(self._train_whole, batch))
             return
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts:

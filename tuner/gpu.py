@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import threading
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from model.step import give_memory_back
 from tuner.records import NodeUnfit
 
 CONTEXT_BYTES = 600 * 2**20
@@ -74,9 +74,7 @@ class Together:
             yield
         finally:
             try:
-                gc.collect()  # networks hang in circles
-                if on_gpu:
-                    torch.cuda.empty_cache()
+                give_memory_back()
             finally:
                 with self._changed:
                     self._hold(self._held - share)

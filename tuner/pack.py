@@ -15,11 +15,11 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ import torch
 
 from model.config import RunConfig
 from model.parallel import Traceback, portable
+from model.step import own_stream
 from tuner import gpu
 from tuner.records import NodeUnfit
 from tuner.trial import Task
@@ -117,19 +118,21 @@ class Host:
         self._task, self._device = task, device
         self._together = gpu.Together(device)
         key = secrets.token_bytes(32)
-        self._listener = Listener((_LOOPBACK, 0), backlog=_CALLERS, authkey=key)
+        self._listener = Listener((_LOOPBACK, 0), backlog=_CALLERS)
         _, port = self._listener.address
         self.address = Address(int(port), key)
         threading.Thread(target=self._accept, name="host", daemon=True).start()
 
     def _accept(self) -> None:
         while True:
-            with suppress(OSError, EOFError, AuthenticationError):  # of one who went away, or does not know the key
+            with suppress(OSError):  # of one who went away
                 connection = self._listener.accept()
                 threading.Thread(target=self._serve, args=[connection], name="trial", daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
-        with connection, suppress(OSError, EOFError):  # whose trial's process has gone
+        with connection, suppress(OSError, EOFError, AuthenticationError):  # who has gone, or does not know the key
+            deliver_challenge(connection, self.address.key)  # in this thread: one who says nothing holds up nobody
+            answer_challenge(connection, self.address.key)
             asked = connection.recv()
             if (answer := self._answer(asked, connection)) is not None:
                 connection.send(answer)
@@ -187,5 +190,5 @@ def side_by_side(functions: Sequence[Callable[[], Found]], device: torch.device,
 
 def _apart(function: Callable[[], Found], device: torch.device, threads: int) -> Found:
     torch.set_num_threads(threads)  # of this thread, and of those that begin after it: all have as many
-    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+    with own_stream(device):
         return function()

@@ -23,7 +23,7 @@ from model.evaluate import Scores, score
 from model.inspection import Read
 from model.sample import Sample
 from model.splits import Splits
-from model.step import STEPS_BEFORE_RECORDING
+from model.step import STEPS_BEFORE_RECORDING, give_memory_back
 from tuner import gpu
 from tuner.shares import cores_each
 from tuner.space import Space
@@ -33,6 +33,9 @@ TIMED_STEPS = 2
 """at least, and more while they take less than _TIMED_SECONDS together: single short steps vary"""
 
 _TIMED_SECONDS = 0.5
+
+_STEPS_ON_A_GPU = 2 * (STEPS_BEFORE_RECORDING + 1)
+"""of an epoch that is timed: what surrounds an epoch takes as long as some steps there"""
 
 _JUDGED_IMAGES = 8
 """Validation images that are judged: as many as the network sees at a time there."""
@@ -140,7 +143,7 @@ def time_corner(
             except MemoryError as hopeless:
                 raise ValueError(f"{', '.join(names)}: {hopeless}") from error
             if device.type == "cuda":
-                torch.cuda.empty_cache()
+                give_memory_back()
 
 
 def _time_once(
@@ -162,11 +165,12 @@ def _time_once(
         # A batch holds the hard images as well. So small a step size changes no cost, and diverges nowhere.
         timed = replace(config, batch_size=len(batch), hard_mining_places=0, learning_rate=1e-4)
         training = train.start(timed, device)
-        for _ in range(1 if device.type == "cpu" else STEPS_BEFORE_RECORDING + 1):
-            train.train_epoch(training, cache)  # one step, not timed: the first ones load, compile and record
-        step_seconds = _mean_seconds(lambda: train.train_epoch(training, cache), device)
-        if device.type == "cuda" and len(batch) > 1:  # an epoch may end with fewer, for which a record is no use
-            fewer = replace(training, config=replace(timed, batch_size=len(batch) - 1), steps=None)
+        steps = 1 if device.type == "cpu" else _STEPS_ON_A_GPU
+        repeated = cache.part(list(range(len(batch))) * steps, batch * steps)
+        train.train_epoch(training, repeated)  # not timed: the first steps load, compile and record
+        step_seconds = _mean_seconds(lambda: train.train_epoch(training, repeated), device) / steps
+        if device.type == "cuda" and len(batch) > 1:  # an epoch may end with fewer
+            fewer = replace(training, config=replace(timed, batch_size=len(batch) - 1))
             train.train_epoch(fewer, cache)
         image_seconds, judging_seconds = _time_judging(space, training, validation, config, device)
         started = time.perf_counter()
@@ -249,7 +253,7 @@ def _memory(device: torch.device) -> Iterator[list[int]]:
     use or not, and those of CUDA itself; else all that this process held in memory, its libraries too."""
     found: list[int] = []
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        give_memory_back()
         torch.cuda.reset_peak_memory_stats(device)
         yield found
         found.append(int(torch.cuda.max_memory_reserved(device)) + gpu.context_bytes(device))

@@ -30,6 +30,7 @@ from model.inspection import Read
 from model.parallel import ALONE, Team
 from model.sample import Sample
 from model.splits import counts, keep_masks
+from model.step import give_memory_back
 from model.thresholds import Thresholds, sigmoid
 from tuner import gpu, tracing
 from tuner.space import DECISION_METRICS, MASK_COSTS, Space
@@ -126,7 +127,7 @@ class TrialTask:
                     small = with_less_memory(small, error, len(devices))
                     keeper.progress["micro_batch"] = small.micro_batch
                 if devices[0].type == "cuda" and len(devices) == 1:  # here, where the error holds no tensors any more
-                    torch.cuda.empty_cache()
+                    give_memory_back()
 
     def _train(
         self, config: RunConfig, keeper: _Keeper, device: torch.device, report: Report, team: Team = ALONE

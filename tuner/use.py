@@ -50,7 +50,7 @@ class Meter:
             found["memory_mib"] = own
         if self._busy and (percent := self._busy.mean()) is not None:
             found["device_percent"] = percent
-        # A trial on a GPU has a process of its own, whose peak starts from nothing.
+        # Trials of one process share the peak, since any of them read it last.
         if self._device.type == "cuda" and torch.cuda.is_initialized():
             found["device_memory_mib"] = torch.cuda.max_memory_allocated(self._device) / _MIB
             torch.cuda.reset_peak_memory_stats(self._device)

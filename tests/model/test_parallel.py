@@ -100,6 +100,24 @@ def test_a_team_trains_as_one_process_does(folder: Path, fields: dict[str, Any])
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
+def with_gradients(team: Team, device: torch.device, say: Any) -> None:
+    """A weight whose channels lie last in memory, of which only the first process has a gradient."""
+    weight = torch.zeros(2, 3, 5, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    if team.rank == 0:
+        weight.grad = torch.arange(150.0).view(2, 3, 5, 5)
+    team.sum_gradients([weight])
+    say((weight.stride(), weight.grad.stride(), weight.grad.tolist()))
+
+
+def test_gradients_lie_in_memory_as_their_weights() -> None:
+    """One kernel for all weights refuses others."""
+    heard: list[Any] = []
+    parallel.run(with_gradients, [CPU] * 2, (), heard.append)
+    [(weight, gradient, values)] = heard
+    assert gradient == weight
+    assert values == torch.arange(150.0).view(2, 3, 5, 5).tolist()
+
+
 def test_a_process_without_rows_joins_in_every_step(folder: Path) -> None:
     """Three processes, batches of four, the last of one."""
     config = RunConfig(**SMALL, batch_size=4, learning_rate=0.1)

@@ -259,6 +259,19 @@ def test_what_is_hard(score: str) -> None:
     assert missed > found
 
 
+def test_what_an_optimizer_keeps_lies_in_memory_as_its_weights(cache: Cache, tmp_path: Path) -> None:
+    """Also where an older version wrote it in another order."""
+    config = RunConfig(**SMALL, optimizer="adam", learning_rate=0.001)
+    training = train.start(config, CPU)
+    train.train_epoch(training, cache)
+    state = training.state()
+    for kept in state["optimizer"]["state"].values():
+        kept |= {name: value.contiguous() for name, value in kept.items()}
+    again = train.start(config, CPU, state)
+    for weight, kept in again.optimizer.state.items():
+        assert {value.stride() for value in kept.values() if value.shape == weight.shape} == {weight.stride()}
+
+
 def test_balanced_weights_count_training_targets(cache: Cache) -> None:
     config = RunConfig(**SMALL, pixel_positive_weight="balanced", image_positive_weight="balanced", dilate=3)
     losses = train.Steps(train.start(config, CPU), cache)

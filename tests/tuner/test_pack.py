@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -300,6 +301,14 @@ class Threads(ScriptedTask):
             report(progress | {"threads": torch.get_num_threads()}, folder)
 
         super().run(config, device, resume, noted)
+
+
+def test_who_says_nothing_holds_up_nobody(task: TrialTask) -> None:
+    host = pack.Host(task, CPU)
+    with socket.create_connection(("127.0.0.1", host.address.port)):
+        heard: list[dict[str, Any]] = []
+        pack.train_at(host.address, Asked(CONFIG, 0.5, 1, None), lambda progress, *_: heard.append(dict(progress)))
+    assert heard[-1]["status"] == "completed"
 
 
 def test_a_trial_has_the_threads_that_it_is_given(tmp_path: Path) -> None:
