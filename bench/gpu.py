@@ -125,9 +125,9 @@ def _host_of_broken(answer: Connection) -> None:
     time.sleep(120)
 
 
-def _losses_at(address: pack.Address, config: RunConfig) -> list[float]:
+def _losses_at(address: pack.Address, config: RunConfig, share: float = 0.2) -> list[float]:
     reports: list[dict[str, Any]] = []
-    asked = pack.Asked(config, 0.2, _THREADS, None)
+    asked = pack.Asked(config, share, _THREADS, None)
     pack.train_at(address, asked, lambda progress, _folder, _use: reports.append(dict(progress)))
     return [row["loss_total"] for row in reports[-1]["history"]]
 
@@ -253,6 +253,31 @@ class Bench:
             print(f"A kernel that goes wrong: {error}", flush=True)
         else:
             raise AssertionError("a host outlived its CUDA context")
+
+    def crowd(self) -> None:
+        """In one host: eight trials that begin at once, then forty in turn beside a long one; losses as alone."""
+        samples = samples_in(self.folder)
+        task = TrialTask(samples, samples[:8], "dice_mean", "objective", {})
+        short = RunConfig(input_height=128, input_width=128, width=0.25, epochs=1, learning_rate=0.1)
+        long = replace(short, epochs=40)
+        alone: dict[int, list[float]] = {}
+        for config in (short, long):
+            task.run(
+                config, GPU, None,
+                lambda p, _, n=config.epochs: alone.update({n: [row["loss_total"] for row in p["history"]]}),
+            )  # fmt: skip
+        host = pack.Host(task, GPU)
+        with ThreadPoolExecutor(8) as pool:
+            at_once = list(pool.map(lambda _: _losses_at(host.address, short, 0.12), range(8)))
+            beside = pool.submit(_losses_at, host.address, long, 0.12)
+            in_turn = [_losses_at(host.address, short, 0.12) for _ in range(40)]
+        found = at_once + in_turn
+        table(
+            ("trials", "largest difference of a loss to that alone"),
+            (f"{len(found)} of one epoch", f"{max(abs(one[0] / alone[1][0] - 1) for one in found):.1e}"),
+            ("the long one", f"{max(abs(a / b - 1) for a, b in zip(beside.result(), alone[40], strict=True)):.1e}"),
+        )
+        np.testing.assert_allclose([one[0] for one in found], alone[1][0], rtol=0.05)
 
     def search_chosen(self) -> None:
         """A search that chooses the share itself."""
