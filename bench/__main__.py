@@ -106,6 +106,8 @@ COMPARISONS = [
     Comparison("scale", 15, "ray optuna", "--processes 1 10", quick="--processes 1 --simulated 1 10"),
     Comparison("tracking", 20, "ray optuna wandb tensorboardX",
                quick="--runs 4 --peers 1 --epochs 2 --repeats 1 --rounds 1 --search-epochs 2"),
+    Comparison("startup", 1, "ray optuna rich", quick="--repeat 1"),
+    Comparison("search_time", 4, "ray optuna rich"),
     Comparison("strategies", 15, "ray optuna", quick="--searches 2"),
     Comparison("kills", 12, "ray optuna", quick="--runs 1"),
     Comparison("chaos", 10, "ray optuna root", quick="--seconds 60"),
@@ -201,6 +203,9 @@ def compare(one: Comparison, options: argparse.Namespace, places: dict[str, Path
     try:
         problem = run(command, max(_LEAST_SECONDS, 180 * one.minutes), say)
     finally:
+        for name, path in (*places.items(), ("~", Path.home())):
+            lines = [line.replace(str(path), name.upper()) for line in lines]
+            problem = problem and problem.replace(str(path), name.upper())
         took = f"({time.monotonic() - began:.0f} s)" if problem is None else f"**Failed: {problem}**"
         entry.add(f"{head}\n\n{''.join(lines).strip()}\n\n{took}")
         print(f"\n{took}", flush=True)
@@ -272,7 +277,7 @@ def run_all(options: argparse.Namespace, places: dict[str, Path]) -> int:
         entry.add("Left out:\n\n" + "\n".join(left_out))
         print("\nLeft out:\n\n" + "\n".join(left_out))
     print(f"\nFailed: {', '.join(failed) or 'none'}. Results: {options.out}", flush=True)
-    return code or len(failed)
+    return code or int(bool(failed))
 
 
 if __name__ == "__main__":

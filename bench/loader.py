@@ -11,6 +11,7 @@ the time.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import time
 from collections.abc import Generator
@@ -25,7 +26,7 @@ from model.config import RunConfig
 from model.data import Cache
 from model.sample import Batch
 
-AUGMENTATIONS = {
+AUGMENTATIONS = {  # the others where albumentations is
     "none": {},
     "flips": {"augment_flips": True},
     "all": {
@@ -66,6 +67,8 @@ def compare(options: argparse.Namespace, cache: Cache) -> None:
         shown.add(batch, "(training)", "", f"{needed:.1f}", "1.0")
         split = repeated(cache, max(1024, 8 * batch))
         for name, fields in AUGMENTATIONS.items():
+            if fields and importlib.util.find_spec("albumentations") is None:
+                continue
             if "augment_quarter_turns" in fields and options.height != options.width:
                 fields = fields | {"augment_quarter_turns": False}
             augmented = config_of(options, batch_size=batch, **fields)

@@ -6,6 +6,8 @@ Runs `tuner search SPACE` as a command of its own and prints, as Markdown tables
 and the time of all places for trials by what was done on them. The share of training steps is their time over the wall
 time x the places. `--tree` runs the project in another folder: two versions are compared by turns.
 
+Trials that share a GPU train in another process than theirs, and are not seen.
+
 No line of the project knows of this: a `sitecustomize.py` before everything else on PYTHONPATH wraps functions in the
 driver and in Ray's workers as their modules are imported, and each process writes down when they began and ended.
 """
@@ -196,8 +198,11 @@ def tables(began: float, ended: float, busy: float, spans: dict[str, list[Span]]
         if after:
             phases["between search and repeats"] = after - search[3]
     last = searches[-1][3]
-    for what in ("finals", "report", "report to trackers", "Ray: end"):
+    for what in ("finals", "report", "report to trackers"):
         phases[what] = sum(s[3] - s[2] for s in driver if s[0] == what and s[2] >= last)
+    drawn = max((s[3] for s in driver if s[0] == "report"), default=last)
+    beyond = (s[3] - max(s[2], drawn) for s in driver if s[0] == "Ray: end" and s[2] >= last)
+    phases["Ray: end, beyond the report"] = sum(max(0.0, seconds) for seconds in beyond)
     phases["the rest"] = wall - sum(phases.values())
     lines += [f"| {what} | {seconds:.1f} | {100 * seconds / wall:.1f} % |" for what, seconds in phases.items()]
     lines.append(f"| all | {wall:.1f} | cores of the machine busy for {busy:.0f} s |")

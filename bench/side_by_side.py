@@ -125,11 +125,12 @@ def packed(work: Work, counts: Sequence[int]) -> list[float]:
         def one(fast: Fast, met: threading.Barrier = met) -> float:
             fast.epoch(split)  # the first epoch of a trial records its step
             met.wait(_SECONDS_TO_START)
-            began, done = time.perf_counter(), 0
-            while (passed := time.perf_counter() - began) < work.seconds or not done:
+            began, done, passed = time.perf_counter(), 0, 0.0
+            while True:  # epochs that ended while all were at work; one at least
                 fast.epoch(split)
-                done += images_in(split, work.config)
-            return done / passed if passed else 0.0
+                if (now := time.perf_counter() - began) > work.seconds and done:
+                    return done / passed
+                done, passed = done + images_in(split, work.config), now
 
         functions = [partial(one, fast) for fast in trials[:count]]
         rates.append(sum(side_by_side(functions, device, max(1, work.threads // count))))

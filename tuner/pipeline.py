@@ -175,7 +175,15 @@ def repeat(run: Run, mirror: Mirror, console: Console | None = None, seeds: int 
     try:
         with storage.explained(run.study):
             state = run_trials(
-                study, task, run.directory, study.space.budget, resources, trackers, mirror, needs, run.options.profile
+                study,
+                task,
+                run.directory,
+                study.space.budget,
+                resources,
+                trackers,
+                mirror,
+                needs,
+                profile=run.options.profile,
             )
     except KeyboardInterrupt:  # a second Ctrl-C
         state = "stopped"
@@ -257,7 +265,7 @@ def _search(run: Run, console: Console | None, mirror: Mirror) -> str:
     went_well = False
     try:
         state = run_trials(
-            study, task, run.directory, space.budget, resources, trackers, mirror, needs, options.profile
+            study, task, run.directory, space.budget, resources, trackers, mirror, needs, profile=options.profile
         )
         went_well = True
     except KeyboardInterrupt:  # a second Ctrl-C

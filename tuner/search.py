@@ -61,6 +61,7 @@ def run_trials(
     trackers: Trackers,
     mirror: Mirror | None = None,
     needs: Needs | None = None,
+    *,
     packed: bool = pack.PACKED,
     profile: bool = False,
 ) -> str:
@@ -92,13 +93,8 @@ def run_trials(
         "RAY_AIR_NEW_OUTPUT": "0",
     }
     hosts = pack_actors.opened(task) if packed and 0 < resources.gpus_per_trial < 1 else nullcontext()
-    # With an environment of its own, which here is of another library, a trial could have none of the processes that
-    # Ray has ready. Those of this machine alone have the driver's environment anyhow.
-    class_cache.DEFAULT_ENV_VARS = {}
-    if needs is not None and needs.place is None:
-        class_cache.ENV_VARS_TO_PROPAGATE = set()
     try:
-        with hosts as opened, _signals_set(session):
+        with hosts as opened, _processes_that_are_ready(needs), _signals_set(session):
             _experiment(session, task, needs, opened).fit()
     except Exception as error:
         session.error = session.error or _cause(error)
@@ -339,6 +335,20 @@ def _fetched(config: dict[str, Any], own: RunConfig, trials: Trials, scratch: Pa
         found = checkpoints.patiently_newest(trials, config["trial"], own)
         address = found.address if found else None
     return None
+
+
+@contextmanager
+def _processes_that_are_ready(needs: Needs | None) -> Iterator[None]:
+    """With an environment of its own, which here is of another library, a trial could have none of the processes that
+    Ray has ready. Those of this machine alone have the driver's environment anyhow."""
+    before = class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.DEFAULT_ENV_VARS = {}
+    if needs is not None and needs.place is None:
+        class_cache.ENV_VARS_TO_PROPAGATE = set()
+    try:
+        yield
+    finally:
+        class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = before
 
 
 @contextmanager

@@ -289,7 +289,10 @@ class Session:
     def traced(self, key: str, files: dict[str, bytes]) -> None:
         """Takes in the trace of a trial."""
         assert self._profile is not None
-        tracing.keep(self._profile, self.live[key].trial, files)
+        try:
+            tracing.keep(self._profile, self.live[key].trial, files)
+        except OSError as error:
+            logger.warning("the trace of trial %s could not be kept: %s", self.live[key].trial, error)
         self.mirror.changed()
 
     def _blame(self, node: str, progress: dict[str, Any]) -> None:

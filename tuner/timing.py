@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
@@ -258,6 +259,7 @@ def _memory(device: torch.device) -> Iterator[list[int]]:
         yield found
         found.append(int(torch.cuda.max_memory_reserved(device)) + gpu.context_bytes(device))
         return
+    gc.collect()  # networks hang in circles
     most, done = [_resident()], threading.Event()
 
     def watch() -> None:

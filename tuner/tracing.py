@@ -7,6 +7,8 @@ but the marks, once an epoch.
 from __future__ import annotations
 
 import gzip
+import logging
+import os
 import platform
 import shutil
 import time
@@ -20,6 +22,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from model.data import Cache, step_rows
 from model.train import Training
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "profile"
 """of a run, and of a trial that is in none"""
@@ -66,6 +70,8 @@ class Recorder:
     def _begin_if_due(self) -> None:
         if self._left == self._begin_with_left:
             on_gpu = [ProfilerActivity.CUDA] if self._training.device.type == "cuda" else []
+            if on_gpu:  # recorded steps do not outlive what the profiler would end with itself
+                os.environ.setdefault("TEARDOWN_CUPTI", "0")
             self._profile = profile(activities=[ProfilerActivity.CPU, *on_gpu])
             self._profile.start()
             self._began = time.perf_counter()
@@ -103,7 +109,10 @@ class Recorder:
         recorded.stop()
         self._is_over = True
         self._training.after_step = None
-        self._write(recorded, seconds)
+        try:
+            self._write(recorded, seconds)
+        except Exception as error:  # a full disk, say: the trial has nothing to do with it
+            logger.warning("there is no trace of the trial: %s", error)
 
     def _write(self, recorded: profile, seconds: float) -> None:
         plain = self._folder / "trace.json"

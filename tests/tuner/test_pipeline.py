@@ -52,7 +52,7 @@ def no_ray(monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "connected", lambda address: nullcontext())
     monkeypatch.setattr(pipeline, "default_resources", lambda *asked: Resources(cpus_per_trial=2.0))
     monkeypatch.setattr(pipeline, "nodes", NoNodes())
-    monkeypatch.setattr(pipeline, "run_trials", lambda *_: "finished")
+    monkeypatch.setattr(pipeline, "run_trials", lambda *_, profile: "finished")
     monkeypatch.setattr(pipeline, "run_on_worker", lambda function, resources, *arguments: function(*arguments))
     monkeypatch.setattr(plan, "baseline_seconds", lambda *_: HOURS_OF_BASELINE * 3600)
 
@@ -202,7 +202,7 @@ def test_a_resume_that_is_refused_changes_no_clock(data: Path, tmp_path: Path) -
 
 
 def fails(number: int) -> Callable[..., str]:
-    def fail(*_: Any) -> str:
+    def fail(*_: Any, **__: Any) -> str:
         raise OSError(number, os.strerror(number))
 
     return fail
@@ -234,7 +234,7 @@ def test_what_ended_a_search_is_not_hidden_by_a_note_that_fails(data: Path, tmp_
     with pytest.raises(OSError, match="Input/output error"):
         search(data, tmp_path, {"trials": 3})
     monkeypatch.setattr(pipeline, "nodes", NoNodes())
-    monkeypatch.setattr(pipeline, "run_trials", lambda *_: "finished")
+    monkeypatch.setattr(pipeline, "run_trials", lambda *_, profile: "finished")
     with pytest.raises(SearchFailed, match="the disk is full"):  # nothing else has said so
         pipeline.go_on(runs.load(tmp_path / "small"))
 
@@ -258,7 +258,7 @@ def test_importance_is_written_when_a_search_ends_and_where_a_finished_one_has_n
 def test_importance_is_written_when_a_search_fails_and_not_at_a_second_ctrl_c(
     data: Path, tmp_path: Path, monkeypatch, error: BaseException, written: bool
 ) -> None:
-    def fail(*_: Any) -> str:
+    def fail(*_: Any, **__: Any) -> str:
         raise error
 
     monkeypatch.setattr(pipeline, "nodes", NoNodes())
