@@ -96,7 +96,6 @@ COMPARISONS = [
     Comparison("loader", 2, quick="--height 128 --width 128 --width-factor 0.25 --seconds 0.3"),
     Comparison("side_by_side", 6, "GPU", quick="--counts 1 4 --width-factors 0.25 --seconds 2"),
     Comparison("gpu", 5, "GPU", quick="fraction wait"),
-    Comparison("loading", 3, "albumentations", quick="--side 128 --seconds 0.2"),
     Comparison("validation", 5, quick="--images 20 --side 128 --width 0.25"),
     Comparison("thresholds", 3, quick="--images 20 --side 128"),
     Comparison("cache_memory", 5, quick="--images 50 --side 128 --trials 1 2"),

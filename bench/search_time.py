@@ -98,7 +98,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                 execute(module)
                 _wrap_all(module, WRAPPED[name], self.out)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module
         return spec
 
 
@@ -157,7 +157,7 @@ def measure(space: str, data: str, tree: Path, options: list[str]) -> tuple[floa
             file.stem: [tuple(json.loads(line)) for line in file.read_text().splitlines()]
             for file in marks.glob("*.jsonl")
         }
-        return began, ended, _busy() - busy, spans  # type: ignore[return-value]
+        return began, ended, _busy() - busy, spans
 
 
 def _busy() -> float:
@@ -173,12 +173,12 @@ def own_times(spans: list[Span]) -> Iterator[tuple[str, str, float, float, float
     stack: list[list[Any]] = []
     for what, function, began, ended in sorted(spans, key=lambda span: (span[2], -span[3])):
         while stack and stack[-1][3] <= began:
-            yield tuple(stack.pop())  # type: ignore[misc]
+            yield tuple(stack.pop())
         if stack:
             stack[-1][4] -= ended - began
         stack.append([what, function, began, ended, ended - began])
     while stack:
-        yield tuple(stack.pop())  # type: ignore[misc]
+        yield tuple(stack.pop())
 
 
 def tables(began: float, ended: float, busy: float, spans: dict[str, list[Span]], places: int) -> tuple[str, float]:

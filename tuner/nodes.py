@@ -140,7 +140,7 @@ def prepare(needs: Needs, splits: list[list[Sample]], resources: Resources, cons
             return
         task = ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")(_build_here)
         samples = [ray.put(split) for split in splits]
-        building = {task.options(scheduling_strategy=_only_on(node)).remote(needs, *samples): node for node in able}
+        building = {task.options(scheduling_strategy=only_on(node)).remote(needs, *samples): node for node in able}
         while building:
             ready, _ = ray.wait(list(building), num_returns=1)
             node = building[ready[0]]
@@ -184,14 +184,14 @@ def _able(resources: Resources) -> dict[str, dict[str, Any]]:
     return {node: found for node, found in _alive().items() if node in able}
 
 
-def _only_on(node: str) -> NodeAffinitySchedulingStrategy:
+def only_on(node: str) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _ask(function: Callable[..., Any], nodes: Mapping[str, Any], *arguments: Any) -> dict[str, Any]:
     """What the function returns on each node, or in words why it does not; without the nodes that are gone."""
     task = ray.remote(num_cpus=0, max_retries=0)(function)  # no CPUs: a node that is busy answers too
-    asked = {task.options(scheduling_strategy=_only_on(node)).remote(*arguments): node for node in nodes}
+    asked = {task.options(scheduling_strategy=only_on(node)).remote(*arguments): node for node in nodes}
     if not asked:
         return {}
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=_SECONDS_TO_ANSWER)

@@ -33,9 +33,6 @@ from tuner.records import NodeUnfit
 from tuner.trial import Task
 from tuner.use import Meter
 
-PACKED = True
-"""whether trials that share a GPU train in one process"""
-
 Found = TypeVar("Found")
 
 _LOOPBACK = "127.0.0.1"

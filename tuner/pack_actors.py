@@ -16,9 +16,9 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuner import pack
+from tuner.nodes import only_on
 from tuner.pack import Address
 from tuner.records import NodeUnfit
 from tuner.trial import Task
@@ -60,15 +60,11 @@ def opened(task: Task) -> Iterator[Hosts]:
     """The hosts of a search, which end with this."""
     here = ray.get_runtime_context().get_node_id()
     made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Maker)
-    maker = made.options(scheduling_strategy=_only_on(here)).remote()
+    maker = made.options(scheduling_strategy=only_on(here)).remote()
     try:
         yield Hosts(maker, ray.put(task), DEVICE)
     finally:
         ray.kill(maker)
-
-
-def _only_on(node: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 class _Maker:
@@ -85,7 +81,7 @@ class _Maker:
         tries = 0
         while tries < _TRIES:
             if place not in self._hosts:
-                options = made.options(scheduling_strategy=_only_on(node))
+                options = made.options(scheduling_strategy=only_on(node))
                 self._hosts[place] = options.remote(task[0], visible, device)
             host = self._hosts[place]
             try:

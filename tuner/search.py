@@ -62,7 +62,7 @@ def run_trials(
     mirror: Mirror | None = None,
     needs: Needs | None = None,
     *,
-    packed: bool = pack.PACKED,
+    packed: bool = True,
     profile: bool = False,
 ) -> str:
     """Runs trials until the budget is spent, nothing new is left ("finished") or the user stops it ("stopped"). A node
