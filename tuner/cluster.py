@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import math
 import os
@@ -122,6 +123,9 @@ def connected(address: str | None) -> Iterator[None]:
             yield
         finally:
             over.set()
+            # A reference to one of Ray's objects that another thread lets go while Ray ends ends this process: its
+            # garbage goes first, and here.
+            gc.collect()
             ray.shutdown()
 
 

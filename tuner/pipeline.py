@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -94,8 +93,8 @@ def go_on(run: Run, console: Console | None = None) -> Run:
                         return run
                     evaluate(run)
                     mirror.changed()
-                with _closed_meanwhile(stack):
-                    report.write(run.directory)
+                stack.close()  # a report needs no cluster
+                report.write(run.directory)
                 tracking.log_report(watched(run), run.options.wandb, run.options.wandb_wait)
         except SearchFailed as failure:
             if run.options.no_report or not run.info["sessions"]:
@@ -122,15 +121,6 @@ def _cluster_if_needed(run: Run) -> AbstractContextManager[None]:
     if run.info["state"] == "finished" and (run.options.no_report or selected):
         return nullcontext()
     return connected(run.options.address)
-
-
-@contextmanager
-def _closed_meanwhile(stack: ExitStack) -> Iterator[None]:
-    """Leaves the contexts of a stack in a thread: for the end of Ray's processes nobody has to wait."""
-    with ThreadPoolExecutor(1) as thread:
-        closing = thread.submit(stack.close)
-        yield
-    closing.result()
 
 
 @contextmanager

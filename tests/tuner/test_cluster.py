@@ -228,3 +228,31 @@ nodes.shutdown()
     assert done.stdout == (
         "a trial must fit one node of the cluster: it asks for 2 CPU, found at most 1; lower --cpus-per-trial\n"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_garbage_that_a_thread_finds_while_ray_ends_does_not_end_the_process() -> None:
+    """Ray ends a process that lets a reference go after the process was disconnected and before Ray has ended."""
+    code = """
+import gc, threading, ray
+from tuner.cluster import connected
+
+def look_for_garbage():
+    while ray.is_initialized():
+        pass
+    gc.collect()
+
+with connected(None):
+    gc.disable()
+    for _ in range(10_000):
+        circle = [ray.put(b"")]
+        circle.append(circle)
+    del circle
+    thread = threading.Thread(target=look_for_garbage)
+    thread.start()
+thread.join()
+print("lives")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "lives\n"), done.stderr
