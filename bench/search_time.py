@@ -198,11 +198,8 @@ def tables(began: float, ended: float, busy: float, spans: dict[str, list[Span]]
         if after:
             phases["between search and repeats"] = after - search[3]
     last = searches[-1][3]
-    for what in ("finals", "report", "report to trackers"):
+    for what in ("finals", "Ray: end", "report", "report to trackers"):
         phases[what] = sum(s[3] - s[2] for s in driver if s[0] == what and s[2] >= last)
-    drawn = max((s[3] for s in driver if s[0] == "report"), default=last)
-    beyond = (s[3] - max(s[2], drawn) for s in driver if s[0] == "Ray: end" and s[2] >= last)
-    phases["Ray: end, beyond the report"] = sum(max(0.0, seconds) for seconds in beyond)
     phases["the rest"] = wall - sum(phases.values())
     lines += [f"| {what} | {seconds:.1f} | {100 * seconds / wall:.1f} % |" for what, seconds in phases.items()]
     lines.append(f"| all | {wall:.1f} | cores of the machine busy for {busy:.0f} s |")
