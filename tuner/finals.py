@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from tuner import checkpoints, records
 from tuner.checkpoints import Torn, Trials
 from tuner.cluster import Resources, run_on_worker
 from tuner.records import OPEN_TEST, SearchFailed
+from tuner.scratch import scratch_folder
 from tuner.selection import Contender, Selection
 from tuner.trial import take_device, weights_folder
 
@@ -269,8 +269,8 @@ def _evaluate_on_worker(
     applied = {}
     sizes: Array = np.empty((0, 2))
     for role, finalist in finalists.items():
-        with tempfile.TemporaryDirectory(prefix="segdec-finals-") as scratch:
-            network, _, _ = checkpoint.load_model(finalist.model(Path(scratch)), device)
+        with scratch_folder() as scratch:
+            network, _, _ = checkpoint.load_model(finalist.model(scratch), device)
         config = finalist.config
         size = config.input_height, config.input_width
         caches = {
@@ -298,8 +298,8 @@ def _on_test(
     finalist: Finalist, splits: Splits, metric: str, choose_on_test: bool, device: torch.device, read: Read
 ) -> dict[str, Any]:
     """The objective of one network on validation, as its record says, and on test."""
-    with tempfile.TemporaryDirectory(prefix="segdec-finals-") as scratch:
-        network, _, _ = checkpoint.load_model(finalist.model(Path(scratch)), device)
+    with scratch_folder() as scratch:
+        network, _, _ = checkpoint.load_model(finalist.model(scratch), device)
     config = finalist.config
     judgement = config.judgement()
     cache = open_cache(splits.test, config.input_height, config.input_width, read=read)
@@ -388,8 +388,8 @@ def _write_best(best: Path, winner: Finalist, sizes_N2: Array) -> None:
     building = best.with_name(".best.part")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    with tempfile.TemporaryDirectory(prefix="segdec-finals-") as scratch:
-        shutil.copy2(winner.model(Path(scratch)) / "model.safetensors", building)
+    with scratch_folder() as scratch:
+        shutil.copy2(winner.model(scratch) / "model.safetensors", building)
     write_json(building / "config.json", winner.config.to_dict())
     beyond = {"violations": winner.violations} if any((winner.violations or {}).values()) else {}
     write_json(building / "thresholds.json", winner.thresholds.to_dict() | {"epoch": winner.epoch} | beyond)

@@ -11,7 +11,6 @@ own value is the median of all, the lower one of two.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from model.inspection import Read
 from model.sample import Sample
 from model.splits import Splits
 from model.thresholds import Thresholds
+from tuner.scratch import scratch_folder
 from tuner.space import Space
 from tuner.trial import Report, Task, TrialTask, batch_problem, nothing_yet, plain_rules, weights_folder
 
@@ -108,8 +108,8 @@ class FoldsTask:
         self._run(config, devices, resume, report)
 
     def _run(self, config: RunConfig, devices: Sequence[torch.device], resume: Path | None, report: Report) -> None:
-        with tempfile.TemporaryDirectory(prefix="segdec-folds-") as scratch:
-            keeper = _Keeper(self, config, Path(scratch), resume)
+        with scratch_folder() as scratch:
+            keeper = _Keeper(self, config, scratch, resume)
             if keeper.progress["epochs"] == len(self.folds):
                 report(keeper.progress, keeper.directory)  # it was done, and only the word of it was lost
                 return
@@ -117,7 +117,7 @@ class FoldsTask:
                 started, before = time.monotonic(), keeper.progress["seconds"]
                 number = keeper.progress["epochs"] + 1
                 try:
-                    reached, folder = self._train(number - 1, config, devices, Path(scratch) / f"fold-{number}")
+                    reached, folder = self._train(number - 1, config, devices, scratch / f"fold-{number}")
                     if reached["status"] == "diverged":
                         raise FloatingPointError(reached["reason"])
                     keeper.add(reached, folder, self._outer_values(number - 1, config, devices[0], reached, folder))

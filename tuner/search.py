@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -39,6 +38,7 @@ from tuner.pack import Asked, HostLost
 from tuner.pack_actors import Hosts
 from tuner.records import NodeUnfit
 from tuner.remote import StorageFailed, Unusable
+from tuner.scratch import scratch_folder
 from tuner.session import LEAVES, OVER, UNFIT, UNREACHED, Session
 from tuner.space import Budget
 from tuner.study import TrialStudy
@@ -280,16 +280,16 @@ def _trial_on_worker(
         prepared = needs.make_ready(*task.decoded) if needs else None
         is_ready = True
         if packs:  # this process asks CUDA for nothing, which would cost it memory of the GPU
-            with tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
-                resume = _fetched(config, own, trials, Path(scratch))
+            with scratch_folder() as scratch:
+                resume = _fetched(config, own, trials, scratch)
                 asked = Asked(own, config["gpus"], max(1, int(cpus)), resume)
                 pack.train_at(packs.address(), asked, report)
             return
         device = _device(config["gpus"], int(cpus))
-        with Meter(device) as meter, tempfile.TemporaryDirectory(prefix="segdec-resume-") as scratch:
-            resume = _fetched(config, own, trials, Path(scratch))
+        with Meter(device) as meter, scratch_folder() as scratch:
+            resume = _fetched(config, own, trials, scratch)
             if config["traced"]:
-                trace_folder = Path(scratch) / tracing.FOLDER
+                trace_folder = scratch / tracing.FOLDER
                 trace_folder.mkdir()
                 task = task.traced(trace_folder)
             run_on(task, own, device, config["gpus"], resume, report)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from model.splits import counts, keep_masks
 from model.step import give_memory_back
 from model.thresholds import Thresholds, sigmoid
 from tuner import gpu, tracing
+from tuner.scratch import scratch_folder
 from tuner.space import DECISION_METRICS, MASK_COSTS, Space
 from tuner.tracing import mark
 
@@ -104,8 +104,8 @@ class TrialTask:
         self._run(config, devices, resume, report)
 
     def _run(self, config: RunConfig, devices: Sequence[torch.device], resume: Path | None, report: Report) -> None:
-        with tempfile.TemporaryDirectory(prefix="segdec-trial-") as scratch:
-            keeper = _Keeper(self, config, Path(scratch), resume)
+        with scratch_folder() as scratch:
+            keeper = _Keeper(self, config, scratch, resume)
             if keeper.progress["epochs"] == config.epochs:
                 report(keeper.progress, keeper.directory)  # it was done, and only the word of it was lost
                 return
