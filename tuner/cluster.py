@@ -123,10 +123,22 @@ def connected(address: str | None) -> Iterator[None]:
             yield
         finally:
             over.set()
-            # A reference to one of Ray's objects that another thread lets go while Ray ends ends this process: its
-            # garbage goes first, and here.
-            gc.collect()
+            _end_ray()
+
+
+def _end_ray() -> None:
+    """Disconnects, and ends a local Ray. Ray ends this process where another thread lets one of its references go
+    meanwhile, so garbage goes before, and none is looked for until it is over."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        gc.collect()
+    finally:
+        try:
             ray.shutdown()
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 @contextmanager

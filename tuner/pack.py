@@ -30,6 +30,7 @@ from model.parallel import Traceback, portable
 from model.step import own_stream
 from tuner import gpu
 from tuner.records import NodeUnfit
+from tuner.scratch import scratch_within
 from tuner.trial import Task
 from tuner.use import Meter
 
@@ -63,6 +64,8 @@ class Asked:
     """CPU threads"""
     resume: Path | None
     """the checkpoint folder that it goes on from, on this node"""
+    scratch: Path
+    """a folder of the trial's own process, which may still read there when the host has died"""
 
 
 Heard = Callable[[dict[str, Any], Path | None, dict[str, float]], None]
@@ -156,7 +159,7 @@ class Host:
                 raise _Gone from None
 
         try:
-            with Meter(self._device) as meter:
+            with Meter(self._device) as meter, scratch_within(asked.scratch):
                 run = partial(self._task.run, asked.config, self._device, asked.resume, report)
                 _apart(run, self._device, asked.threads)
         except _Gone:

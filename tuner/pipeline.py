@@ -99,6 +99,7 @@ def go_on(run: Run, console: Console | None = None) -> Run:
         except SearchFailed as failure:
             if run.options.no_report or not run.info["sessions"]:
                 raise
+            stack.close()
             report.write(run.directory)
             raise SearchFailed(f"{failure}; how it went: {run.directory / 'report' / 'index.html'}") from failure
     return run

@@ -282,7 +282,7 @@ def _trial_on_worker(
         if packs:  # this process asks CUDA for nothing, which would cost it memory of the GPU
             with scratch_folder() as scratch:
                 resume = _fetched(config, own, trials, scratch)
-                asked = Asked(own, config["gpus"], max(1, int(cpus)), resume)
+                asked = Asked(own, config["gpus"], max(1, int(cpus)), resume, scratch)
                 pack.train_at(packs.address(), asked, report)
             return
         device = _device(config["gpus"], int(cpus))

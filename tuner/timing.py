@@ -6,7 +6,6 @@ import gc
 import math
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from model.sample import Sample
 from model.splits import Splits
 from model.step import STEPS_BEFORE_RECORDING, give_memory_back
 from tuner import gpu
+from tuner.scratch import scratch_folder
 from tuner.shares import cores_each
 from tuner.space import Space
 from tuner.trial import TrialTask, plain_rules, take_device, with_less_memory
@@ -158,8 +158,7 @@ def _time_once(
 ) -> Corner:
     kept = splits.keep_masks(found.train, config.num_segmented, config.seed)
     size = config.input_height, config.input_width
-    with tempfile.TemporaryDirectory(prefix="segdec-plan-") as scratch, _memory(device) as memory:
-        root = Path(scratch)
+    with scratch_folder() as root, _memory(device) as memory:
         batch = _balanced(kept, math.ceil((config.batch_size + config.hard_mining_places) / team))
         cache = open_cache(batch, *size, root, read)
         validation = open_cache(_spread(found.validation, _JUDGED_IMAGES), *size, root, read)

@@ -102,8 +102,9 @@ def test_trials_of_one_host_train_as_they_do_alone_whatever_the_others_do(task, 
     """Beside one that is stopped, one that diverges, one that fails and one that goes on from a checkpoint."""
     host = Host(task, CPU)
     together = threading.Barrier(len(CONFIGS) + 2)
-    torn = tmp_path / "torn"
+    torn, scratch = tmp_path / "torn", tmp_path / "scratch"
     torn.mkdir()
+    scratch.mkdir()
 
     def at_once(kept: Kept) -> pack.Heard:
         def heard(progress: dict[str, Any], folder: Path | None, use: dict[str, float]) -> None:
@@ -111,6 +112,7 @@ def test_trials_of_one_host_train_as_they_do_alone_whatever_the_others_do(task, 
                 together.wait(200)  # so none of them has ended before all have begun
             kept(progress, folder, use)
             assert use["cpu_percent"] > 0
+            assert folder is None or scratch in folder.parents  # of who asked, and not of the host
 
         return heard
 
@@ -119,7 +121,7 @@ def test_trials_of_one_host_train_as_they_do_alone_whatever_the_others_do(task, 
         raise Stopped
 
     def trained(config: RunConfig, heard: pack.Heard, resume: Path | None = None) -> None:
-        pack.train_at(host.address, Asked(config, 0.1, 1, resume), heard)
+        pack.train_at(host.address, Asked(config, 0.1, 1, resume, scratch), heard)
 
     found = [Kept(tmp_path / f"{number}") for number in range(len(CONFIGS))]
     diverged, resumed = Kept(tmp_path / "diverged"), Kept(tmp_path / "resumed")
@@ -177,7 +179,7 @@ def _fail() -> float:
 
 def test_the_checkpoint_that_is_handed_over_stays_until_it_was_copied(tmp_path: Path) -> None:
     host = Host(ScriptedTask(tmp_path), CPU)
-    asked = Asked(replace(CONFIG, epochs=3), 0.5, 1, None)
+    asked = Asked(replace(CONFIG, epochs=3), 0.5, 1, None, tmp_path)
     epochs: list[list[str]] = []
 
     def heard(progress: dict[str, Any], folder: Path | None, use: dict[str, float]) -> None:
@@ -201,7 +203,7 @@ def heard(progress, folder, use):
     sys.stdin.read()
 
 address = Address(int(sys.argv[1]), bytes.fromhex(sys.argv[2]))
-train_at(address, Asked(RunConfig(epochs=1000, input_height=64, input_width=128), 0.6, 1, None), heard)
+train_at(address, Asked(RunConfig(epochs=1000, input_height=64, input_width=128), 0.6, 1, None, Path()), heard)
 """
     command = [sys.executable, "-c", script, str(host.address.port), host.address.key.hex()]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -209,7 +211,7 @@ train_at(address, Asked(RunConfig(epochs=1000, input_height=64, input_width=128)
         assert process.stdout.readline() == b"heard\n"
         process.kill()
     heard: list[Any] = []
-    asked = Asked(replace(CONFIG, epochs=2, delta_cls_loss=1.0), 0.6, 1, None)  # no room for both
+    asked = Asked(replace(CONFIG, epochs=2, delta_cls_loss=1.0), 0.6, 1, None, tmp_path)  # no room for both
     pack.train_at(host.address, asked, lambda progress, *_: heard.append(progress["status"]))
     assert heard == ["running", "completed"]
 
@@ -244,7 +246,7 @@ sys.stdin.read()
                 others.append(error)
 
         def asked(delta: float) -> Asked:
-            return Asked(replace(CONFIG, delta_cls_loss=delta), 0.3, 1, None)
+            return Asked(replace(CONFIG, delta_cls_loss=delta), 0.3, 1, None, folder)
 
         begun = threading.Event()
         beside = threading.Thread(target=other)
@@ -279,15 +281,17 @@ def test_a_gpu_that_torch_cannot_use_is_a_problem_of_the_node(tmp_path: Path) ->
     host = Host(ScriptedTask(tmp_path), torch.device("cuda", 0))
     for _ in range(2):  # it gives back what it could not use
         with pytest.raises(NodeUnfit, match="this trial holds a GPU, but torch finds no CUDA here; install a CUDA"):
-            pack.train_at(host.address, Asked(CONFIG, 1.0, 1, None), lambda *_: None)
+            pack.train_at(host.address, Asked(CONFIG, 1.0, 1, None, tmp_path), lambda *_: None)
 
 
 def test_who_does_not_know_the_key_is_not_heard(tmp_path: Path) -> None:
     host = Host(ScriptedTask(tmp_path), CPU)
     with pytest.raises(HostLost, match="cannot be reached"):
-        pack.train_at(replace(host.address, key=b"guessed"), Asked(CONFIG, 0.5, 1, None), lambda *_: None)
+        pack.train_at(replace(host.address, key=b"guessed"), Asked(CONFIG, 0.5, 1, None, tmp_path), lambda *_: None)
     heard: list[Any] = []
-    pack.train_at(host.address, Asked(CONFIG, 0.5, 1, None), lambda progress, *_: heard.append(progress["epochs"]))
+    pack.train_at(
+        host.address, Asked(CONFIG, 0.5, 1, None, tmp_path), lambda progress, *_: heard.append(progress["epochs"])
+    )
     assert heard == [1, 2, 3]
     assert "key" not in repr(host.address)
 
@@ -303,11 +307,13 @@ class Threads(ScriptedTask):
         super().run(config, device, resume, noted)
 
 
-def test_who_says_nothing_holds_up_nobody(task: TrialTask) -> None:
+def test_who_says_nothing_holds_up_nobody(task: TrialTask, tmp_path: Path) -> None:
     host = pack.Host(task, CPU)
     with socket.create_connection(("127.0.0.1", host.address.port)):
         heard: list[dict[str, Any]] = []
-        pack.train_at(host.address, Asked(CONFIG, 0.5, 1, None), lambda progress, *_: heard.append(dict(progress)))
+        pack.train_at(
+            host.address, Asked(CONFIG, 0.5, 1, None, tmp_path), lambda progress, *_: heard.append(dict(progress))
+        )
     assert heard[-1]["status"] == "completed"
 
 
@@ -316,7 +322,9 @@ def test_a_trial_has_the_threads_that_it_is_given(tmp_path: Path) -> None:
     try:
         heard: list[int] = []
         host = Host(Threads(tmp_path), CPU)
-        pack.train_at(host.address, Asked(CONFIG, 0.5, 3, None), lambda progress, *_: heard.append(progress["threads"]))
+        pack.train_at(
+            host.address, Asked(CONFIG, 0.5, 3, None, tmp_path), lambda progress, *_: heard.append(progress["threads"])
+        )
         assert heard == [3, 3, 3]
     finally:
         torch.set_num_threads(before)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,3 +283,34 @@ def test_a_run_goes_on_at_another_address_and_asks_no_cluster_when_nothing_is_le
     pipeline.go_on(pipeline.at(runs.load(run.directory), "here:6379"))
     assert asked == ["gone:6379", None, None, "here:6379"]
     assert runs.load(run.directory).options.address == "here:6379"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_cluster_is_left_before_a_report_is_written(data: Path, tmp_path: Path, monkeypatch, fails: bool) -> None:
+    """In the same thread: Ray ends a process that lets its references go meanwhile."""
+    seen: list[tuple[str, int]] = []
+
+    def note(what: str) -> None:
+        seen.append((what, threading.get_ident()))
+
+    @contextmanager
+    def connected(_address: str | None) -> Iterator[None]:
+        note("connected")
+        yield
+        note("left")
+
+    def trained(*_: Any, **__: Any) -> str:
+        if fails:
+            raise SearchFailed("all crash")
+        return "finished"
+
+    monkeypatch.setattr(pipeline, "connected", connected)
+    monkeypatch.setattr(pipeline, "run_trials", trained)
+    monkeypatch.setattr(pipeline, "repeat", lambda *_: True)
+    monkeypatch.setattr(pipeline, "evaluate", lambda _: note("evaluated"))
+    monkeypatch.setattr(pipeline.report, "write", lambda _: note("report"))
+    monkeypatch.setattr(pipeline.tracking, "log_report", lambda *_: None)
+    with pytest.raises(SearchFailed, match="all crash") if fails else nullcontext():
+        pipeline.run_search(small_space(budget={"trials": 2}), data, runs=tmp_path, wandb="off")
+    expected = ["connected", "left", "report"] if fails else ["connected", "evaluated", "left", "report"]
+    assert seen == [(what, threading.get_ident()) for what in expected]
