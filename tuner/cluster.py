@@ -123,10 +123,10 @@ def connected(address: str | None) -> Iterator[None]:
             yield
         finally:
             over.set()
-            _end_ray()
+            end_ray()
 
 
-def _end_ray() -> None:
+def end_ray() -> None:
     """Disconnects, and ends a local Ray. Ray ends this process where another thread lets one of its references go
     meanwhile, so garbage goes before, and none is looked for until it is over."""
     was_enabled = gc.isenabled()

@@ -13,7 +13,7 @@ import torch
 from model.config import RunConfig
 from tests.tuner.test_search import ScriptedTask, scripted_space, stop_when_waiting
 from tuner import records, search
-from tuner.cluster import Resources
+from tuner.cluster import Resources, end_ray
 from tuner.sampler import SearchStudy
 from tuner.tracking import Trackers
 
@@ -41,7 +41,7 @@ def one_gpu():
         address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False
     )
     yield
-    ray.shutdown()
+    end_ray()
 
 
 @pytest.mark.slow

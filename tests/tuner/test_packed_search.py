@@ -22,7 +22,7 @@ from model.config import RunConfig
 from tests.tuner.conftest import small_space
 from tests.tuner.test_search import ScriptedTask, ends, scripted_space, stop_when_waiting
 from tuner import pack_actors, records, search
-from tuner.cluster import Resources
+from tuner.cluster import Resources, end_ray
 from tuner.records import NodeUnfit
 from tuner.sampler import SearchStudy
 from tuner.space import Space
@@ -68,7 +68,7 @@ def one_gpu() -> Iterator[None]:
         address="local", num_cpus=3, num_gpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False
     )
     yield
-    ray.shutdown()
+    end_ray()
 
 
 @pytest.fixture(autouse=True)
