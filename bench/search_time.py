@@ -4,7 +4,8 @@
 
 Runs `tuner search SPACE` as a command of its own and prints, as Markdown tables, the wall time by what the command did,
 and the time of all places for trials by what was done on them. The share of training steps is their time over the wall
-time x the places. `--tree` runs the project in another folder: two versions are compared by turns.
+time x the places. `--tree` runs the project in another folder: two versions are compared by turns. Of one that ends Ray
+beside its report, that time is in both rows.
 
 Trials that share a GPU train in another process than theirs, and are not seen.
 
